@@ -1,0 +1,37 @@
+"""The exceptions that end a run, each with its exit code (the table is in ARCHITECTURE.md).
+
+A `DsbertError` is shown to the user as one line and never as a traceback; anything else that escapes is a bug of
+ours and exits with 1.
+"""
+
+EXIT_OK = 0
+EXIT_INTERNAL = 1
+EXIT_USER = 2
+EXIT_PEER = 3
+EXIT_NO_CHECKPOINT = 4
+EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 130
+
+
+class DsbertError(Exception):
+    """A failure whose message is one line: what was expected, what was found, what to do."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class UserError(DsbertError):
+    """The user's mistake: a wrong recipe, path, or mixture of ranks."""
+
+    exit_code = EXIT_USER
+
+
+class PeerError(DsbertError):
+    """Another rank died, hung, or holds a state that differs from ours."""
+
+    exit_code = EXIT_PEER
+
+
+class CheckpointError(DsbertError):
+    """A checkpoint is required, and none that verifies is there."""
+
+    exit_code = EXIT_NO_CHECKPOINT
