@@ -1,0 +1,263 @@
+"""The recipe: frozen models in which every number has one owner.
+
+Precedence, lowest first: defaults here < the YAML recipe < `a.b=value` on the command line. The recipe owns model,
+sparsity, data, batch, steps, optimizer and learning rate; the DeepSpeed JSON owns ZeRO stage, precision, clipping and
+buckets (see ds_config.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsbert.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+BlockSize = Literal[1, 4, 8, 16, 32, 64, 128]
+Positive = Field(gt=0)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """BERT's shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size 64)."""
+
+    num_layers: int = Positive
+    hidden_size: int = Positive
+    num_heads: int = Positive
+    intermediate_size: int = Positive
+    max_positions: int = Field(512, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    initializer_std: float = Field(0.02, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("hidden_size", "")).isdigit():
+            hidden = int(values["hidden_size"])
+            values = {"num_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden} | values
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"expected num_heads that divides hidden_size {self.hidden_size}, found {self.num_heads}")
+        return self
+
+
+class SparsityConfig(_Section):
+    """Which weights are sparse, how, and how the pattern moves (paper, algorithm 1).
+
+    sparsity = 1 - density. modules: patterns (fnmatch) over the names of the nn.Linear modules to replace.
+    group_lasso: lambda of the decoupled Group Lasso, 0 = off. allow_density_error: accept a weight so small that whole
+    blocks miss the density by more than a quarter.
+    """
+
+    pattern: Literal["dense", "static", "dynamic"] = "dynamic"
+    sparsity: float = Field(0.9, ge=0, lt=1)
+    block_size: BlockSize = 16
+    modules: tuple[str, ...] = ("*encoder.layer.*",)
+    num_updates: int = Field(80, gt=0)
+    max_prune_ratio: float = Field(0.5, gt=0, le=1)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    prune_score: Literal["l1", "l2", "linf"] = "l1"
+    regrow: Literal["random", "gradient"] = "random"
+    group_lasso: float = Field(0.0, ge=0)
+    allow_density_error: bool = False
+    kernels: Literal["auto", "dense", "reference"] = "auto"
+
+    @property
+    def density(self) -> float:
+        """Fraction of the blocks kept; 1 for pattern dense."""
+        return 1.0 if self.pattern == "dense" else 1.0 - self.sparsity
+
+
+class DataConfig(_Section):
+    path: Path
+    seq_len: int = Field(128, ge=8)
+    nsp: bool = True
+    mask_fraction: float = Field(0.15, gt=0, lt=1)
+
+
+class BatchConfig(_Section):
+    """global_batch: sequences per optimizer step over all ranks. micro_batch: sequences per forward on one rank."""
+
+    global_batch: int = Positive
+    micro_batch: int = Positive
+
+
+class OptimConfig(_Section):
+    """AdamW with linear warm-up and linear decay to 0. Give `lr`, or `dense_lr`: the best rate of the dense model, which
+    eq. 3 of the paper scales to the sparsity."""
+
+    total_steps: int = Positive
+    warmup_steps: int = Field(ge=0)
+    lr: float | None = Field(None, gt=0)
+    dense_lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimConfig:
+        if (self.lr is None) == (self.dense_lr is None):
+            raise ValueError("expected exactly one of lr and dense_lr")
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(f"expected warmup_steps below total_steps {self.total_steps}, found {self.warmup_steps}")
+        return self
+
+
+class EvalConfig(_Section):
+    """Validation during training: `sequences` held-out samples, the same ones each time (0 = off)."""
+
+    every_steps: int = Positive
+    sequences: int = Field(512, ge=0)
+
+
+class CheckpointConfig(_Section):
+    """keep: how many of the newest checkpoints stay."""
+
+    every_steps: int = Positive
+    keep: int = Field(2, gt=0)
+
+
+class LogConfig(_Section):
+    every_steps: int = Field(10, gt=0)
+    wandb: bool = True
+    wandb_project: str = "dsbert"
+
+
+class DeepSpeedConfig(_Section):
+    """config: a name in ds_configs/ or the path of a JSON file. overrides: merged over it."""
+
+    config: str = "zero1_bf16"
+    overrides: dict[str, Any] = {}
+
+
+class Recipe(_Section):
+    """A whole experiment."""
+
+    name: str
+    seed: int = Field(1, ge=0, lt=2**63)
+    model: ModelConfig
+    sparsity: SparsityConfig = SparsityConfig()
+    data: DataConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig = LogConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.sparsity.pattern == "dynamic" and self.sparsity.num_updates > self.optim.total_steps:
+            raise ValueError(
+                f"expected sparsity.num_updates of at most total_steps {self.optim.total_steps}, "
+                f"found {self.sparsity.num_updates}"
+            )
+        if self.data.seq_len > self.model.max_positions:
+            raise ValueError(
+                f"expected data.seq_len of at most model.max_positions {self.model.max_positions}, "
+                f"found {self.data.seq_len}"
+            )
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate: `lr`, or eq. 3: dense_lr * exp(1.969 s^2 + 0.2905 s), s the sparsity."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        assert self.optim.dense_lr is not None
+        return self.optim.dense_lr * sparse_lr_factor(1.0 - self.sparsity.density)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed; world size, micro-batch, logging and kernels may."""
+        everything = self.model_dump(mode="json")
+        kept = {key: everything[key] for key in ("model", "sparsity", "data", "seed", "optim")}
+        del kept["sparsity"]["kernels"], kept["data"]["path"]
+        return kept | {"global_batch": self.batch.global_batch}
+
+
+def sparse_lr_factor(sparsity: float) -> float:
+    """lr(s) / lr(0) (paper, eq. 3)."""
+    return math.exp(1.969 * sparsity**2 + 0.2905 * sparsity)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe (a name in dsbert/recipes or a YAML path) and apply `a.b=value` overrides.
+
+    Raises UserError, one line, for an unknown recipe, an unknown key (with the nearest name), or a value that does
+    not fit.
+    """
+    path = RECIPES / f"{recipe}.yaml" if recipe in recipe_names() else Path(recipe)
+    if not path.is_file():
+        raise UserError(f"expected a YAML file or one of {', '.join(recipe_names())} as recipe, found {recipe!r}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"expected YAML in {path}, found: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"expected a mapping of recipe keys in {path}, found {type(values).__name__}")
+    for override in overrides:
+        _set(values, override)
+    return recipe_from_dict({"name": path.stem} | values)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """Validate; UserError names the first thing that does not fit."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"expected an override a.b=value, found {override!r}")
+    *parents, last = key.split(".")
+    for parent in parents:
+        nested = values.setdefault(parent, {})
+        if not isinstance(nested, dict):
+            raise UserError(f"expected a section at {parent!r} in override {override!r}, found the value {nested!r}")
+        values = nested
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"expected a YAML value in override {override!r}, found {text!r}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in first["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.0)
+        prefix = ".".join(str(part) for part in first["loc"][:-1])
+        nearest = f"{prefix}.{near[0]}" if prefix else near[0]
+        return f"unknown recipe key {key!r}: the nearest known key is {nearest!r}"
+    if first["type"] == "missing":
+        return f"expected a value for recipe key {key!r}, found none"
+    if first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        return f"recipe {key + ': ' if key else ''}{message}"
+    found = first["input"]
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"recipe key {key!r}: {message}, found {found!r}"
+
+

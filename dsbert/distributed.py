@@ -1,0 +1,213 @@
+"""Rank and world, from whichever launcher started us; agreement between ranks. The only importer of mpi4py.
+
+A leaf: everybody may import it. torch is imported at module level, so that `dsbert --help` must not import this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsbert.errors import DsbertError, PeerError, UserError
+
+T = TypeVar("T")
+# Left set by `dsbert pretrain --nproc` (launch.py): the listening socket that rank 0's store takes over.
+LISTEN_FD = "DSBERT_LISTEN_FD"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. device: where tensors live; host: for messages."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    host: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def started_by_launcher() -> bool:
+    """Whether a launcher has given us a rank."""
+    return _environment_ranks() is not None
+
+
+def _environment_ranks() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank), or None. Raises UserError if the environment is incomplete."""
+    env = os.environ
+    # The batch shell of a SLURM job carries SLURM_PROCID as well: only inside a step is it a rank.
+    in_step = "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID") != "4294967291"
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ):
+        if rank not in env or (rank == "SLURM_PROCID" and not in_step):
+            continue
+        if size not in env:
+            raise UserError(f"expected {size} beside {rank}={env[rank]} in the environment, found none: start all ranks "
+                            "with one launcher, or use --nproc")
+        try:
+            ranks = int(env[rank]), int(env[size]), int(env.get(local, env.get("SLURM_LOCALID", env[rank])))
+        except ValueError:
+            raise UserError(f"expected whole numbers in {rank} and {size}, found {env[rank]!r} and {env[size]!r}") from None
+        if not 0 <= ranks[0] < ranks[1]:
+            raise UserError(f"expected 0 <= {rank} < {size}, found {ranks[0]} and {ranks[1]}")
+        return ranks
+    return None
+
+
+def init(timeout_s: float = 300.0) -> World:
+    """Join the other ranks. Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for libraries that read them.
+
+    NCCL on CUDA with the device of the local rank, gloo elsewhere. Without a launcher: a world of one.
+    Raises UserError for an incomplete environment, PeerError if the peers do not come within the timeout.
+    """
+    rank, world_size, local_rank = _environment_ranks() or (0, 1, 0)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"expected a GPU for local rank {local_rank}, found {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = _store(rank, world_size, timeout)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout,
+            device_id=device if cuda else None,
+        )  # fmt: skip
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise PeerError(
+            f"expected {world_size} ranks to meet at {where} within {timeout_s:g} s, rank {rank} found: {_line(error)}"
+        ) from None
+    return World(rank, world_size, local_rank, device, socket.gethostname())
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    if world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        return dist.HashStore()
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        _meet_by_mpi(rank)
+    # torchrun's agent already serves a store at this address; then rank 0 is a client like everybody else.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listen_fd = os.environ.pop(LISTEN_FD, None)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not agent,
+        timeout=timeout,
+        master_listen_fd=int(listen_fd) if listen_fd else None,
+    )
+    # An agent's store outlives a restart of its ranks: keep attempts apart.
+    return dist.PrefixStore(f"dsbert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _meet_by_mpi(rank: int) -> None:
+    """Set MASTER_ADDR and MASTER_PORT by an MPI broadcast from rank 0."""
+    if not any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")):
+        raise UserError("expected MASTER_ADDR and MASTER_PORT in the environment, found none: export the address of the "
+                        "first node and a free port")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"expected mpi4py under mpiexec, found: {_line(error)}: pip install 'dsbert[mpi]', or export "
+                        "MASTER_ADDR and MASTER_PORT") from None
+    here = None
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            here = (socket.gethostbyname(socket.gethostname()), probe.getsockname()[1])
+    address, port = MPI.COMM_WORLD.bcast(here, root=0)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+def all_reduce(tensor: Tensor, op: str = "sum", group: dist.ProcessGroup | None = None) -> Tensor:
+    """In-place reduction over all ranks; nothing to do in a world of one or without torch.distributed."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
+    return tensor
+
+
+def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """[...] on every rank -> [world, ...] on every rank; same shape everywhere."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's JSON value, by rank, on every rank. (torch's object collectives would unpickle what peers send.)"""
+    device = _collective_device()
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = gather(torch.tensor([data.numel()], device=device), group).flatten().tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    rows = gather(padded, group).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
+    """Run `work` on every rank (or on rank 0 alone) and raise its DsbertError on EVERY rank if it failed on any.
+
+    Keeps a mistake that only one rank can see from leaving the others in a collective.
+    """
+    result, failure = None, None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0 or not only_main:
+        try:
+            result = work()
+        except DsbertError as error:
+            failure = [type(error).__name__, str(error)]
+    failures = gather_json(failure)
+    first = next((index for index, found in enumerate(failures) if found), None)
+    if first is not None:
+        name, message = failures[first]
+        kind = next((kind for kind in DsbertError.__subclasses__() if kind.__name__ == name), DsbertError)
+        everywhere = all(found == failures[first] for found in failures)
+        raise kind(message if everywhere or only_main else f"rank {first}: {message}")
+    return result
+
+
+def assert_replicas_agree(what: str, values: dict[str, int], group: dist.ProcessGroup | None = None) -> None:
+    """Compare 64-bit values by name over all ranks. Raises PeerError on every rank, naming the first entry that differs
+    and the ranks that hold something else than most (or than rank 0, where there is no majority)."""
+    signed = [value - (1 << 64) if value >= 1 << 63 else value for value in values.values()]
+    rows = gather(torch.tensor(signed, dtype=torch.int64, device=_collective_device()), group).cpu()
+    if bool((rows == rows[0]).all()):
+        return
+    column = int((rows != rows[0]).any(0).nonzero()[0])
+    held = [f"{value % (1 << 64):016x}" for value in rows[:, column].tolist()]
+    expected = Counter([held[0], *held]).most_common(1)[0][0]
+    odd = [f"rank {rank} has {value}" for rank, value in enumerate(held) if value != expected]
+    raise PeerError(f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd)}")
+
+
+def _collective_device() -> torch.device:
+    cuda = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

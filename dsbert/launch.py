@@ -1,0 +1,238 @@
+"""Start the ranks of one machine: what `dsbert pretrain ... --nproc N` does, as torchrun would on one node.
+
+The launcher imports no torch, keeps nothing but processes, and ends with the ranks' own exit code:
+
+- The port of the rendezvous is bound here and its listening descriptor goes to rank 0, so no other program can take
+  the port between choosing and using it.
+- Each rank has its own session, so a terminal's Ctrl-C reaches the ranks once, through forwarding.
+- A rank that fails gives the others a grace period, in which they can notice and say whose fault it is. Then they are
+  stopped. No rank outlives `launch`, nor a launcher that was killed (`die_with_parent`).
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from dsbert.errors import (
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_NO_CHECKPOINT,
+    EXIT_PEER,
+    EXIT_REQUEUE,
+    EXIT_USER,
+)
+
+LISTEN_FD_ENV = "DSBERT_LISTEN_FD"
+PARENT_PID_ENV = "DSBERT_PARENT_PID"
+
+GRACE_S = 30.0
+TERM_S = 5.0
+POLL_S = 0.05
+
+# What each signal to the launcher becomes for the ranks. A terminal that closes asks for a save, as TERM does.
+FORWARDED = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGUSR2: signal.SIGUSR2,
+    signal.SIGHUP: signal.SIGTERM,
+}
+# Where ranks end differently, the cause outranks its consequences: a rank whose peer failed reports EXIT_PEER.
+PRIORITY = (EXIT_USER, EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED, EXIT_PEER, EXIT_REQUEUE)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term_s: float = TERM_S) -> int:
+    """Run `command` as ranks 0..nproc-1 of this machine, and wait until all have ended.
+
+    Signal handlers are replaced meanwhile, so only the main thread may call this. The ranks write to this process's
+    own standard output and error, and read nothing.
+
+    Args:
+        command: the full argument vector of a rank, the same for all; see `rank_command`.
+        nproc: number of ranks, at least 1.
+        grace_s: seconds that ranks keep after one has failed. Ranks that are to name a hung peer themselves need more
+            than their own time limit.
+        term_s: seconds between the TERM that follows the grace period and the KILL.
+
+    Returns:
+        The ranks' exit code if they agree, else the one that `combine_exit_codes` picks.
+
+    Raises:
+        ValueError: nproc is below 1.
+        OSError: a rank cannot be started, or no port can be bound.
+    """
+    if nproc < 1:
+        raise ValueError(f"expected at least 1 rank, got {nproc}")
+    pending: list[signal.Signals] = []
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _handlers(pending):
+        try:
+            _start(command, nproc, ranks)
+            _supervise(ranks, pending, grace_s, term_s)
+        finally:
+            # Also what a rank has started itself ends here: nothing may hold a GPU or a file of the run.
+            for rank in ranks:
+                _kill_group(rank)
+            for rank in ranks:
+                rank.wait()
+    return combine_exit_codes([rank.returncode for rank in ranks])
+
+
+def rank_command(argv: Sequence[str]) -> list[str]:
+    """The command of a rank that runs `dsbert ARGV...` with this interpreter."""
+    return [sys.executable, "-m", "dsbert", *argv]
+
+
+def combine_exit_codes(codes: Sequence[int]) -> int:
+    """One exit code for all ranks: theirs if they agree, else the first of `PRIORITY` that occurs.
+
+    A negative code, of a rank that a signal killed (as in `subprocess`), counts as `EXIT_PEER`.
+    """
+    found = {EXIT_PEER if code < 0 else code for code in codes}
+    if len(found) == 1:
+        return found.pop()
+    return next((code for code in PRIORITY if code in found), max(found))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the launcher dies, even of KILL. Does nothing outside of `launch`.
+
+    A rank calls this before its slow imports. It is no hook between fork and exec, where Python code can deadlock.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    # Removed, so that a program started by this rank does not take the launcher for its own parent.
+    parent = os.environ.pop(PARENT_PID_ENV, None)
+    if parent is None or sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != int(parent):  # the launcher died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def _handlers(pending: list[signal.Signals]) -> Iterator[None]:
+    """Collect the forwarded signals in `pending`, and put the old handlers back afterwards."""
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pending.append(signal.Signals(number))
+
+    # nohup and the like ignore HUP on purpose.
+    numbers = [n for n in FORWARDED if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+    previous = {number: signal.signal(number, remember) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start(command: Sequence[str], nproc: int, ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Start the ranks and append each to `ranks` at once, so that a failure on the way leaves none unknown."""
+    # Our own copy is closed on return: with it open, ranks could still connect to the port after rank 0 has died,
+    # and would wait for an answer.
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as listener:
+        for rank in range(nproc):
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    env=_environment(rank, nproc, listener),
+                    pass_fds=[listener.fileno()] if rank == 0 else [],
+                    start_new_session=True,
+                )
+            )
+
+
+def _environment(rank: int, nproc: int, listener: socket.socket) -> Mapping[str, str]:
+    """The environment of one rank: ours, torchrun's variables, and those of this module."""
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        PARENT_PID_ENV: str(os.getpid()),
+    }
+    if rank == 0:
+        environment[LISTEN_FD_ENV] = str(listener.fileno())
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // nproc)))
+    return environment
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on: a job's share, where the system says so, not the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _supervise(
+    ranks: Sequence[subprocess.Popen[bytes]], pending: list[signal.Signals], grace_s: float, term_s: float
+) -> None:
+    """Forward signals until all ranks have ended, or until those that outstay a failure have to be killed."""
+    ended: set[int] = set()
+    term_at = kill_at = float("inf")
+    while len(ended) < len(ranks):
+        while pending:
+            _signal_all(ranks, FORWARDED[pending.pop(0)])
+        for number, rank in enumerate(ranks):
+            if number in ended or rank.poll() is None:
+                continue
+            ended.add(number)
+            _report_signal(number, rank)
+            if rank.returncode != 0:
+                term_at = min(term_at, time.monotonic() + grace_s)
+        now = time.monotonic()
+        if now >= kill_at:
+            return
+        if now >= term_at and len(ended) < len(ranks):
+            left = ", ".join(str(number) for number in range(len(ranks)) if number not in ended)
+            _say(f"still running {grace_s:g} s after another rank failed, stopping: rank {left}")
+            _signal_all(ranks, signal.SIGTERM)
+            term_at, kill_at = float("inf"), now + term_s
+        time.sleep(POLL_S)
+
+
+def _report_signal(number: int, rank: subprocess.Popen[bytes]) -> None:
+    """One line for a rank that a signal killed: it could not write one itself."""
+    if rank.returncode < 0:
+        _say(f"rank {number} (process {rank.pid}) was killed by {_signal_name(-rank.returncode)}")
+
+
+def _signal_name(number: int) -> str:
+    """SIGKILL for 9; real-time signals have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _signal_all(ranks: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    """Send a signal to the ranks that still run, but not to what they have started: that may not expect it."""
+    for rank in ranks:
+        rank.send_signal(number)
+
+
+def _kill_group(rank: subprocess.Popen[bytes]) -> None:
+    """Kill a rank, if it still runs, and what it has left in its session's process group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(rank.pid, signal.SIGKILL)
+
+
+def _say(message: str) -> None:
+    """One line on standard error, flushed: the ranks write there too."""
+    print(f"dsbert: {message}", file=sys.stderr, flush=True)

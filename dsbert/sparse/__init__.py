@@ -1,0 +1,29 @@
+"""Block-sparse layers and dynamic sparsity for any torch model.
+
+A library of its own: it needs torch, pydantic and xxhash, and neither DeepSpeed nor transformers.
+"""
+
+from dsbert.config import SparsityConfig
+from dsbert.sparse.block_editor import BlockEditor, TorchBlockEditor
+from dsbert.sparse.convert import sparsify_
+from dsbert.sparse.draw import DrawKey
+from dsbert.sparse.linear import BlockSparseLinear
+from dsbert.sparse.mask_manager import MaskManager, MaskUpdate
+from dsbert.sparse.regrow import prune_and_regrow
+from dsbert.sparse.schedule import UpdateSchedule
+from dsbert.sparse.topology import BlockTopology, TopologyUpdate
+
+__all__ = [
+    "BlockEditor",
+    "BlockSparseLinear",
+    "BlockTopology",
+    "DrawKey",
+    "MaskManager",
+    "MaskUpdate",
+    "SparsityConfig",
+    "TopologyUpdate",
+    "TorchBlockEditor",
+    "UpdateSchedule",
+    "prune_and_regrow",
+    "sparsify_",
+]

@@ -1,0 +1,211 @@
+"""The rank-synchronized mask manager: one collective decision per update, the same topology on every rank.
+
+A surviving block never moves. A pruned slot is RE-POINTED: new coordinates, weights and moments zero. Shapes never
+change, so flat buffers, ZeRO partitions and the optimizer need not know that anything happened.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsbert.config import SparsityConfig
+from dsbert.distributed import all_reduce, assert_replicas_agree, gather
+from dsbert.errors import PeerError
+from dsbert.sparse.block_editor import BlockEditor
+from dsbert.sparse.draw import DrawKey
+from dsbert.sparse.flat_blocks import PRUNE_SCORES
+from dsbert.sparse.linear import BlockSparseLinear
+from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
+from dsbert.sparse.schedule import UpdateSchedule
+from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest
+
+
+@dataclass(frozen=True, eq=False)
+class MaskUpdate:
+    """What an update did. removed_new_ratio: share of the pruned blocks that the previous update had allocated."""
+
+    number: int
+    step: int
+    layers: dict[str, TopologyUpdate]
+    removed_new_ratio: float
+    dof: float
+    digest: str
+    seconds: float
+
+    @property
+    def num_pruned(self) -> int:
+        return sum(update.num_pruned for update in self.layers.values())
+
+
+class MaskManager:
+    """Moves the pattern of `layers` as the schedule says (paper, algorithm 1).
+
+    Call `maybe_update(step)` after every optimizer step, step = 1, 2, ... With regrowth by gradient it arms the layers
+    one step ahead to collect the dense gradient: fp32 [out, in] per layer, alive during that step only, and one
+    all-reduce of all of them. PeerError on every rank if the ranks' topologies ever differ.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, BlockSparseLinear],
+        config: SparsityConfig,
+        *,
+        total_steps: int,
+        editor: BlockEditor,
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.layers = layers
+        self.config = config
+        self._editor = editor
+        self._seed = seed
+        self._group = group
+        self._score = PRUNE_SCORES[config.prune_score]
+        self._rule = REGROW_RULES[config.regrow]
+        dynamic = config.pattern == "dynamic" and layers
+        self._schedule = (
+            UpdateSchedule(total_steps, config.num_updates, config.max_prune_ratio, config.schedule) if dynamic else None
+        )
+        self.topologies = {name: layer.topology for name, layer in layers.items()}
+        # Which positions were ever active (bool [R, C]), and the update that allocated each slot (int32 [K]; 0 = start).
+        self._explored = {name: topology.mask() for name, topology in self.topologies.items()}
+        self._born = {name: torch.zeros(layer.num_active, dtype=torch.int32) for name, layer in layers.items()}
+        self._arm(step=1)
+
+    def maybe_update(self, step: int) -> MaskUpdate | None:
+        """Update the masks if an update is due after optimizer step `step`; collective, the same on all ranks."""
+        number = self._schedule.update_number(step) if self._schedule else None
+        update = self._update(number, step) if number is not None else None
+        self._arm(step + 1)
+        return update
+
+    @property
+    def density(self) -> float:
+        """Share of all sparse weights' positions that are active now."""
+        return self._share(lambda name: self.topologies[name].num_active)
+
+    @property
+    def dof(self) -> float:
+        """Explored degrees of freedom: share of all positions that were active at any time so far (paper, measures)."""
+        return self._share(lambda name: int(self._explored[name].sum()))
+
+    def digest(self) -> str:
+        """32 hex digits over all layers, from the buffers that the kernels read."""
+        return combined_digest({name: layer.digest() for name, layer in self.layers.items()})
+
+    def verify_replicas(self) -> None:
+        """Raise PeerError, naming layer and rank, unless every rank's kernels read the same topology, in slot order, and
+        each rank's own record agrees with its kernels. Collective."""
+        kernels = {name: layer.digest() for name, layer in self.layers.items()}
+        own = [kernels[name] == topology.digest() for name, topology in self.topologies.items()]
+        device = next(iter(self.layers.values())).rows.device if self.layers else None
+        agree = gather(torch.tensor(own, dtype=torch.uint8, device=device), self._group).cpu().bool()
+        if not bool(agree.all()):
+            rank, column = (~agree).nonzero()[0].tolist()
+            raise PeerError(
+                f"expected kernels and mask manager to hold one topology of {list(self.layers)[column]}, found two on "
+                f"rank {rank}"
+            )
+        assert_replicas_agree("the topology", kernels, self._group)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that is not in the parameters: topology, birth of every slot, explored positions (CPU tensors)."""
+        state = {}
+        for name, topology in self.topologies.items():
+            state[f"{name}.rows"], state[f"{name}.cols"] = topology.rows, topology.cols
+            state[f"{name}.born"] = self._born[name]
+            state[f"{name}.explored"] = self._explored[name].to(torch.uint8)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor], *, step: int) -> None:
+        """Restore after `step` optimizer steps. Raises ValueError if shapes or K differ."""
+        for name, layer in self.layers.items():
+            rows, cols = state[f"{name}.rows"], state[f"{name}.cols"]
+            topology = BlockTopology(layer.shape, layer.block_size, rows, cols)
+            layer.set_topology(topology)
+            self.topologies[name] = topology
+            self._born[name] = state[f"{name}.born"].clone()
+            self._explored[name] = state[f"{name}.explored"].bool()
+        self._arm(step + 1)
+
+    def _share(self, count: Any) -> float:
+        total = sum(mask.numel() * self.layers[name].block_size ** 2 for name, mask in self._explored.items())
+        kept = sum(count(name) * layer.block_size**2 for name, layer in self.layers.items())
+        return kept / total if total else 1.0
+
+    def _arm(self, step: int) -> None:
+        """Have the layers collect their dense gradient if an update by gradient follows `step`."""
+        due = self._schedule is not None and self.config.regrow == "gradient" and self._schedule.is_update_step(step)
+        for layer in self.layers.values():
+            layer.dense_gradient = (
+                torch.zeros(layer.shape, dtype=torch.float32, device=layer.rows.device) if due else None
+            )
+
+    def _update(self, number: int, step: int) -> MaskUpdate:
+        start = time.perf_counter()
+        scores = self._reduced_scores()
+        gradient_norms = self._reduced_gradient_norms()
+        updates = {}
+        for name, topology in self.topologies.items():
+            key = DrawKey(self._seed, "regrow", number, name)
+            count = self._schedule.num_pruned(step, topology.num_active)  # type: ignore[union-attr]
+            updates[name] = prune_and_regrow(
+                topology, scores[name], count, key, self._rule, gradient_norms.get(name)
+            )
+        # Every decision is taken before the first weight is touched.
+        removed_new = pruned = 0
+        for name, update in updates.items():
+            removed_new += int((self._born[name][update.slots] == number - 1).sum()) if number > 1 else 0
+            pruned += update.num_pruned
+            self._apply(name, update, number)
+        self.verify_replicas()
+        return MaskUpdate(
+            number, step, updates, removed_new / max(pruned, 1), self.dof, self.digest(), time.perf_counter() - start
+        )
+
+    def _apply(self, name: str, update: TopologyUpdate, number: int) -> None:
+        layer = self.layers[name]
+        self._editor.zero_blocks(layer, update.slots.to(layer.rows.device))
+        self.topologies[name] = self.topologies[name].replace(update)
+        layer.set_topology(self.topologies[name])
+        self._born[name][update.slots] = number
+        self._explored[name][update.rows.long(), update.cols.long()] = True
+
+    def _reduced_scores(self) -> dict[str, Tensor]:
+        """Scores of all blocks by layer (int64 [K], CPU), after ONE all-reduce over all layers."""
+        parts = [self._editor.block_scores(layer, self._score) for layer in self.layers.values()]
+        scores = all_reduce(torch.cat(parts), self._score.combine, self._group).cpu()
+        return dict(zip(self.layers, scores.split([part.numel() for part in parts]), strict=True))
+
+    def _reduced_gradient_norms(self) -> dict[str, Tensor]:
+        """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if not needed."""
+        if self.config.regrow != "gradient":
+            return {}
+        gradients = self.dense_gradients()
+        norms = {}
+        for name, layer in self.layers.items():
+            num_rows, num_cols = self.topologies[name].grid
+            blocked = gradients[name].view(num_rows, layer.block_size, num_cols, layer.block_size)
+            norms[name] = blocked.abs().sum((1, 3)).cpu()
+        return norms
+
+    def dense_gradients(self) -> dict[str, Tensor]:
+        """The dense gradients [out, in] of the global batch, fp32: summed over micro-batches in backward, over ranks
+        here. Collective. Frees the layers' buffers. Raises RuntimeError unless the layers were armed."""
+        buffers = [layer.dense_gradient for layer in self.layers.values()]
+        if any(buffer is None for buffer in buffers):
+            raise RuntimeError("expected the layers armed for this step: call maybe_update after every step")
+        flat = torch.cat([buffer.flatten() for buffer in buffers if buffer is not None])
+        all_reduce(flat, "sum", self._group).div_(self._editor.gradient_divisor())
+        for layer in self.layers.values():
+            layer.dense_gradient = None
+        parts = flat.split([layer.shape[0] * layer.shape[1] for layer in self.layers.values()])
+        return {
+            name: part.view(layer.shape) for (name, layer), part in zip(self.layers.items(), parts, strict=True)
+        }
