@@ -1,0 +1,152 @@
+"""What a prepared data directory contains.
+
+manifest.json         this file's subject: sources, tokenizer, splits, shards with checksums, identity
+tokenizer/            as transformers' AutoTokenizer reads it
+train-00000.arrow     token shards (shards.py), as many as needed, for train and validation
+unigram.npy           int64 [V]: how often each token occurs in the train split
+spans-train-128/      the sample index for one sequence length, made on first use (spans.py)
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsbert.errors import UserError
+
+KIND = "dsbert-data"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+UNIGRAM = "unigram.npy"
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of text by its name as the user gave it and the fingerprint of its content."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for: equal requests give equal data."""
+
+    sources: tuple[Source, ...]
+    vocab_size: int
+    validation: float
+    shard_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerEntry:
+    """`vocab_size` is the number of tokens there are, which a small corpus keeps below the number asked for."""
+
+    digest: str
+    vocab_size: int
+    lowercase: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEntry:
+    """One Arrow file; `xxh3` is the hex xxh3_64 of its bytes."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    xxh3: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitEntry:
+    """A split's totals and its shards, in the order that numbers its documents and tokens."""
+
+    documents: int
+    sentences: int
+    tokens: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning."""
+
+    request: Request
+    tokenizer: TokenizerEntry
+    splits: dict[str, SplitEntry]
+    duplicates: int
+    digest: str
+
+    def save(self, directory: Path) -> None:
+        """Write manifest.json into the directory."""
+        document = {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}
+        (directory / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def data_digest(tokenizer_digest: str, splits: dict[str, SplitEntry]) -> str:
+    """Hex xxh3_128 over the tokenizer's digest and the shards' checksums, split by split."""
+    import xxhash
+
+    shards = [[name, [shard.xxh3 for shard in splits[name].shards]] for name in SPLITS]
+    return xxhash.xxh3_128_hexdigest(json.dumps([tokenizer_digest, shards]).encode())
+
+
+def load_manifest(directory: str | Path) -> Manifest:
+    """Read manifest.json.
+
+    Raises:
+        UserError: there is no prepared data, the manifest is damaged, or another version of dsbert wrote it.
+    """
+    path = Path(directory) / MANIFEST
+    again = f"run: dsbert prepare --source sotu --to {directory} --vocab-size 2048"
+    try:
+        document = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no prepared data in {directory}; {again}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is unreadable ({error}); remove {directory} and {again}") from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise UserError(f"{path} does not describe prepared data; {again} into another directory")
+    if document.get("version") != VERSION:
+        raise UserError(f"{path} has version {document.get('version')}, expected {VERSION}; remove it and {again}")
+    try:
+        return _parse(document)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove {directory} and {again}") from error
+
+
+def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
+    """int64 [V]: how often each token id occurs in the train split.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = Path(directory) / UNIGRAM
+    try:
+        counts: NDArray[np.int64] = np.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is unreadable ({error}); prepare the data again") from error
+    return counts
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    request = document["request"]
+    splits = {
+        name: SplitEntry(**{**split, "shards": tuple(ShardEntry(**shard) for shard in split["shards"])})
+        for name, split in document["splits"].items()
+    }
+    if set(splits) != set(SPLITS):
+        raise KeyError(f"splits {sorted(splits)}")
+    return Manifest(
+        request=Request(**{**request, "sources": tuple(Source(**source) for source in request["sources"])}),
+        tokenizer=TokenizerEntry(**document["tokenizer"]),
+        splits=splits,
+        duplicates=document["duplicates"],
+        digest=document["digest"],
+    )

@@ -1,0 +1,219 @@
+"""The stream of training batches: a pure function of (data, seed, position).
+
+`position` counts samples over the whole job. Epoch position // N shuffles the N spans by a keyed permutation; the
+sample at a position is laid out as [CLS] A [SEP] B [SEP] with whole words masked. Every choice is a hash of (seed,
+purpose, epoch, sample), so any rank computes any batch at any time, and where the batches are cut changes nothing.
+
+Legend: b samples in a batch, S sequence length, m masked tokens, N spans.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsbert.data.hashing import ORDER, SAMPLE, UInt64s, below, hash64, hash_int, substream
+from dsbert.data.manifest import TOKENIZER
+from dsbert.data.masking import mask_words_
+from dsbert.data.permutation import permute
+from dsbert.data.shards import TokenStore
+from dsbert.data.spans import NUM_SPECIAL, SpanIndex
+from dsbert.data.tokenizer import Vocabulary, load_tokenizer
+from dsbert.errors import UserError
+
+IGNORE = -100
+_BORROW_ATTEMPTS = 8
+_SPLIT, _REPLACE, _BORROW, _MASK = range(4)  # what a sample's key is asked for
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b rows of S tokens, and what the model is asked about them.
+
+    input_ids, token_type_ids and attention_mask (1 real, 0 padding): int64 [b, S]. mlm_positions int64 [m]: flat
+    index row * S + column, ascending; mlm_labels int64 [m]. nsp_labels int64 [b]: 0 = B follows A, 1 = B is other
+    text, -100 = not asked (a filler row, or NSP is off). num_samples: rows that are samples, the first ones;
+    num_tokens: their tokens without padding.
+    """
+
+    input_ids: Int64s
+    token_type_ids: Int64s
+    attention_mask: Int64s
+    mlm_positions: Int64s
+    mlm_labels: Int64s
+    nsp_labels: Int64s
+    num_samples: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What stands in each row, all int64 [b]: the tokens of A and B as (global start, length), and the NSP label."""
+
+    a_start: Int64s
+    a_length: Int64s
+    b_start: Int64s
+    b_length: Int64s
+    nsp: Int64s
+
+
+class SampleStream:
+    """Batches of masked samples at any position, without state."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        index: SpanIndex,
+        *,
+        vocab: Vocabulary,
+        seq_len: int,
+        seed: int,
+        nsp: bool = True,
+        mask_fraction: float = 0.15,
+    ) -> None:
+        """Args: `index` was built from `store` with `seq_len`. Raises UserError if it has no span."""
+        if not len(index):
+            raise UserError("the corpus is empty: the split has no sample of two tokens; add documents to the sources")
+        self.num_samples = len(index)
+        self.seq_len = seq_len
+        self.vocab = vocab
+        self._store = store
+        self._index = index
+        self._seed = seed
+        self._nsp = nsp
+        self._mask_fraction = mask_fraction
+        self._ordinary_ids = vocab.ordinary_ids
+
+    @classmethod
+    def open(
+        cls, data_dir: str | Path, split: str, seq_len: int, seed: int, nsp: bool = True, mask_fraction: float = 0.15
+    ) -> "SampleStream":
+        """The stream over one split ("train" or "validation") of a prepared data directory.
+
+        Raises:
+            UserError: there is no prepared data, it is damaged, or the split is empty.
+        """
+        store = TokenStore.open(data_dir, split)
+        vocab = Vocabulary.of(load_tokenizer(Path(data_dir) / TOKENIZER))
+        index = SpanIndex.open(data_dir, split, seq_len, store)
+        return cls(store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction)
+
+    def batch(self, position: int, count: int, rows: int | None = None) -> Batch:
+        """The samples at positions [position, position + count), which may cross the end of an epoch.
+
+        Args:
+            position: first sample, counted over the whole job, >= 0.
+            count: number of samples, >= 0.
+            rows: b, at least `count` (the default); the rows beyond are filler of weight zero: [CLS] [SEP], nothing
+                masked, nothing asked.
+
+        Raises:
+            ValueError: a negative position or count, or fewer rows than samples.
+        """
+        b = count if rows is None else rows
+        if position < 0 or count < 0 or b < count:
+            raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
+        epochs, samples = self._samples_at(position, count)
+        keys = hash64([self._seed, SAMPLE], epochs, samples)
+        texts = self._pair(samples, keys) if self._nsp else self._single(samples)
+        input_ids, token_type_ids, attention, maskable = self._lay_out(texts, b)
+        row_keys = np.zeros(b, dtype=np.uint64)
+        row_keys[:count] = substream(keys, _MASK)
+        masked = mask_words_(input_ids, maskable, row_keys, self.vocab, self._ordinary_ids, self._mask_fraction)
+        nsp_labels = np.full(b, IGNORE, dtype=np.int64)
+        nsp_labels[:count] = texts.nsp
+        return Batch(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            attention_mask=attention.astype(np.int64),
+            mlm_positions=masked.positions,
+            mlm_labels=masked.labels,
+            nsp_labels=nsp_labels,
+            num_samples=count,
+            num_tokens=int(attention[:count].sum()),
+        )
+
+    def _samples_at(self, position: int, count: int) -> tuple[Int64s, Int64s]:
+        """Epoch and span number of each position, int64 [count] both."""
+        epochs, places = np.divmod(np.arange(position, position + count, dtype=np.int64), self.num_samples)
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            key = hash_int(self._seed, ORDER, epoch)
+            samples[here] = permute(places[here], self.num_samples, key)
+        return epochs, samples
+
+    def _single(self, samples: Int64s) -> _Texts:
+        """The whole span as A; no B."""
+        nothing = np.zeros_like(samples)
+        length = self._index.length[samples].astype(np.int64)
+        return _Texts(self._index.start[samples], length, nothing, nothing, np.full_like(samples, IGNORE))
+
+    def _pair(self, samples: Int64s, keys: UInt64s) -> _Texts:
+        """Each span cut in two at a sentence end, and half of the second parts replaced by another document's text."""
+        index = self._index
+        start, length = index.start[samples], index.length[samples].astype(np.int64)
+        a_length = length // 2
+        cut_counts = index.cut_counts(samples)
+        several = np.flatnonzero(cut_counts)
+        choice = below(substream(keys[several], _SPLIT), cut_counts[several])
+        a_length[several] = index.cuts[index.first_cut[samples[several]] + choice]
+
+        b_start, b_length = start + a_length, length - a_length
+        wanted = substream(keys, _REPLACE) >> np.uint64(63) == 1
+        lenders, found = self._borrow(samples, substream(keys, _BORROW))
+        replaced = np.flatnonzero(wanted & found)
+        lenders = lenders[replaced]
+        b_start[replaced] = index.start[lenders]
+        # Cut at a sentence end where one fits: if only true continuations ended with a full stop, the full stop
+        # would give the label away.
+        b_length[replaced] = index.head_lengths(lenders, self.seq_len - NUM_SPECIAL - a_length[replaced])
+        nsp = np.zeros_like(samples)
+        nsp[replaced] = 1
+        return _Texts(start, a_length, b_start, b_length, nsp)
+
+    def _borrow(self, samples: Int64s, keys: UInt64s) -> tuple[Int64s, NDArray[np.bool_]]:
+        """For each sample a span of another document, and whether one was found.
+
+        A few draws: they all fail where the sample's document has (nearly) all the spans, and B then stays true.
+        """
+        documents = self._index.document[samples]
+        lenders = np.zeros_like(samples)
+        pending = np.arange(len(samples))
+        for attempt in range(_BORROW_ATTEMPTS):
+            draws = below(substream(keys[pending], attempt), self.num_samples)
+            lenders[pending] = draws
+            pending = pending[self._index.document[draws] == documents[pending]]
+            if not pending.size:
+                break
+        found = np.ones(len(samples), dtype=np.bool_)
+        found[pending] = False
+        return lenders, found
+
+    def _lay_out(self, texts: _Texts, b: int) -> tuple[Int64s, Int64s, NDArray[np.bool_], NDArray[np.bool_]]:
+        """input_ids and token_type_ids int64 [b, S], and bool [b, S] which columns are real, and which are text."""
+        vocab, count = self.vocab, len(texts.nsp)
+        a_end = np.full(b, 1, dtype=np.int64)
+        a_end[:count] += texts.a_length
+        end = a_end + 1  # where the row ends: after A's [SEP], or after B's
+        if self._nsp:
+            end[:count] += texts.b_length + 1
+
+        columns = np.arange(self.seq_len)
+        attention = columns < end[:, None]
+        token_type_ids = ((columns > a_end[:, None]) & attention).astype(np.int64)
+        input_ids = np.full((b, self.seq_len), vocab.pad, dtype=np.int64)
+        input_ids[:, 0] = vocab.cls
+        self._store.gather(texts.a_start, texts.a_length, input_ids[:count], np.ones_like(texts.nsp))
+        if self._nsp:
+            self._store.gather(texts.b_start, texts.b_length, input_ids[:count], a_end[:count] + 1)
+        maskable = attention.copy()
+        maskable[:, 0] = False
+        every = np.arange(b)
+        for separator in (a_end, end - 1):
+            input_ids[every, separator] = vocab.sep
+            maskable[every, separator] = False
+        return input_ids, token_type_ids, attention, maskable

@@ -1,0 +1,176 @@
+"""A BERT WordPiece tokenizer (lower case, accents stripped) whose ids do not depend on the run that trained it.
+
+The trainer numbers continuation characters in the order of a randomly seeded hash map, and breaks ties between
+merges by number, so two trainings may differ in ids and even in tokens. Here the alphabet is given to the trainer in
+sorted order, which fixes the tokens, and the ids are assigned anew: the special tokens first, then the rest sorted.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsbert.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CONTINUATION = "##"
+_MAX_ALPHABET = 1000
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What batches need to know of a tokenizer: V ids, the special ones, and which start a word (bool [V])."""
+
+    size: int
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+    word_start: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, tokenizer: "Tokenizer") -> "Vocabulary":
+        """Raises UserError if one of the five special tokens is missing."""
+        pad, unk, cls_id, sep, mask = (_special_id(tokenizer, token) for token in SPECIAL_TOKENS)
+        table = word_start_table(tokenizer)
+        return cls(size=len(table), pad=pad, unk=unk, cls=cls_id, sep=sep, mask=mask, word_start=table)
+
+    @property
+    def ordinary_ids(self) -> NDArray[np.int64]:
+        """All ids but the special ones, ascending: what a masked token may be replaced by."""
+        return np.setdiff1d(np.arange(self.size), [self.pad, self.unk, self.cls, self.sep, self.mask])
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """Train WordPiece; equal sentences give equal ids, whatever their order.
+
+    The sentences are held in memory: of a very large corpus, pass a sample. A corpus with too few words gives a
+    smaller vocabulary than asked for.
+
+    Raises:
+        UserError: `vocab_size` leaves no room for a word beyond the special tokens and the alphabet.
+    """
+    from tokenizers.trainers import WordPieceTrainer
+
+    sentences = list(sentences)
+    tokenizer = _build({token: number for number, token in enumerate(SPECIAL_TOKENS)})
+    alphabet = _alphabet(tokenizer, sentences)
+    continuations = [_CONTINUATION + char for char in alphabet if _continues_a_word(tokenizer, char)]
+    smallest = len(SPECIAL_TOKENS) + len(alphabet) + len(continuations) + 1
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small for this text: its {len(alphabet)} characters alone need "
+            f"{smallest - 1} tokens; ask for more than that"
+        )
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *continuations],  # "special" here only means: numbered first, in this order
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix=_CONTINUATION,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer, length=len(sentences))
+    words = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
+    return _build({token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])})
+
+
+def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt, as transformers' AutoTokenizer expects them."""
+    import json
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "strip_accents": True,
+        "tokenize_chinese_chars": True,
+        **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "vocab.txt").write_text("".join(token + "\n" for token in _tokens(tokenizer)), encoding="utf-8")
+
+
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    """Raises UserError if the directory has no readable tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"no tokenizer at {path}; prepare the data again")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path} is not a tokenizer ({error}); prepare the data again") from error
+
+
+def tokenizer_digest(tokenizer: "Tokenizer") -> str:
+    """xxh3_128 of the tokens in the order of their ids, and of how text is normalised and cut into words."""
+    import json
+
+    import xxhash
+
+    state = json.loads(tokenizer.to_str())
+    word_limit = state["model"]["max_input_chars_per_word"]
+    parts = [_tokens(tokenizer), state["normalizer"], state["pre_tokenizer"], word_limit]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def word_start_table(tokenizer: "Tokenizer") -> NDArray[np.bool_]:
+    """bool [V]: True where the token begins a word, False for the `##` continuations."""
+    return np.array([not token.startswith(_CONTINUATION) for token in _tokens(tokenizer)])
+
+
+def _build(vocab: dict[str, int]) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", continuing_subword_prefix=_CONTINUATION))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def _alphabet(tokenizer: "Tokenizer", sentences: list[str]) -> list[str]:
+    """The characters that the vocabulary must spell, sorted: the most frequent ones after normalisation."""
+    raw: Counter[str] = Counter()
+    for sentence in sentences:
+        raw.update(sentence)
+    counts: Counter[str] = Counter()
+    for char, count in raw.items():
+        for normal in tokenizer.normalizer.normalize_str(char).strip():
+            counts[normal] += count
+    frequent = sorted(counts, key=lambda char: (-counts[char], char))[:_MAX_ALPHABET]
+    return sorted(frequent)
+
+
+def _continues_a_word(tokenizer: "Tokenizer", char: str) -> bool:
+    """Letters and digits can stand inside a word; punctuation and Chinese characters are words of their own."""
+    return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a" + char))) == 1
+
+
+def _tokens(tokenizer: "Tokenizer") -> list[str]:
+    vocab = tokenizer.get_vocab()
+    return sorted(vocab, key=vocab.__getitem__)
+
+
+def _special_id(tokenizer: "Tokenizer", token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise UserError(f"the tokenizer has no {token} token; BERT needs {' '.join(SPECIAL_TOKENS)}")
+    return int(number)

