@@ -53,7 +53,7 @@ setup(
         "pyarrow",
         "numpy",
         "pydantic>=2",
-        "typer",
+        
         "rich",
         "PyYAML",
         "xxhash",

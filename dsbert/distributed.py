@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsbert.errors import DsbertError, PeerError, UserError
+from dsbert.launch import LISTEN_FD_ENV
+from dsbert.ranks import ranks_from_environment
 
 T = TypeVar("T")
-# Left set by `dsbert pretrain --nproc` (launch.py): the listening socket that rank 0's store takes over.
-LISTEN_FD = "DSBERT_LISTEN_FD"
 
 
 @dataclass(frozen=True)
@@ -40,44 +40,14 @@ class World:
         return self.rank == 0
 
 
-def started_by_launcher() -> bool:
-    """Whether a launcher has given us a rank."""
-    return _environment_ranks() is not None
-
-
-def _environment_ranks() -> tuple[int, int, int] | None:
-    """(rank, world size, local rank), or None. Raises UserError if the environment is incomplete."""
-    env = os.environ
-    # The batch shell of a SLURM job carries SLURM_PROCID as well: only inside a step is it a rank.
-    in_step = "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID") != "4294967291"
-    for rank, size, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ):
-        if rank not in env or (rank == "SLURM_PROCID" and not in_step):
-            continue
-        if size not in env:
-            raise UserError(f"expected {size} beside {rank}={env[rank]} in the environment, found none: start all ranks "
-                            "with one launcher, or use --nproc")
-        try:
-            ranks = int(env[rank]), int(env[size]), int(env.get(local, env.get("SLURM_LOCALID", env[rank])))
-        except ValueError:
-            raise UserError(f"expected whole numbers in {rank} and {size}, found {env[rank]!r} and {env[size]!r}") from None
-        if not 0 <= ranks[0] < ranks[1]:
-            raise UserError(f"expected 0 <= {rank} < {size}, found {ranks[0]} and {ranks[1]}")
-        return ranks
-    return None
-
-
 def init(timeout_s: float = 300.0) -> World:
     """Join the other ranks. Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for libraries that read them.
 
-    NCCL on CUDA with the device of the local rank, gloo elsewhere. Without a launcher: a world of one.
+    NCCL for CUDA tensors, with the device of the local rank; gloo for CPU tensors, which all that the ranks say to each
+    other about control is made of: it never waits for a GPU. Without a launcher: a world of one.
     Raises UserError for an incomplete environment, PeerError if the peers do not come within the timeout.
     """
-    rank, world_size, local_rank = _environment_ranks() or (0, 1, 0)
+    rank, world_size, local_rank = ranks_from_environment() or (0, 1, 0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
@@ -89,7 +59,7 @@ def init(timeout_s: float = 300.0) -> World:
     try:
         store = _store(rank, world_size, timeout)
         dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout,
             device_id=device if cuda else None,
         )  # fmt: skip
     except (dist.DistError, RuntimeError) as error:
@@ -109,7 +79,7 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         _meet_by_mpi(rank)
     # torchrun's agent already serves a store at this address; then rank 0 is a client like everybody else.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    listen_fd = os.environ.pop(LISTEN_FD, None)
+    listen_fd = os.environ.pop(LISTEN_FD_ENV, None)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -159,13 +129,12 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's JSON value, by rank, on every rank. (torch's object collectives would unpickle what peers send.)"""
-    device = _collective_device()
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-    sizes = gather(torch.tensor([data.numel()], device=device), group).flatten().tolist()
-    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = gather(torch.tensor([data.numel()]), group).flatten().tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: data.numel()] = data
-    rows = gather(padded, group).cpu()
-    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+    rows = gather(padded, group)
+    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
@@ -194,7 +163,7 @@ def assert_replicas_agree(what: str, values: dict[str, int], group: dist.Process
     """Compare 64-bit values by name over all ranks. Raises PeerError on every rank, naming the first entry that differs
     and the ranks that hold something else than most (or than rank 0, where there is no majority)."""
     signed = [value - (1 << 64) if value >= 1 << 63 else value for value in values.values()]
-    rows = gather(torch.tensor(signed, dtype=torch.int64, device=_collective_device()), group).cpu()
+    rows = gather(torch.tensor(signed, dtype=torch.int64), group)
     if bool((rows == rows[0]).all()):
         return
     column = int((rows != rows[0]).any(0).nonzero()[0])
@@ -202,11 +171,6 @@ def assert_replicas_agree(what: str, values: dict[str, int], group: dist.Process
     expected = Counter([held[0], *held]).most_common(1)[0][0]
     odd = [f"rank {rank} has {value}" for rank, value in enumerate(held) if value != expected]
     raise PeerError(f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd)}")
-
-
-def _collective_device() -> torch.device:
-    cuda = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def _line(error: Exception) -> str:

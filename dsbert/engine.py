@@ -33,6 +33,8 @@ from dsbert.zero_shards import (
     zero_blocks,
 )
 
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -144,6 +146,22 @@ class TrainEngine:
             name: xxhash.xxh3_64_intdigest(param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
             for name, param in self.parameters.items()
         }
+
+    def counters(self) -> dict[str, Any]:
+        """DeepSpeed's own counters and loss scaler, for a checkpoint at an accumulation boundary."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        numbers = {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+        return {name: getattr(self._engine, name) for name in _COUNTERS} | {"loss_scaler": numbers}
+
+    def restore_counters(self, counters: dict[str, Any]) -> None:
+        """Set what `counters` returned; the accumulation may be another one now."""
+        for name in _COUNTERS:
+            setattr(self._engine, name, counters[name])
+        self._engine.micro_steps = self.step * self.accumulation_steps
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        for name, value in counters["loss_scaler"].items():
+            if scaler is not None and isinstance(getattr(scaler, name, None), int | float):
+                setattr(scaler, name, value)
 
     # BlockEditor
 

@@ -71,6 +71,7 @@ def start_launcher(program: str, nproc: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
     )
 
 
@@ -180,7 +181,7 @@ def test_forwards_each_signal_once_to_every_rank() -> None:
     assert launcher.stdout is not None
     seen = []
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        launcher.send_signal(number)
+        os.killpg(launcher.pid, number)  # as a terminal's Ctrl-C does: to the whole group
         seen += sorted(launcher.stdout.readline().strip() for _ in range(2))
     launcher.send_signal(signal.SIGTERM)
     out, err = launcher.communicate(timeout=10)

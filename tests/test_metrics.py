@@ -31,7 +31,7 @@ def init(**options):
 BROKEN = {
     "import fails": "raise RuntimeError('no\\nluck')",
     "import exits": "raise SystemExit(7)",
-    "init fails": "def Settings(**_): pass\ndef init(**_): raise OSError('no server')",
+    "init fails": "def Settings(**_): pass\ndef init(**_):\n    print('chatter')\n    raise OSError('no server')",
     "process dies": "import os; os._exit(9)",
     "hangs": "import time; time.sleep(60)",
 }
@@ -94,7 +94,7 @@ def test_what_wandb_is_asked_for(
     logger = make_logger(tmp_path)
     logger.log({"step": 1, "loss": 0.5, "val_loss": math.nan})
     logger.close(30)
-    calls = metrics.JsonlFile(tmp_path / "calls.jsonl").path.read_text().splitlines()
+    calls = (tmp_path / "calls.jsonl").read_text().splitlines()
     assert f'"mode": "{mode}"' in calls[0]
     assert '"resume": "allow"' in calls[0]
     assert f'"id": "{(tmp_path / "wandb_id").read_text()}"' in calls[0]
@@ -121,6 +121,8 @@ def test_a_broken_wandb_is_one_warning(
     logger.close(0.5 if fault == "hangs" else 30)
     logger.close()
     logger.log({"step": 101})
+    assert logger._child is not None
+    assert logger._child.wait(10) != 0
     assert time.monotonic() - start < 10
     captured = capfd.readouterr()
     expected = {

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dsbert.data.hashing import UInt64s, hash64, mix64
 
-# Four rounds look random where the halves are wide; six keep tiny domains (halves of one or two bits) uniform.
-_ROUNDS = 6
+# Six rounds look random where the halves are wide. Halves of a few bits mix slowly: tiny domains take more rounds.
+_ROUNDS, _TINY_ROUNDS, _TINY_BITS = 6, 24, 12
 
 
 def permute(positions: NDArray[Any], n: int, key: int) -> NDArray[np.int64]:
@@ -36,7 +36,7 @@ def permute(positions: NDArray[Any], n: int, key: int) -> NDArray[np.int64]:
     if positions.size and (int(positions.min()) < 0 or int(positions.max()) >= n):
         raise ValueError(f"positions must be in [0, {n}), got {positions.min()} to {positions.max()}")
     bits = max(2, (n - 1).bit_length())
-    round_keys = hash64([key], np.arange(_ROUNDS))
+    round_keys = hash64([key], np.arange(_ROUNDS if bits > _TINY_BITS else _TINY_ROUNDS))
     values = positions.reshape(-1).astype(np.uint64)
     walking = np.arange(values.size)
     while walking.size:

@@ -180,7 +180,7 @@ def _load(target: Path, meta: dict[str, Any]) -> SpanIndex | None:
         if found != meta:
             return None
         arrays = {name: _map(target / f"{name}.npy") for name in _arrays()}
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError):
         return None
     return SpanIndex(**arrays, dropped_tokens=dropped)
 

@@ -104,8 +104,7 @@ class MaskManager:
         each rank's own record agrees with its kernels. Collective."""
         kernels = {name: layer.digest() for name, layer in self.layers.items()}
         own = [kernels[name] == topology.digest() for name, topology in self.topologies.items()]
-        device = next(iter(self.layers.values())).rows.device if self.layers else None
-        agree = gather(torch.tensor(own, dtype=torch.uint8, device=device), self._group).cpu().bool()
+        agree = gather(torch.tensor(own, dtype=torch.uint8), self._group).bool()
         if not bool(agree.all()):
             rank, column = (~agree).nonzero()[0].tolist()
             raise PeerError(

@@ -37,7 +37,9 @@ def test_shards_are_cut_between_documents(tmp_path, shard_tokens, shards):
     memory = TokenStore.from_documents(DOCUMENTS)
     assert (store.num_documents, store.num_sentences, store.num_tokens) == (3, 5, 13)
     for start, length in [(0, 4), (1, 2), (4, 2), (6, 7), (12, 1)]:
-        assert gather(store, start, length) == gather(memory, start, length) == list(range(5 + start, 5 + start + length))
+        assert (
+            gather(store, start, length) == gather(memory, start, length) == list(range(5 + start, 5 + start + length))
+        )
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(100, "uint16"), (65_536, "uint16"), (65_537, "int32")])

@@ -57,7 +57,9 @@ def test_packs_greedily(documents, seq_len):
     assert described(index) == expected
     assert index.dropped_tokens == dropped
     # Every token of the store is in exactly one span, but for the dropped ones.
-    covered = [start + i for start, length in zip(index.start.tolist(), index.length, strict=True) for i in range(length)]
+    covered = [
+        start + i for start, length in zip(index.start.tolist(), index.length, strict=True) for i in range(length)
+    ]
     assert len(covered) == len(set(covered)) == sum(map(sum, documents)) - dropped
 
 
@@ -107,18 +109,18 @@ class TestCache:
         assert sorted(path.name for path in directory.iterdir() if "spans" in path.name) == ["spans-train-32"]
 
     def test_of_other_data_is_replaced(self, directory, monkeypatch):
-        first = self.open(directory)
+        first = described(self.open(directory))
         meta = directory / "spans-train-32" / "meta.json"
         meta.write_text(meta.read_text().replace('"data": "', '"data": "other'))
         np.save(directory / "spans-train-32" / "length.npy", np.zeros(3))
-        assert described(self.open(directory)) == described(first)
+        assert described(self.open(directory)) == first
         monkeypatch.setattr(SpanIndex, "build", None)
-        assert described(self.open(directory)) == described(first)
+        assert described(self.open(directory)) == first
 
     def test_damaged_is_replaced(self, directory):
-        first = self.open(directory)
+        first = described(self.open(directory))
         (directory / "spans-train-32" / "cuts.npy").write_bytes(b"")
-        assert described(self.open(directory)) == described(first)
+        assert described(self.open(directory)) == first
 
     def test_many_writers_at_once(self, directory):
         found = []

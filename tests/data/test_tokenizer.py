@@ -81,7 +81,13 @@ def test_auto_tokenizer_loads_it(tmp_path):
     pair = auto("bako", "limtor")
     assert pair["input_ids"] == tokenizer.encode("bako", "limtor").ids
     assert pair["token_type_ids"] == tokenizer.encode("bako", "limtor").type_ids
-    assert [auto.pad_token_id, auto.unk_token_id, auto.cls_token_id, auto.sep_token_id, auto.mask_token_id] == [0, 1, 2, 3, 4]
+    assert [auto.pad_token_id, auto.unk_token_id, auto.cls_token_id, auto.sep_token_id, auto.mask_token_id] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert len(auto) == tokenizer.get_vocab_size()
 
 

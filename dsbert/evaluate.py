@@ -1,0 +1,138 @@
+"""Losses and accuracies on held-out text, with the same seeded masks for everyone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsbert.data.stream import Batch, SampleStream
+from dsbert.distributed import all_reduce
+
+# Masks, order and NSP partners of every evaluation, whatever the seed of the run.
+EVAL_SEED = 20_210_813
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over `tokens` masked tokens (losses in nats) and over the NSP pairs; None where there were none.
+
+    unigram_loss: cross-entropy of the same tokens under their frequency in the training text.
+    """
+
+    sequences: int
+    tokens: int
+    mlm_loss: float | None
+    mlm_accuracy: float | None
+    nsp_loss: float | None
+    nsp_accuracy: float | None
+    unigram_loss: float | None = None
+
+
+def evaluate(
+    forward: Callable[[Batch], tuple[Tensor, Tensor]],
+    stream: SampleStream,
+    sequences: int,
+    *,
+    micro_batch: int = _BATCH,
+    rank: int = 0,
+    world_size: int = 1,
+    unigram_counts: NDArray[np.int64] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate the first `sequences` samples of `stream`, shared out over the ranks. Collective if world_size > 1.
+
+    forward(batch) -> (summed losses [mlm, nsp], hits [mlm, nsp]). Every rank makes the same number of calls.
+    """
+    sequences = min(sequences, stream.num_samples)
+    num_batches = -(-sequences // micro_batch)
+    sums = torch.zeros(7, dtype=torch.float64)
+    unigram = None if unigram_counts is None else _unigram_log_probabilities(unigram_counts)
+    for index in range(rank, -(-num_batches // world_size) * world_size, world_size):
+        first = min(index * micro_batch, sequences)
+        batch = stream.batch(first, min(micro_batch, sequences - first), micro_batch)
+        losses, hits = forward(batch)
+        pairs = int((batch.nsp_labels >= 0).sum())
+        sums[:4] += torch.cat([losses.double(), hits.double()]).cpu()
+        sums[4:6] += torch.tensor([batch.mlm_labels.size, pairs], dtype=torch.float64)
+        if unigram is not None:
+            sums[6] -= float(unigram[batch.mlm_labels].sum())
+        if progress:
+            progress(min(index + world_size, num_batches), num_batches)
+    if world_size > 1:
+        all_reduce(sums)
+    mlm, nsp, mlm_hits, nsp_hits, tokens, pairs, surprise = sums.tolist()
+    return Evaluation(
+        sequences=sequences,
+        tokens=int(tokens),
+        mlm_loss=mlm / tokens if tokens else None,
+        mlm_accuracy=mlm_hits / tokens if tokens else None,
+        nsp_loss=nsp / pairs if pairs else None,
+        nsp_accuracy=nsp_hits / pairs if pairs else None,
+        unigram_loss=surprise / tokens if tokens and unigram is not None else None,
+    )
+
+
+def evaluate_checkpoint(
+    path: Path, texts: list[str], progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Evaluate a checkpoint or the newest one of a run, on its held-out documents or on the documents of `texts`.
+
+    Raises UserError for missing data or text, CheckpointError for a missing or damaged checkpoint.
+    """
+    from dsbert.data.manifest import UNIGRAM
+    from dsbert.model import DeviceBatch
+    from dsbert.restore import restore_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    restored = restore_model(path, device)
+    stream = _text_stream(restored, texts) if texts else _held_out_stream(restored)
+    restored.model.eval()
+
+    @torch.no_grad()
+    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+        return restored.model(DeviceBatch.of(batch, device))
+
+    counts = np.load(restored.path / UNIGRAM, allow_pickle=False)
+    result = evaluate(forward, stream, stream.num_samples, unigram_counts=counts, progress=progress)
+    return {"step": restored.state["step"]} | vars(result)
+
+
+def _held_out_stream(restored: Any) -> SampleStream:
+    data = restored.recipe.data
+    return SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, data.nsp, data.mask_fraction)
+
+
+def _text_stream(restored: Any, texts: list[str]) -> SampleStream:
+    from dsbert.data.corpus import read_documents
+    from dsbert.data.manifest import TOKENIZER
+    from dsbert.data.shards import TokenStore
+    from dsbert.data.spans import SpanIndex
+    from dsbert.data.tokenizer import Vocabulary, load_tokenizer
+
+    tokenizer = load_tokenizer(restored.path / TOKENIZER)
+    documents = [
+        [encoding.ids for encoding in tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
+        for sentences in read_documents(texts)
+    ]
+    store = TokenStore.from_documents(documents)
+    data = restored.recipe.data
+    index = SpanIndex.build(store, data.seq_len)
+    vocab = Vocabulary.of(tokenizer)
+    return SampleStream(
+        store, index, vocab=vocab, seq_len=data.seq_len, seed=EVAL_SEED, nsp=data.nsp, mask_fraction=data.mask_fraction
+    )
+
+
+def _unigram_log_probabilities(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Add-one smoothed, so that a token that training never showed has a finite loss."""
+    smoothed = counts.astype(np.float64) + 1.0
+    log_probabilities: NDArray[np.float64] = np.log(smoothed / smoothed.sum())
+    return log_probabilities

@@ -1,0 +1,62 @@
+"""Hand a trained model on: as a dense transformers model, and as its blocks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsbert.data.manifest import TOKENIZER
+from dsbert.errors import UserError
+
+COMPACT = "sparse.safetensors"
+
+
+def export(path: Path, to: Path) -> dict[str, Any]:
+    """Write a checkpoint, or the newest one of a run, into the directory `to`:
+
+    config.json, model.safetensors and the tokenizer, for transformers' BertForPreTraining and AutoTokenizer; and
+    sparse.safetensors with "<layer>.blocks" [K, B, B], ".rows", ".cols" (int32 [K]) and every dense parameter by name.
+    Raises UserError if `to` holds something else, CheckpointError without a valid checkpoint.
+    """
+    from transformers import BertForPreTraining
+
+    from dsbert.restore import restore_model
+
+    if to.exists() and any(to.iterdir()) and not (to / COMPACT).is_file():
+        raise UserError(f"expected a new directory, or an earlier export, at {to}, found other files")
+    restored = restore_model(path)
+    model = BertForPreTraining(restored.model.config)
+    weights = dense_state(restored)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if name not in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")]
+    assert not missing and not unexpected, (missing, unexpected)
+    model.tie_weights()
+    model.save_pretrained(to)
+    shutil.copytree(restored.path / TOKENIZER, to, dirs_exist_ok=True)
+    _save_compact(restored, to / COMPACT)
+    return {"step": restored.state["step"], "to": str(to), "files": sorted(file.name for file in to.iterdir())}
+
+
+def dense_state(restored: Any) -> dict[str, Any]:
+    """The parameters of transformers.BertForPreTraining by name: sparse weights as dense [out, in] ones."""
+    state = {}
+    for name, param in restored.model.named_parameters():
+        layer = restored.layers.get(name.removesuffix(".blocks"))
+        if layer is not None and name.endswith(".blocks"):
+            state[name.removesuffix("blocks") + "weight"] = layer.to_dense()
+        else:
+            state[name] = param.detach()
+    return state
+
+
+def _save_compact(restored: Any, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: param.detach().contiguous() for name, param in restored.model.named_parameters()}
+    for name, layer in restored.layers.items():
+        tensors[f"{name}.rows"], tensors[f"{name}.cols"] = layer.rows.contiguous(), layer.cols.contiguous()
+    shapes = {name: [*layer.shape, layer.block_size] for name, layer in restored.layers.items()}
+    metadata = {"format": "dsbert-compact-1", "layers": json.dumps(shapes), "step": str(restored.state["step"])}
+    save_file(tensors, path, metadata=metadata)

@@ -1,0 +1,169 @@
+"""What a run says while it goes: one record per logged step, and a progress bar. Speaks on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from dsbert.config import Recipe
+from dsbert.distributed import World
+from dsbert.engine import StepResult
+from dsbert.evaluate import Evaluation
+from dsbert.metrics import MetricsWriter, WandbLogger
+from dsbert.run_directory import RunDirectory
+from dsbert.sparse import MaskManager, MaskUpdate
+from dsbert.sparse.flops import sequence_flops
+
+
+class Reporter:
+    """Counts tokens and FLOPs, and writes metrics.jsonl, W&B and the progress bar.
+
+    FLOPs are the paper's: forward and backward of encoder linears and attention products.
+    """
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, Any]) -> None:
+        self._recipe, self._directory, self._main = recipe, directory, world.is_main
+        shape = (recipe.data.seq_len, recipe.model.hidden_size, recipe.model.num_layers)
+        self._flops = sequence_flops(*shape, (layer["kept"] for layer in layers.values()))
+        dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+        self._flops_dense = sequence_flops(*shape, dense)
+        self._totals = {"tokens": 0, "flops": 0, "flops_dense": 0}
+        self._metrics: MetricsWriter | None = None
+        self._wandb: WandbLogger | None = None
+        self._bar: Any = None
+        self._since = (0, 0, 0.0)
+
+    def begin(self, step: int, totals: dict[str, int], attempt: int) -> None:
+        """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
+        self._totals |= totals
+        self._since = (step, self._totals["tokens"], time.perf_counter())
+        if not self._main:
+            return
+        recipe = self._recipe
+        self._metrics = MetricsWriter(self._directory.path, enabled=True)
+        self._metrics.truncate_after(step, attempt)
+        self._directory.journal.cut_back(step, attempt)
+        config = recipe.model_dump(mode="json")
+        log = recipe.log
+        self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
+        sparsity = recipe.sparsity
+        rate = f"peak lr {recipe.peak_lr:.3g}"
+        if recipe.optim.dense_lr is not None:
+            rate += f" (dense {recipe.optim.dense_lr:.3g} x {recipe.peak_lr / recipe.optim.dense_lr:.2f}, eq. 3)"
+        self.say(
+            f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}, {rate}, "
+            f"{recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
+            f"{recipe.deepspeed.config}"
+        )
+        self._bar = _Bar(recipe.optim.total_steps, step)
+
+    def totals(self) -> dict[str, int]:
+        """tokens, flops, flops_dense since the start of the run, for the checkpoint."""
+        return dict(self._totals)
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        masks: MaskManager,
+        update: MaskUpdate | None,
+        validation: Evaluation | None,
+    ) -> None:
+        """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
+        self._totals["tokens"] += result.tokens
+        self._totals["flops"] += self._flops * self._recipe.batch.global_batch
+        self._totals["flops_dense"] += self._flops_dense * self._recipe.batch.global_batch
+        if not self._main:
+            return
+        last = step == self._recipe.optim.total_steps
+        if step % self._recipe.log.every_steps == 0 or step == 1 or last or update or validation or result.stop:
+            record = self._record(step, result, masks, update, validation)
+            assert self._metrics is not None and self._wandb is not None
+            self._metrics.write(record)
+            self._wandb.log(record)
+            self._bar.show(record)
+        self._bar.advance(step)
+
+    def say(self, line: str) -> None:
+        """A line for people, on standard error."""
+        if self._main:
+            if self._bar:
+                self._bar.print(line)
+            else:
+                print(f"dsbert: {line}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+        if self._metrics:
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.close()
+        self._directory.journal.close()
+
+    def _record(
+        self,
+        step: int,
+        result: StepResult,
+        masks: MaskManager,
+        update: MaskUpdate | None,
+        validation: Evaluation | None,
+    ) -> dict[str, Any]:
+        mlm, nsp = result.mean_losses()
+        now = time.perf_counter()
+        since_step, since_tokens, since = self._since
+        self._since = (step, self._totals["tokens"], now)
+        return {
+            "step": step,
+            "loss": mlm + nsp,
+            "loss_mlm": mlm,
+            "loss_nsp": nsp,
+            "val_mlm_loss": validation.mlm_loss if validation else None,
+            "val_mlm_accuracy": validation.mlm_accuracy if validation else None,
+            "val_nsp_loss": validation.nsp_loss if validation else None,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_total": self._totals["tokens"],
+            "tokens_per_s": (self._totals["tokens"] - since_tokens) / max(now - since, 1e-9),
+            "flops_total": self._totals["flops"],
+            "flops_dense_total": self._totals["flops_dense"],
+            "density": masks.density,
+            "dof": masks.dof,
+            "pruned": update.num_pruned if update else None,
+            "removed_new_ratio": update.removed_new_ratio if update else None,
+            "topology_digest": masks.digest(),
+            "step_s": (now - since) / max(step - since_step, 1),
+            "mask_update_s": update.seconds if update else None,
+        }
+
+
+class _Bar:
+    """A progress bar on standard error; where that is no terminal, a line at every tenth of the run."""
+
+    def __init__(self, total: int, step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("", total=total, completed=step)
+        self._total, self._text = total, ""
+        self._progress.start()
+
+    def show(self, record: dict[str, Any]) -> None:
+        self._text = f"loss {record['loss']:.3f}  mlm {record['loss_mlm']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if record["val_mlm_loss"] is not None:
+            self.print(f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}")
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step, description=self._text)
+        if self._progress.disable and step % max(1, self._total // 10) == 0:
+            self.print(f"step {step} of {self._total}  {self._text}")
+
+    def print(self, line: str) -> None:
+        self._console.print(f"dsbert: {line}", soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()

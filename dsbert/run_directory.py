@@ -1,0 +1,160 @@
+"""The run directory: who owns it, what it is a run of, and how the last attempt ended. Rank 0 writes it.
+
+    config.yaml        resolved recipe, identity, versions and git revision
+    attempt.json       the attempt that owns the run; attempts.jsonl is the history
+    status.json        how the last attempt ended: done | requeue | failed
+    metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
+    checkpoints/       checkpoint.py
+    companions/        tokenizer and unigram counts, which go into every checkpoint
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsbert.checkpoint import newest_checkpoint
+from dsbert.config import Recipe
+from dsbert.data.manifest import TOKENIZER, UNIGRAM
+from dsbert.errors import CheckpointError, UserError
+from dsbert.fragments import write_durably
+from dsbert.jsonl import JsonlFile, to_json
+
+_VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+
+
+class RunDirectory:
+    """Paths and records of one run. Every method but the properties is for rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.companions = path / "companions"
+        self.journal = JsonlFile(path / "masks.jsonl")
+
+    def open_attempt(self, recipe: Recipe, data_path: Path, data_digest: str, resume: str) -> dict[str, Any]:
+        """Begin an attempt: {"number", "nonce", "checkpoint": newest valid one as a name, or None}.
+
+        Raises UserError if the directory holds a run and resume is "never", or a run of another identity;
+        CheckpointError if resume is "must" and nothing valid is there, or if checkpoints are there and none is valid.
+        """
+        found = self._find(resume)
+        identity = recipe.identity() | {"data_digest": data_digest}
+        self._check_identity(identity)
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = {
+            "recipe": recipe.model_dump(mode="json"),
+            "identity": identity,
+            "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _VERSIONED},
+            "git_revision": _git_revision(),
+        }
+        self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
+        self._collect_companions(data_path)
+        history = JsonlFile(self.path / "attempts.jsonl")
+        attempt = {
+            "number": len(history.read()) + 1,
+            "nonce": secrets.token_hex(8),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "checkpoint": found.name if found else None,
+        }
+        history.append(attempt)
+        self._replace("attempt.json", to_json(attempt) + "\n")
+        return attempt
+
+    def close_attempt(self, attempt: int, outcome: str, step: int, cause: str | None = None) -> None:
+        """Record how the attempt ended: done | requeue | failed."""
+        status = {"attempt": attempt, "outcome": outcome, "step": step, "cause": cause, "culprit": None}
+        self._replace("status.json", to_json(status) + "\n")
+
+    def _find(self, resume: str) -> Path | None:
+        has_some = self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
+        if resume == "never" and (has_some or self._has_steps()):
+            raise UserError(f"expected no run in {self.path} with --resume never, found one: choose another --run-dir")
+        newest, skipped = newest_checkpoint(self.checkpoints) if has_some else (None, [])
+        for line in skipped:
+            print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
+        if newest is None and (has_some or resume == "must"):
+            raise CheckpointError(
+                f"expected a valid checkpoint in {self.checkpoints} to resume from, found none"
+                + (": remove the directory to start again" if has_some else "")
+            )
+        return newest
+
+    def _has_steps(self) -> bool:
+        metrics = self.path / "metrics.jsonl"
+        return metrics.is_file() and metrics.stat().st_size > 0
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        path = self.path / "config.yaml"
+        if not path.is_file() or not (self._has_steps() or self.checkpoints.is_dir()):
+            return
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))["identity"]
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise UserError(f"expected the identity of the run in {path}, found: {_line(error)}") from None
+        difference = first_difference(before, identity)
+        if difference:
+            key, old, new = difference
+            raise UserError(
+                f"expected {key} = {old!r} as in the run in {self.path}, found {new!r}: choose another --run-dir"
+            )
+
+    def _collect_companions(self, data_path: Path) -> None:
+        if not self.companions.is_dir():
+            temporary = self.path / ".companions.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(data_path / TOKENIZER, temporary / TOKENIZER)
+            shutil.copy(data_path / UNIGRAM, temporary / UNIGRAM)
+            os.replace(temporary, self.companions)
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a small file so that a reader sees the old or the new one, never a part."""
+        temporary = self.path / f".{name}.tmp"
+        write_durably(temporary, text.encode())
+        os.replace(temporary, self.path / name)
+
+
+def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted key, old, new) of the first entry in which two nested values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in [*before, *(name for name in after if name not in before)]:
+            found = first_difference(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if before == after else (key, before, after)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The checkout's revision, with "+changes" if it has uncommitted ones; None outside of a checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
