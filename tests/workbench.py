@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dsbert.config import Recipe, recipe_from_dict
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
 from dsbert.data.stream import Batch, SampleStream
 from dsbert.data.tokenizer import Vocabulary
+from dsbert.distributed import World
+from dsbert.engine import TrainEngine
+from dsbert.model import build_model
+from dsbert.sparse import MaskManager, MaskUpdate
+from dsbert.zero_shards import forward_copies, full_shape
 
 VOCAB_SIZE = 67
 SEQ_LEN = 16
@@ -21,10 +28,10 @@ def recipe(**sections: Any) -> Recipe:
     base: dict[str, Any] = {
         "name": "test",
         "seed": 7,
-        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 32, "dropout": 0.0},
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 32, "dropout": 0.1},
         "sparsity": {"sparsity": 0.75, "block_size": 8, "num_updates": 5},
         "data": {"path": "unused", "seq_len": SEQ_LEN},
-        "batch": {"global_batch": 12, "micro_batch": 3},
+        "batch": {"global_batch": 12, "micro_batch": 2},
         "optim": {"total_steps": 20, "warmup_steps": 2, "lr": 1e-3},
         "eval": {"every_steps": 10, "sequences": 24},
         "checkpoint": {"every_steps": 10},
@@ -67,3 +74,43 @@ def step_batches(engine: Any, source: SampleStream, step: int) -> list[Batch]:
     start = step * engine.recipe.batch.global_batch
     rows = engine.recipe.batch.micro_batch
     return [source.batch(start + micro.first, micro.count, rows) for micro in engine.plan()]
+
+
+def engine_and_masks(recipe: Recipe, world: World) -> tuple[TrainEngine, MaskManager]:
+    """A fresh model in a fresh engine, and the manager of its masks."""
+    model, layers = build_model(recipe, VOCAB_SIZE)
+    engine = TrainEngine(recipe, model, layers, world)
+    total_steps = recipe.optim.total_steps
+    return engine, MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=engine, seed=recipe.seed)
+
+
+def held_elements(engine: TrainEngine) -> dict[str, dict[str, tuple[int, Tensor]]]:
+    """Copies of all that this rank holds of every parameter: {name: {kind: (offset in the parameter, elements)}}."""
+    held: dict[str, dict[str, tuple[int, Tensor]]] = {}
+    for name, param in engine.parameters.items():
+        shard = engine.shard(name)
+        held[name] = {kind: (shard.offset, tensor.clone()) for kind, tensor in shard.moments.items()}
+        held[name]["master"] = (shard.offset, shard.master.clone())
+        for number, (tensor, offset) in enumerate(forward_copies(param)):
+            held[name][f"copy {number}"] = (offset, tensor.clone())
+    return held
+
+
+def check_update(engine: TrainEngine, before: dict[str, dict[str, tuple[int, Tensor]]], update: MaskUpdate) -> None:
+    """Survivors are untouched to the bit; re-pointed slots are zero in master, moments and every copy."""
+    after = held_elements(engine)
+    assert update.num_pruned > 0
+    for name, tensors in after.items():
+        change = update.layers.get(name.removesuffix(".blocks"))
+        shape = full_shape(engine.parameters[name])
+        assert "copy 0" in tensors
+        assert {"exp_avg", "exp_avg_sq"} <= tensors.keys() or not tensors["master"][1].numel()
+        for kind, (offset, tensor) in tensors.items():
+            old = before[name][kind][1]
+            if change is None or not name.endswith(".blocks"):
+                assert torch.equal(tensor, old), (name, kind)
+                continue
+            slots = (torch.arange(tensor.numel()) + offset) // (shape[1] * shape[2])
+            pruned = torch.isin(slots, change.slots)
+            assert torch.equal(tensor[~pruned], old[~pruned]), f"a survivor of {name} moved in {kind}"
+            assert not tensor[pruned].any(), f"a re-pointed slot of {name} is not zero in {kind}"
