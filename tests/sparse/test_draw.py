@@ -76,7 +76,7 @@ def test_golden_draws(count):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**63 - 1), update=st.integers(0, 10**6), first=st.integers(0, 2**40), layer=st.text())
+@given(seed=st.integers(0, 2**63 - 1), update=st.integers(0, 10**6), first=st.integers(0, 2**40), layer=st.text("abc.0", max_size=12))
 def test_hash_equals_plain_integers(seed, update, first, layer):
     key = DrawKey(seed, "regrow", update, layer)
     positions = [first, first + 1, first * 3 + 7]
@@ -159,7 +159,7 @@ def test_needs_no_generator_and_moves_none():
 
 
 def test_every_position_is_equally_likely():
-    size, count, keys = 20, 5, 2000
+    size, count, keys = 20, 5, 1200
     hits = torch.zeros(size)
     for seed in range(keys):
         hits[draw_positions(DrawKey(seed, "regrow", 1, "x"), torch.ones(size, dtype=torch.bool), count)] += 1

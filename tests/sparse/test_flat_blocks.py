@@ -30,7 +30,7 @@ def plain_scores(weights, score):
     return combine(score, list(score.terms(weights).unbind(1)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cut=cuts(), name=st.sampled_from(sorted(PRUNE_SCORES)))
 def test_slices_sum_exactly_to_the_whole(cut, name):
     weights, edges = cut
@@ -87,7 +87,7 @@ def test_scoring_leaves_the_weights_alone():
         assert torch.equal(weights, before)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cut=cuts(), data=st.data())
 def test_zeroing_slices_equals_zeroing_blocks(cut, data):
     weights, edges = cut

@@ -32,7 +32,7 @@ def grown(update, topology):
     return (update.rows.long() * topology.grid[1] + update.cols).tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(case=cases())
 def test_an_update_keeps_what_it_must(case):
     before, norms = case["topology"], case["norms"].tolist()
@@ -58,7 +58,7 @@ def test_an_update_keeps_what_it_must(case):
     assert before.replace(again).digest() == after.digest()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=cases())
 def test_gradient_rule_picks_the_largest(case):
     topology, gradient = case["topology"], case["gradient_norms"].flatten().tolist()
@@ -68,7 +68,7 @@ def test_gradient_rule_picks_the_largest(case):
     assert grown(update, topology) == sorted(largest)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=cases())
 def test_random_rule_draws_among_the_empty(case):
     topology = case["topology"]

@@ -14,7 +14,7 @@ def runs(draw):
     return total_steps, draw(st.integers(1, total_steps))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(run=runs())
 def test_update_u_is_at_round_u_t_over_n(run):
     total_steps, num_updates = run
