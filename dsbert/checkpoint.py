@@ -19,17 +19,19 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from dsbert.distributed import World, gather_json, together
-from dsbert.engine import TrainEngine
 from dsbert.errors import CheckpointError, DsbertError, UserError
 from dsbert.fragments import FragmentReader, fragments_name, write_durably, write_fragments
 from dsbert.sparse import MaskManager
 from dsbert.zero_shards import adam_step, forward_copies, set_adam_step
+
+if TYPE_CHECKING:
+    from dsbert.engine import TrainEngine
 
 MANIFEST, STATE, TOPOLOGY, LATEST = "manifest.json", "state.json", "topology.safetensors", "latest"
 FORMAT = 1

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dsbert.errors import EXIT_INTERNAL, DsbertError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_OK, DsbertError, UserError
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
@@ -58,7 +57,9 @@ def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: floa
     help="Seconds after which a rank that does not answer counts as dead.",
 )
 @click.option("--local_rank", type=int, hidden=True, help="Given by the deepspeed launcher.")
+@click.pass_obj
 def pretrain(
+    argv: list[str],
     recipe: str,
     overrides: tuple[str, ...],
     run_dir: Path | None,
@@ -86,10 +87,10 @@ def pretrain(
     else:
         count = nproc or _num_gpus() or 1
         if count > 1:
-            raise SystemExit(launch(rank_command(_without_nproc(sys.argv[1:])), count))
-    from dsbert.pretrain import pretrain as run
+            raise SystemExit(launch(rank_command(_without_nproc(argv)), count))
+    from dsbert.pretrain import pretrain as train
 
-    raise SystemExit(run(loaded, run_dir or Path("runs") / loaded.name, resume, timeout))
+    raise SystemExit(train(loaded, run_dir or Path("runs") / loaded.name, resume, timeout))
 
 
 @app.command()
@@ -131,19 +132,20 @@ def inspect(source: Path, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; a DsbertError becomes one line and its exit code."""
-    code = _guard(lambda: app.main(prog_name="dsbert"))
+    """The console script."""
+    code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch" in sys.modules and os.environ.get("RANK") is not None:
+    if "torch" in sys.modules and "RANK" in os.environ:
         # Ranks leave without the interpreter's teardown: a communicator whose peer is gone may hang or abort in it.
         os._exit(code)
     sys.exit(code)
 
 
-def _guard(command: Callable[[], Any]) -> int:
+def run(argv: list[str]) -> int:
+    """Run one command line and return its exit code. A DsbertError becomes one line on standard error."""
     try:
-        command()
+        app.main(argv, prog_name="dsbert", obj=argv)
     except DsbertError as error:
         print(f"dsbert: {error}", file=sys.stderr)
         return error.exit_code
@@ -154,7 +156,7 @@ def _guard(command: Callable[[], Any]) -> int:
 
         traceback.print_exc()
         return EXIT_INTERNAL
-    return 0
+    return EXIT_OK
 
 
 def _show(values: dict[str, Any], as_json: bool, heading: str) -> None:

@@ -1,7 +1,7 @@
 """The checkpoint format for weights and moments: named pieces of flat parameters, as safetensors.
 
 Every rank writes one file with just what it answers for: tensors "<parameter>/master", "/exp_avg", "/exp_avg_sq" (fp32,
-1-D), and in the file's metadata where each piece stands: {parameter: [offset, length]}. A reader of any world size and
+1-D), and in the file's metadata, under the format's name, where each piece stands: {parameter: [offset, length]}. A reader of any world size and
 any ZeRO stage reads the pieces that overlap what it needs. No pickle is ever written or read.
 """
 
@@ -40,7 +40,7 @@ def write_fragments(path: Path, shards: dict[str, ParamShard]) -> None:
         index[name] = [shard.offset, shard.numel]
         for kind, tensor in {"master": shard.master, **shard.moments}.items():
             tensors[f"{name}/{kind}"] = tensor.detach().float().cpu().numpy()
-    write_durably(path, save(tensors, metadata={"format": FORMAT, "index": json.dumps(index)}))
+    write_durably(path, save(tensors, metadata={FORMAT: json.dumps(index)}))
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -75,10 +75,10 @@ class FragmentReader:
                 metadata = file.metadata() or {}
             except Exception as error:  # safetensors raises its own type, which is not an OSError
                 raise CheckpointError(f"expected a fragment file at {path}, found: {error}") from None
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"expected format {FORMAT} in {path}, found {metadata.get('format')!r}")
+            if FORMAT not in metadata:
+                raise CheckpointError(f"expected format {FORMAT} in {path}, found {sorted(metadata)}")
             self._files[path] = file
-            for name, (offset, length) in json.loads(metadata["index"]).items():
+            for name, (offset, length) in json.loads(metadata[FORMAT]).items():
                 self._pieces.setdefault(name, []).append(_Piece(path, offset, length))
 
     def names(self) -> list[str]:

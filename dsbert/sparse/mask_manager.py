@@ -118,7 +118,7 @@ class MaskManager:
         state = {}
         for name, topology in self.topologies.items():
             state[f"{name}.rows"], state[f"{name}.cols"] = topology.rows, topology.cols
-            state[f"{name}.born"] = self._born[name]
+            state[f"{name}.born"] = self._born[name].clone()
             state[f"{name}.explored"] = self._explored[name].to(torch.uint8)
         return state
 
@@ -148,6 +148,7 @@ class MaskManager:
 
     def _update(self, number: int, step: int) -> MaskUpdate:
         start = time.perf_counter()
+        self.verify_replicas()  # the update rewrites the kernels' buffers: it must not heal what went wrong before it
         scores = self._reduced_scores()
         gradient_norms = self._reduced_gradient_norms()
         updates = {}

@@ -63,8 +63,14 @@ def test_pattern_dense_replaces_nothing():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modules": ("decoder.*",)}, r"expected linear layers that fit sparsity.modules \['decoder\.\*'\], found none"),
-        ({"block_size": 32}, "sparsity.block_size for encoder.up: expected a block size that divides 64 x 16, found 32"),
+        (
+            {"modules": ("decoder.*",)},
+            r"expected linear layers that fit sparsity.modules \['decoder\.\*'\], found none",
+        ),
+        (
+            {"block_size": 32},
+            "sparsity.block_size for encoder.up: expected a block size that divides 64 x 16, found 32",
+        ),
         ({"modules": ("*",)}, "sparsity.block_size for head: expected a block size that divides 10 x 16, found 4"),
         (
             {"block_size": 16, "sparsity": 0.9},

@@ -76,7 +76,12 @@ def test_golden_draws(count):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**63 - 1), update=st.integers(0, 10**6), first=st.integers(0, 2**40), layer=st.text("abc.0", max_size=12))
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    update=st.integers(0, 10**6),
+    first=st.integers(0, 2**40),
+    layer=st.text("abc.0", max_size=12),
+)
 def test_hash_equals_plain_integers(seed, update, first, layer):
     key = DrawKey(seed, "regrow", update, layer)
     positions = [first, first + 1, first * 3 + 7]

@@ -36,8 +36,7 @@ def test_slices_sum_exactly_to_the_whole(cut, name):
     weights, edges = cut
     score, flat = PRUNE_SCORES[name], weights.flatten()
     parts = [
-        partial_scores(flat[start:stop], start, len(weights), NUMEL, score)
-        for start, stop in itertools.pairwise(edges)
+        partial_scores(flat[start:stop], start, len(weights), NUMEL, score) for start, stop in itertools.pairwise(edges)
     ]
     assert torch.equal(combine(score, parts), plain_scores(weights, score))
     assert torch.equal(partial_scores(flat, 0, len(weights), NUMEL, score), plain_scores(weights, score))

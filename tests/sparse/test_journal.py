@@ -64,7 +64,6 @@ def test_refuses_an_entry_that_does_not_fit():
     toy = Toy()
     start = dict(toy.masks.topologies)
     entry = journal_entry(toy.train()[0])
+    taken = {"slots": [5], "rows": [int(start["0"].rows[0])], "cols": [int(start["0"].cols[0])]}
     with pytest.raises(ValueError, match="distinct blocks"):
-        slots = start["0"].positions()[:2]
-        taken = {"slots": [5], "rows": [int(slots[0]) // 8], "cols": [int(slots[0]) % 8]}
         replay(start, [entry | {"layers": {"0": taken}}])

@@ -40,7 +40,8 @@ def results(layer, x, dy):
     x = x.detach().requires_grad_()
     y = layer(x)
     y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "dblocks": layer.blocks.grad, "dbias": layer.bias and layer.bias.grad}
+    dbias = None if layer.bias is None else layer.bias.grad
+    return {"y": y.detach(), "dx": x.grad, "dblocks": layer.blocks.grad, "dbias": dbias}
 
 
 def expected_results(layer, x, dy):
@@ -184,7 +185,7 @@ def test_gradients_accumulate_and_can_be_left_out(backend):
 
 
 def test_two_layers_share_the_scratch():
-    """The scratch is overwritten between forward and backward of the first layer: nothing may depend on what it held."""
+    """It is overwritten between forward and backward of the first layer: nothing may depend on what it held."""
     first, second = make((48, 16), 4, seed=1), make((32, 48), 8, seed=2)
     x, _ = inputs(first, 6)
     _, dy = inputs(second, 6)

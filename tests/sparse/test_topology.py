@@ -49,7 +49,7 @@ def test_golden_masks(shape, block_size, golden):
 def test_golden_digests():
     drawn = BlockTopology.random((16, 24), 4, 0.25, KEY)
     assert f"{drawn.digest():016x}" == "e4d59947bc8ef0c5"
-    plain = b"16 24 4" + b"".join(v.to_bytes(4, "little") for v in [0, 0, 1, 1, 1, 3] + [0, 4, 0, 2, 4, 0])
+    plain = b"16 24 4" + b"".join(v.to_bytes(4, "little") for v in (0, 0, 1, 1, 1, 3, 0, 4, 0, 2, 4, 0))
     assert drawn.digest() == xxhash.xxh3_64_intdigest(plain)
     assert combined_digest({"b": 2, "a": 1}) == combined_digest({"a": 1, "b": 2})
     assert combined_digest({"a": 1, "b": 2}) != combined_digest({"a": 2, "b": 1})

@@ -13,11 +13,13 @@ class Toy:
     """Two sparse layers ("0" and "2") that learn to imitate a fixed dense one. Equal arguments give equal weights."""
 
     def __init__(self, *, seed=3, group=None, **sparsity):
-        values = {"modules": ("*",), "sparsity": 0.7, "block_size": 4, "num_updates": 6}
+        values = {"modules": ("*",), "sparsity": 0.6, "block_size": 4, "num_updates": 6}
         self.config = SparsityConfig(**values | sparsity)
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16))
+        self.model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
         self.layers = sparsify_(self.model, self.config, seed=seed)
+        for layer in self.layers.values():
+            layer.reset_parameters()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.editor = TorchBlockEditor(self.optimizer, group)
         self.masks = self.manager(seed=seed, group=group)
@@ -49,10 +51,10 @@ class Toy:
 
 
 def batch(step, size=12):
-    """x [size, 32], y [size, 16] of a step: the same for everyone who asks."""
+    """x [size, 32], y [size, 32] of a step: the same for everyone who asks."""
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randn(size, 32, generator=generator)
-    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) / 6
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 6
     return x, x @ weight.t()
 
 

@@ -25,7 +25,7 @@ def wgrad(dy: Tensor, x: Tensor, index: KernelIndex) -> Tensor:
 
 def _gather(x: Tensor, num_groups: int, groups: Tensor) -> Tensor:
     """x [T, G B] -> [K, T, B]: the columns that each slot touches."""
-    return x.reshape(x.shape[0], num_groups, -1).transpose(0, 1).index_select(0, groups)
+    return x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups).transpose(0, 1).index_select(0, groups)
 
 
 def _scatter_add(products: Tensor, num_groups: int, groups: Tensor) -> Tensor:

@@ -1,0 +1,336 @@
+"""The command line, as a user runs it: real processes, real files, real ranks."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.helpers import run_distributed
+from tests.text import write_corpus
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "pydantic")
+SMALL = (
+    "model.hidden_size=32", "model.num_layers=1", "model.max_positions=32", "data.seq_len=24", "model.dropout=0.1",
+    "sparsity.block_size=8", "sparsity.sparsity=0.75", "sparsity.num_updates=4", "batch.global_batch=12",
+    "batch.micro_batch=3", "optim.total_steps=12", "optim.warmup_steps=2", "eval.every_steps=6", "eval.sequences=16",
+    "checkpoint.every_steps=6", "log.every_steps=1", "log.wandb=false",
+)  # fmt: skip
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def dsbert(*words: str) -> Done:
+    """The command in this process, which has imported what is slow."""
+    from dsbert import cli
+
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        code = cli.run(list(words))
+    return Done(code, stdout.getvalue(), stderr.getvalue())
+
+
+def dsbert_process(*words: str) -> Done:
+    """The command in a process of its own, with all that it starts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dsbert", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def dsbert_on_a_rank(words: list[str], per_rank: list[list[str]] | None = None) -> list[Any]:
+    """The command on this rank of a launch."""
+    extra = per_rank[int(os.environ["RANK"])] if per_rank else []
+    return list(dsbert(*words, *extra))
+
+
+def complaint(done: Done) -> str:
+    """The one line of a user's mistake; asserts exit code 2, no traceback, and that every rank that spoke said the same."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = {line for line in done.stderr.splitlines() if line.startswith("dsbert: ")}
+    assert len(lines) == 1, done.stderr
+    return lines.pop()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_corpus(root / "corpus.txt", num_documents=60)
+    done = dsbert(
+        "prepare", "--source", str(root / "corpus.txt"), "--to", str(root / "made"), "--vocab-size", "200",
+        "--validation", "0.2", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert {"documents", "sentences", "tokens", "duplicates", "shards", "digest", "seconds"} <= summary.keys()
+    assert summary["documents"] == 60
+    return root / "made"
+
+
+@pytest.fixture(scope="session")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, twelve steps, three mask updates, two checkpoints; stopped after the first half and resumed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "small"
+    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(run_dir), f"data.path={data}", *SMALL]
+    done = dsbert_process(*words)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["pretrain"], ["evaluate"], ["export"], ["inspect"]])
+def test_help_is_quick_and_imports_nothing_slow(command: list[str]) -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = dsbert_process(*command, "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "Usage: dsbert" in done.stdout
+    assert statistics.median(seconds) < 0.5
+    listing = (
+        f"import sys; sys.argv = ['dsbert', *{command!r}, '--help']\n"
+        "from dsbert.cli import main\n"
+        "try:\n    main()\n"
+        f"finally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", listing], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_a_run_leaves_what_the_contract_says(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 13))
+    keys = {
+        "step", "loss", "loss_mlm", "loss_nsp", "val_mlm_loss", "val_mlm_accuracy", "val_nsp_loss", "lr", "grad_norm",
+        "tokens_total", "tokens_per_s", "flops_total", "flops_dense_total", "density", "dof", "pruned",
+        "removed_new_ratio", "topology_digest", "step_s", "mask_update_s",
+    }  # fmt: skip
+    for record in records:
+        assert keys <= record.keys()
+        assert record["grad_norm"] > 0
+    assert [record["step"] for record in records if record["pruned"] is not None] == [3, 6, 9]
+    assert [record["step"] for record in records if record["val_mlm_loss"] is not None] == [6, 12]
+    assert records[-1]["flops_total"] < records[-1]["flops_dense_total"]
+    status = json.loads((run / "status.json").read_text())
+    assert (status["outcome"], status["step"], status["attempt"]) == ("done", 12, 1)
+    assert json.loads((run / "attempt.json").read_text())["number"] == 1
+    assert (run / "checkpoints" / "latest").read_text().split()[0] == "step_00000012"
+    assert "versions" in (run / "config.yaml").read_text()
+    assert not list((run / "checkpoints").glob(".*tmp"))
+
+
+def test_the_journal_replays_the_topology(run: Path) -> None:
+    from dsbert.checkpoint import read_state, read_topology
+    from dsbert.sparse import BlockTopology, DrawKey
+    from dsbert.sparse.journal import replay
+
+    last = run / "checkpoints" / "step_00000012"
+    state, tensors = read_state(last), read_topology(last)
+    start = {}
+    for name, layer in state["layers"].items():
+        shape = (layer["shape"][0], layer["shape"][1])
+        start[name] = BlockTopology.random(shape, 8, 0.25, DrawKey(state["recipe"]["seed"], "init", 0, name))
+    entries = [json.loads(line) for line in (run / "masks.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [3, 6, 9]
+    end = replay(start, entries)
+    for name, topology in end.items():
+        assert topology.rows.equal(tensors[f"{name}.rows"])
+        assert topology.cols.equal(tensors[f"{name}.cols"])
+    assert any(end[name].digest() != start[name].digest() for name in start)
+
+
+@pytest.mark.exhaustive
+def test_a_second_call_has_nothing_to_do(run: Path, data: Path) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    done = dsbert_process("pretrain", "demo", "--nproc", "2", "--run-dir", str(run), f"data.path={data}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_and_resumed_ends_bit_for_bit_like_undisturbed(run: Path, data: Path, tmp_path: Path) -> None:
+    """Stopped by a signal once it has taken some steps: both ranks save the same step and the launcher returns 75."""
+    import signal
+
+    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "dsbert", *words, "eval.every_steps=1"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGUSR2)
+    _, stderr = launcher.communicate(timeout=90)
+    assert launcher.returncode == 75, stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["outcome"], status["cause"]) == ("requeue", "SIGUSR2")
+    assert 2 <= status["step"] < 12
+    done = dsbert_process(*words)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 13))
+    assert json.loads((tmp_path / "run" / "attempt.json").read_text())["number"] == 2
+    for name in ("topology.safetensors", *(f"fragments-0000{rank}-of-00002.safetensors" for rank in (0, 1))):
+        ours = tmp_path / "run" / "checkpoints" / "step_00000012" / name
+        assert ours.read_bytes() == (run / "checkpoints" / "step_00000012" / name).read_bytes(), name
+
+
+def test_evaluate(run: Path, tmp_path: Path) -> None:
+    done = dsbert("evaluate", str(run), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    keys = "step sequences tokens mlm_loss mlm_accuracy unigram_loss nsp_loss nsp_accuracy"
+    assert set(keys.split()) == result.keys()
+    assert result["step"] == 12
+    assert 0 < result["mlm_loss"] < 6
+    assert json.loads(dsbert("evaluate", str(run / "checkpoints" / "step_00000012"), "--json").stdout) == result
+    write_corpus(tmp_path / "other.txt", num_documents=5, seed=9)
+    other = json.loads(dsbert("evaluate", str(run), "--text", str(tmp_path / "other.txt"), "--json").stdout)
+    assert other["tokens"] != result["tokens"]
+    # The same number as during training, where the set is that of all held-out samples.
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["sequences"] >= 16
+    assert last["val_mlm_loss"] == pytest.approx(result["mlm_loss"], abs=0.3)
+
+
+def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> None:
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    from dsbert.model import DeviceBatch
+    from dsbert.restore import restore_model
+    from dsbert.sparse.linear import dense_weight
+
+    done = dsbert("export", str(run), "--to", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    model, info = transformers.BertForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    restored = restore_model(run)
+    restored.model.eval()
+    model.eval()
+    inputs = tokenizer(["the cat sees a house .", "a dog"], ["it is big .", "runs"], return_tensors="pt", padding=True)
+    seen: list[torch.Tensor] = []
+    restored.model.cls.predictions.register_forward_hook(lambda module, args, output: seen.append(output))
+    rows, columns = inputs["input_ids"].shape
+    everywhere = torch.arange(rows * columns)
+    batch = DeviceBatch(
+        inputs["input_ids"], inputs["token_type_ids"], inputs["attention_mask"], everywhere,
+        torch.zeros(rows * columns, dtype=torch.long), torch.zeros(rows, dtype=torch.long),
+    )  # fmt: skip
+    with torch.no_grad():
+        restored.model(batch)
+        theirs = model(**inputs).prediction_logits.flatten(0, 1)
+    assert (seen[0] - theirs).abs().max() < 1e-4
+    assert seen[0].argmax(-1).equal(theirs.argmax(-1))
+    compact = load_file(tmp_path / "out" / "sparse.safetensors")
+    name = next(iter(restored.layers))
+    dense = dense_weight(restored.layers[name].shape, *(compact[f"{name}.{part}"] for part in ("blocks", "rows", "cols")))
+    assert dense.equal(model.get_parameter(f"{name}.weight"))
+
+
+def test_inspect(run: Path) -> None:
+    report = json.loads(dsbert("inspect", str(run), "--json").stdout)
+    assert {"step", "density", "block_size", "dof", "digest", "layers", "bytes"} <= report.keys()
+    assert report["density"] == 0.25
+    layer = report["layers"][0]
+    assert {"name", "shape", "num_active", "density", "density_target", "digest"} <= layer.keys()
+    assert layer["name"] == "bert.encoder.layer.0.attention.self.query.weight"
+    sizes = report["bytes"]
+    kept = sum(layer["num_active"] for layer in report["layers"]) * 64
+    assert sizes["encoder_weights"] == kept * 4 + kept // 64 * 8
+    assert sizes["encoder_optimizer"] == kept * 8
+    assert sizes["encoder_optimizer_dense"] == 4 * sizes["encoder_optimizer"]
+    assert sizes["checkpoint"] > sizes["encoder_weights"] + sizes["encoder_optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["demo", "sparsity.blocksize=8"], "the nearest known key is 'sparsity.block_size'"),
+        (["nosuch"], "expected a YAML file or one of"),
+        (["demo", "optim.lr=1e-3"], "exactly one of lr and dense_lr"),
+        (["demo", "sparsity.sparsity=lots"], "found 'lots'"),
+        (["demo", "model.hidden_size"], "expected an override a.b=value"),
+        (["demo", "data.path=nowhere"], "dsbert prepare --source"),
+    ],
+)
+def test_mistakes_found_before_ranks_meet(words: list[str], expected: str, tmp_path: Path) -> None:
+    assert expected in complaint(dsbert("pretrain", *words, "--run-dir", str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["sparsity.block_size=64"], "expected a block size that divides 32 x 32, found 64"),
+        (["sparsity.sparsity=0.97"], "sparsity.allow_density_error=true"),
+        (["deepspeed.config=zero1_fp16"], "expected a device that computes in fp16"),
+        (["THE RUN", "optim.total_steps=13"], "expected optim.total_steps = 12 as in the run"),
+        (["THE RUN", "--resume", "never"], "--resume never"),
+    ],
+)
+def test_mistakes_found_by_ranks(changes: list[str], expected: str, run: Path, data: Path, tmp_path: Path) -> None:
+    """On two ranks: one line, the same on both, exit code 2, no traceback, no hang."""
+    if "fp16" in expected and _computes_in_fp16():
+        pytest.skip("this device computes in fp16")
+    run_dir = run if changes[0] == "THE RUN" else tmp_path / "run"
+    words = ["pretrain", "demo", "--run-dir", str(run_dir), f"data.path={data}", *SMALL]
+    words += [word for word in changes if word != "THE RUN"]
+    answers = [Done(*answer) for answer in run_distributed(dsbert_on_a_rank, 2, {"words": words})]
+    lines = {complaint(answer) for answer in answers}
+    assert len(lines) == 1
+    assert expected in lines.pop()
+
+
+def test_ranks_with_different_seeds_are_refused(data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
+    args = {"words": words, "per_rank": [["seed=0"], ["seed=1"]]}
+    for answer in run_distributed(dsbert_on_a_rank, 2, args):
+        assert "found seed = 1 on rank 1 and 0 on rank 0" in complaint(Done(*answer))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    words = ["--source", str(tmp_path / "empty.txt"), "--to", str(tmp_path / "made"), "--vocab-size", "100"]
+    assert "empty" in complaint(dsbert("prepare", *words))
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "step_00000012"
+    shutil.copytree(run / "checkpoints" / "step_00000012", damaged)
+    name = "fragments-00001-of-00002.safetensors"
+    content = bytearray((damaged / name).read_bytes())
+    content[-5] ^= 1
+    (damaged / name).write_bytes(content)
+    done = dsbert("evaluate", str(damaged))
+    assert done.returncode == 4
+    assert name in done.stderr
+
+
+def _computes_in_fp16() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    supported: Any = get_accelerator().is_fp16_supported()
+    return bool(supported)

@@ -1,0 +1,119 @@
+"""What sparsity saves in bytes, measured: encoder weights and optimizer state, and what a step sends.
+
+    python tools/footprint.py [--recipe bert-small] [--ds zero1_fp32] [--nproc 2] [--json]
+
+Trains the recipe's model for three steps on random tokens, dense and sparse. Weights and moments are counted on the live
+tensors that the ranks own; bytes sent are what each rank hands to collectives in the third step, by collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+from on_ranks import markdown, on_ranks
+
+from dsbert.config import load_recipe
+
+
+def measure(arguments: dict[str, Any]) -> dict[str, Any]:
+    """One rank of one run."""
+    import torch
+    import torch.distributed as dist
+
+    from dsbert import distributed
+    from dsbert.engine import TrainEngine
+    from dsbert.model import build_model, encoder_linears
+
+    world = distributed.init(120)
+    recipe = load_recipe(arguments["recipe"], arguments["overrides"])
+    model, layers = build_model(recipe, arguments["vocab_size"], world.device)
+    names = {f"{name}.{part}" for name in encoder_linears(model) for part in ("weight", "blocks")}
+    engine = TrainEngine(recipe, model, layers, world)
+    sent: Counter[str] = Counter()
+
+    def counted(name: str, original: Any, which: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensor = args[which] if len(args) > which else kwargs.get("tensor", kwargs.get("input"))
+            tensors = tensor if isinstance(tensor, list) else [tensor]
+            sent[name] += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, which in (("all_reduce", 0), ("reduce", 0), ("broadcast", 0), ("all_gather_into_tensor", 1),
+                        ("reduce_scatter_tensor", 1), ("all_gather", 1), ("all_gather_single", 1),
+                        ("reduce_scatter_single", 1)):  # fmt: skip
+        if hasattr(dist, name):
+            setattr(dist, name, counted(name, getattr(dist, name), which))
+    for _ in range(3):
+        sent.clear()
+        engine.train_step(_random_batches(engine, arguments["vocab_size"], recipe.data.seq_len))
+    owned = {name: shard for name, shard in engine.shards().items() if name in names}
+    coordinates = sum(2 * 4 * layer.num_active for layer in layers.values()) // world.world_size
+    active = sum(layer.num_active * layer.block_size**2 for layer in layers.values())
+    positions = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    return {
+        "density": active / positions if layers else 1.0,
+        "encoder_weights": sum(4 * shard.numel for shard in owned.values()) + coordinates,
+        "encoder_optimizer": sum(4 * tensor.numel() for shard in owned.values() for tensor in shard.moments.values()),
+        "sent": dict(sent),
+        "all_parameters": sum(4 * shard.numel for shard in engine.shards().values()),
+    }
+
+
+def _random_batches(engine: Any, vocab_size: int, seq_len: int) -> list[Any]:
+    import numpy as np
+
+    from dsbert.data.stream import Batch
+
+    rng = np.random.default_rng(engine.step)
+    rows = engine.recipe.batch.micro_batch
+    return [
+        Batch(
+            input_ids=rng.integers(5, vocab_size, (rows, seq_len)),
+            token_type_ids=np.zeros((rows, seq_len), np.int64),
+            attention_mask=np.ones((rows, seq_len), np.int64),
+            mlm_positions=np.arange(0, rows * seq_len, 7),
+            mlm_labels=rng.integers(5, vocab_size, len(range(0, rows * seq_len, 7))),
+            nsp_labels=rng.integers(0, 2, rows),
+            num_samples=rows,
+            num_tokens=rows * seq_len,
+        )
+        for _ in engine.plan()
+    ]
+
+
+def main() -> None:
+    """Print dense, sparse and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="bert-small")
+    parser.add_argument("--ds", default="zero1_fp32", help="a name in ds_configs")
+    parser.add_argument("--vocab-size", type=int, default=30522)
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = {}
+    for pattern in ("dense", "dynamic"):
+        overrides = [f"sparsity.pattern={pattern}", f"deepspeed.config={options.ds}", "data.seq_len=16",
+                     "batch.micro_batch=1", f"batch.global_batch={options.nproc}"]  # fmt: skip
+        arguments = {"recipe": options.recipe, "overrides": overrides, "vocab_size": options.vocab_size}
+        ranks = on_ranks(measure, arguments, options.nproc)
+        found[pattern] = {
+            "density": ranks[0]["density"],
+            "encoder weights": sum(rank["encoder_weights"] for rank in ranks),
+            "encoder optimizer state": sum(rank["encoder_optimizer"] for rank in ranks),
+            "all weights": sum(rank["all_parameters"] for rank in ranks),
+            "handed to collectives per rank and step": sum(ranks[0]["sent"].values()),
+        }
+    rows = [
+        {"bytes": key, "dense": found["dense"][key], "sparse": value, "ratio": value / found["dense"][key]}
+        for key, value in found["dynamic"].items()
+    ]
+    print(json.dumps(rows) if options.json else markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
