@@ -93,7 +93,7 @@ class MaskManager:
     @property
     def dof(self) -> float:
         """Explored degrees of freedom: share of all positions that were active at any time so far (paper, measures)."""
-        return self._share(lambda name: int(self._explored[name].sum()))
+        return self._share(lambda name: int(self._explored[name].count_nonzero()))
 
     def digest(self) -> str:
         """32 hex digits over all layers, from the buffers that the kernels read."""

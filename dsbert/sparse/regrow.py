@@ -46,7 +46,7 @@ def prune_and_regrow(
     """
     if norms.numel() != topology.num_active:
         raise ValueError(f"expected {topology.num_active} block norms, found {norms.numel()}")
-    eligible = ~topology.mask().flatten()
+    eligible = topology.mask().logical_not_().flatten()
     count = min(num_pruned, topology.num_active, eligible.numel() - topology.num_active)
     slots = smallest(norms.flatten(), count)
     positions = rule(eligible, count, key, gradient_norms) if count else torch.empty(0, dtype=torch.int64)

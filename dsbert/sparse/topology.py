@@ -7,7 +7,9 @@ A topology is a value: it never changes, a mask update makes a new one. A SLOT i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -50,8 +52,9 @@ class BlockTopology:
         for name, tensor, limit in (("rows", self.rows, num_rows), ("cols", self.cols, num_cols)):
             if tensor.numel() and not (0 <= int(tensor.min()) and int(tensor.max()) < limit):
                 raise ValueError(f"expected {name} in 0..{limit - 1}, found {int(tensor.min())}..{int(tensor.max())}")
-        if int(self.mask().sum()) != self.num_active:
-            raise ValueError(f"expected {self.num_active} distinct blocks, found {int(self.mask().sum())}")
+        distinct = int(np.count_nonzero(self._mask.numpy()))
+        if distinct != self.num_active:
+            raise ValueError(f"expected {self.num_active} distinct blocks, found {distinct}")
 
     @classmethod
     def random(cls, shape: tuple[int, int], block_size: int, density: float, key: DrawKey) -> BlockTopology:
@@ -79,14 +82,19 @@ class BlockTopology:
 
     def positions(self) -> Tensor:
         """int64 [K]: row * C + col of every slot."""
-        return self.rows.long() * self.grid[1] + self.cols
+        rows = self.rows.numpy().astype(np.int64)
+        return torch.from_numpy(rows * self.grid[1] + self.cols.numpy())
 
     def mask(self) -> Tensor:
         """bool [R, C]: which blocks are active."""
+        return self._mask.clone()
+
+    @cached_property
+    def _mask(self) -> Tensor:
         num_rows, num_cols = self.grid
-        mask = torch.zeros(num_rows * num_cols, dtype=torch.bool)
-        mask[self.positions()] = True
-        return mask.view(num_rows, num_cols)
+        mask = np.zeros(num_rows * num_cols, dtype=np.bool_)
+        mask[self.positions().numpy()] = True
+        return torch.from_numpy(mask).view(num_rows, num_cols)
 
     def replace(self, update: TopologyUpdate) -> BlockTopology:
         """The topology after `update`: K is unchanged. Raises ValueError if two slots would share a block."""

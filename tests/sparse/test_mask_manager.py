@@ -311,6 +311,7 @@ def check_ranks():
     digests = check_training(rank, world_size)
     for harm, at_update in itertools.product(HARMS, (False, True)):
         check_harm(harm, at_update, rank)
+    check_another_decision(rank)
     for accumulation in (1, 3):
         error = dense_gradient_error(rank, world_size, accumulation) if 12 % (world_size * accumulation) == 0 else 0.0
         assert error < 1e-5, (accumulation, error)
@@ -357,6 +358,15 @@ def check_harm(harm, at_update, rank):
     assert "rank 1" in message, (harm, at_update, message)
     assert "\n" not in message
     assert gather_json(message) == [message] * dist.get_world_size()
+
+
+def check_another_decision(rank):
+    """Equal before the update, not after it: found before the next step."""
+    toy = Toy()
+    masks = toy.manager(seed=4 if rank == 1 else 3)
+    masks.verify_replicas()
+    with pytest.raises(PeerError, match=r"of 0 equal on all ranks .*, found: rank 1 has"):
+        masks.maybe_update(UPDATE_STEPS[0])
 
 
 def fixed_weight_digests(prune_score):
