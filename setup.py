@@ -53,7 +53,6 @@ setup(
         "pyarrow",
         "numpy",
         "pydantic>=2",
-        
         "rich",
         "PyYAML",
         "xxhash",

@@ -46,6 +46,7 @@ class Problem:
 
 
 def step_name(step: int) -> str:
+    """The directory of the checkpoint of a step; names sort as steps do."""
     return f"step_{step:08d}"
 
 
@@ -93,7 +94,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
-    skipped = []
+    skipped: list[str] = []
     for path in sorted(root.glob("step_" + "[0-9]" * 8), reverse=True):
         problems = verify_checkpoint(path)
         if not problems:
@@ -140,6 +141,7 @@ def read_topology(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fragment_reader(path: Path) -> FragmentReader:
+    """Over all fragment files of a checkpoint. Raises CheckpointError."""
     return FragmentReader(sorted(path.glob("fragments-*.safetensors")))
 
 

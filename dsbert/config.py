@@ -80,6 +80,8 @@ class SparsityConfig(_Section):
 
 
 class DataConfig(_Section):
+    """path: a directory that `dsbert prepare` has made. seq_len in tokens."""
+
     path: Path
     seq_len: int = Field(128, ge=8)
     nsp: bool = True
@@ -94,8 +96,10 @@ class BatchConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """AdamW with linear warm-up and linear decay to 0. Give `lr`, or `dense_lr`: the best rate of the dense model, which
-    eq. 3 of the paper scales to the sparsity."""
+    """AdamW with linear warm-up and linear decay to 0.
+
+    Give `lr`, or `dense_lr`: the best rate of the dense model, which eq. 3 of the paper scales to the sparsity.
+    """
 
     total_steps: int = Positive
     warmup_steps: int = Field(ge=0)
@@ -130,6 +134,8 @@ class CheckpointConfig(_Section):
 
 
 class LogConfig(_Section):
+    """A record in metrics.jsonl (and W&B) every_steps; steps with an update or an evaluation are always logged."""
+
     every_steps: int = Field(10, gt=0)
     wandb: bool = True
     wandb_project: str = "dsbert"
@@ -193,6 +199,7 @@ def sparse_lr_factor(sparsity: float) -> float:
 
 
 def recipe_names() -> list[str]:
+    """The recipes that come with dsbert."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -259,5 +266,3 @@ def _explain(error: ValidationError) -> str:
     found = first["input"]
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"recipe key {key!r}: {message}, found {found!r}"
-
-

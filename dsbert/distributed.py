@@ -41,7 +41,7 @@ class World:
 
 
 def init(timeout_s: float = 300.0) -> World:
-    """Join the other ranks. Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for libraries that read them.
+    """Join the other ranks; sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT for libraries that read them.
 
     NCCL for CUDA tensors, with the device of the local rank; gloo for CPU tensors, which all that the ranks say to each
     other about control is made of: it never waits for a GPU. Without a launcher: a world of one.
@@ -95,13 +95,17 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 def _meet_by_mpi(rank: int) -> None:
     """Set MASTER_ADDR and MASTER_PORT by an MPI broadcast from rank 0."""
     if not any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")):
-        raise UserError("expected MASTER_ADDR and MASTER_PORT in the environment, found none: export the address of the "
-                        "first node and a free port")
+        raise UserError(
+            "expected MASTER_ADDR and MASTER_PORT in the environment, found none: export the address of the "
+            "first node and a free port"
+        )
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"expected mpi4py under mpiexec, found: {_line(error)}: pip install 'dsbert[mpi]', or export "
-                        "MASTER_ADDR and MASTER_PORT") from None
+        raise UserError(
+            f"expected mpi4py under mpiexec, found: {_line(error)}: pip install 'dsbert[mpi]', or export "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from None
     here = None
     if rank == 0:
         with socket.socket() as probe:
@@ -170,7 +174,9 @@ def assert_replicas_agree(what: str, values: dict[str, int], group: dist.Process
     held = [f"{value % (1 << 64):016x}" for value in rows[:, column].tolist()]
     expected = Counter([held[0], *held]).most_common(1)[0][0]
     odd = [f"rank {rank} has {value}" for rank, value in enumerate(held) if value != expected]
-    raise PeerError(f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd)}")
+    raise PeerError(
+        f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd)}"
+    )
 
 
 def _line(error: Exception) -> str:

@@ -24,6 +24,7 @@ _UNTESTED = ("offload_optimizer", "offload_param", "zero_hpz_partition_size")
 
 
 def ds_config_names() -> list[str]:
+    """The configurations that come with dsbert."""
     return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
 
 
@@ -34,7 +35,7 @@ def load_ds_config(recipe: Recipe, world_size: int, accumulation_steps: int) -> 
     for key, owner in _RECIPE_OWNS.items():
         if config.get(key, "auto") != "auto":
             raise UserError(
-                f"expected {key!r} absent or \"auto\" in DeepSpeed configuration {recipe.deepspeed.config!r}, found "
+                f'expected {key!r} absent or "auto" in DeepSpeed configuration {recipe.deepspeed.config!r}, found '
                 f"{config[key]!r}: the recipe owns it as {owner}"
             )
         config.pop(key, None)
@@ -51,6 +52,7 @@ def load_ds_config(recipe: Recipe, world_size: int, accumulation_steps: int) -> 
 
 
 def zero_stage(config: dict[str, Any]) -> int:
+    """0 to 3."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -66,7 +68,9 @@ def _read(name: str) -> dict[str, Any]:
     candidates = [folder / f"{name}.json" for folder in _FOLDERS] + [Path(name)]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise UserError(f"expected a JSON file or one of {', '.join(ds_config_names())} as deepspeed.config, found {name!r}")
+        raise UserError(
+            f"expected a JSON file or one of {', '.join(ds_config_names())} as deepspeed.config, found {name!r}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -113,9 +113,7 @@ class TrainEngine:
         lr = self._set_lr(self.step + 1)
         grad_norm = self._finish_step(lr)
         self.step += 1
-        return StepResult(
-            all_reduce(losses), masked_tokens, nsp_pairs, tokens, grad_norm, lr, stops > 0
-        )
+        return StepResult(all_reduce(losses), masked_tokens, nsp_pairs, tokens, grad_norm, lr, stops > 0)
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -143,14 +141,16 @@ class TrainEngine:
         if self.zero_stage == 3:
             return {}
         return {
-            name: xxhash.xxh3_64_intdigest(param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            name: xxhash.xxh3_64_intdigest(param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             for name, param in self.parameters.items()
         }
 
     def counters(self) -> dict[str, Any]:
         """DeepSpeed's own counters and loss scaler, for a checkpoint at an accumulation boundary."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        numbers = {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+        numbers = (
+            {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+        )
         return {name: getattr(self._engine, name) for name in _COUNTERS} | {"loss_scaler": numbers}
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ def _initialize(recipe: Recipe, model: SparseBert, config: dict[str, Any], world
 
     for handler in logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
-            handler.setStream(sys.stderr)  # type: ignore[attr-defined]
+            handler.setStream(sys.stderr)
     if world.device.type == "cpu":
         # Otherwise built on first use, for minutes, and startup fails where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -261,11 +261,13 @@ def _initialize(recipe: Recipe, model: SparseBert, config: dict[str, Any], world
 def _optimizer(recipe: Recipe, model: SparseBert, world: World) -> torch.optim.Optimizer:
     """AdamW without decay on biases and LayerNorm; the rate is set at every step."""
     optim = recipe.optim
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for param in model.parameters():
         (decay if len(full_shape(param)) > 1 else no_decay).append(param)
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}],
+        groups,
         lr=0.0,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,

@@ -30,8 +30,11 @@ def export(path: Path, to: Path) -> dict[str, Any]:
     model = BertForPreTraining(restored.model.config)
     weights = dense_state(restored)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")]
-    assert not missing and not unexpected, (missing, unexpected)
+    missing = [
+        name for name in missing if name not in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+    ]
+    assert not missing, missing
+    assert not unexpected, unexpected
     model.tie_weights()
     model.save_pretrained(to)
     shutil.copytree(restored.path / TOKENIZER, to, dirs_exist_ok=True)

@@ -1,8 +1,8 @@
 """The checkpoint format for weights and moments: named pieces of flat parameters, as safetensors.
 
 Every rank writes one file with just what it answers for: tensors "<parameter>/master", "/exp_avg", "/exp_avg_sq" (fp32,
-1-D), and in the file's metadata, under the format's name, where each piece stands: {parameter: [offset, length]}. A reader of any world size and
-any ZeRO stage reads the pieces that overlap what it needs. No pickle is ever written or read.
+1-D), and in the file's metadata, under the format's name, where each piece stands: {parameter: [offset, length]}. A
+reader of any world size and any ZeRO stage reads the pieces that overlap what it needs. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Floats = NDArray[np.float32]
 
 
 def fragments_name(rank: int, world_size: int) -> str:
+    """The file of one rank."""
     return f"fragments-{rank:05d}-of-{world_size:05d}.safetensors"
 
 

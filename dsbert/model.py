@@ -40,8 +40,8 @@ class DeviceBatch:
 class SparseBert(nn.Module):
     """BertForPreTraining's trunk and heads; MLM logits only where a token is masked.
 
-    forward(batch) -> (losses, hits): losses = summed cross-entropies [mlm, nsp], fp32; hits = predictions that are right
-    [mlm, nsp], int64, zero while training. Sums, not means: what the mean is over is a matter of the global batch.
+    forward(batch) -> (losses, hits). losses: summed cross-entropies [mlm, nsp], fp32; hits: how many predictions are
+    right [mlm, nsp], int64, zero while training. Sums, not means: the mean is over the global batch.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -52,9 +52,7 @@ class SparseBert(nn.Module):
         self.cls = whole.cls
 
     def forward(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-        outputs = self.bert(
-            batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
-        )
+        outputs = self.bert(batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids)
         hidden = outputs.last_hidden_state.flatten(0, 1)  # [b S, H]
         mlm_logits = self.cls.predictions(hidden.index_select(0, batch.mlm_positions)).float()  # [m, V]
         nsp_logits = self.cls.seq_relationship(outputs.pooler_output).float()  # [b, 2]
@@ -140,9 +138,7 @@ def _materialize_(model: SparseBert, device: torch.device, std: float, seed: int
     embeddings.token_type_ids = torch.zeros((1, positions), dtype=torch.long, device=device)
 
 
-def _initial(
-    name: str, module: nn.Module, meta: Tensor, device: torch.device, std: float, seed: int
-) -> nn.Parameter:
+def _initial(name: str, module: nn.Module, meta: Tensor, device: torch.device, std: float, seed: int) -> nn.Parameter:
     value = torch.empty(meta.shape, dtype=meta.dtype)
     if isinstance(module, nn.LayerNorm):
         value.fill_(1.0 if name.endswith("weight") else 0.0)

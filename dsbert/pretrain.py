@@ -15,10 +15,10 @@ from dsbert.data.manifest import load_manifest
 from dsbert.data.prefetch import Prefetcher
 from dsbert.data.stream import Batch, SampleStream
 from dsbert.distributed import World, assert_replicas_agree, gather_json, together
-from dsbert.engine import StepResult, TrainEngine
+from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.evaluate import EVAL_SEED, Evaluation, evaluate
-from dsbert.model import build_model
+from dsbert.model import build_model, encoder_linears
 from dsbert.reporting import Reporter
 from dsbert.run_directory import RunDirectory, first_difference
 from dsbert.sparse import BlockSparseLinear, MaskManager
@@ -72,11 +72,10 @@ class _Run:
         streams = together(lambda: _open_streams(recipe))
         vocab_size = manifest.tokenizer.vocab_size
         built = together(lambda: build_model(recipe, vocab_size, world.device))
-        assert streams is not None and built is not None
+        assert streams is not None
+        assert built is not None
         model, layers = built
-        attempt = together(
-            lambda: directory.open_attempt(recipe, data.path, manifest.digest, resume), only_main=True
-        )
+        attempt = together(lambda: directory.open_attempt(recipe, data.path, manifest.digest, resume), only_main=True)
         attempt = gather_json(attempt)[0]
         shapes = _layer_shapes(model)
         engine = TrainEngine(recipe, model, layers, world)
@@ -190,14 +189,14 @@ def _open_streams(recipe: Recipe) -> tuple[SampleStream, SampleStream | None]:
 
 def _layer_shapes(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Shape [out, in], block size (None where dense) and kept weights of every fully connected encoder weight."""
-    from dsbert.model import encoder_linears
-
-    shapes = {}
+    shapes: dict[str, dict[str, Any]] = {}
     for name, module in encoder_linears(model).items():
-        sparse = isinstance(module, BlockSparseLinear)
-        shape = [module.out_features, module.in_features]
-        kept = module.blocks.numel() if isinstance(module, BlockSparseLinear) else shape[0] * shape[1]
-        shapes[name] = {"shape": shape, "block_size": module.block_size if sparse else None, "kept": kept}
+        if isinstance(module, BlockSparseLinear):
+            shapes[name] = {"shape": list(module.shape), "block_size": module.block_size, "kept": module.blocks.numel()}
+        else:
+            assert isinstance(module, torch.nn.Linear)
+            shape = [module.out_features, module.in_features]
+            shapes[name] = {"shape": shape, "block_size": None, "kept": shape[0] * shape[1]}
     return shapes
 
 
@@ -208,8 +207,10 @@ def _assert_same_recipe(recipe: Recipe) -> None:
         difference = first_difference(recipes[0], other)
         if difference:
             key, first, found = difference
-            raise UserError(f"expected one recipe on all ranks, found {key} = {found!r} on rank {rank} and {first!r} on "
-                            "rank 0: start all ranks with the same command")
+            raise UserError(
+                f"expected one recipe on all ranks, found {key} = {found!r} on rank {rank} and {first!r} on "
+                "rank 0: start all ranks with the same command"
+            )
 
 
 def _due(every_steps: int, step: int, total_steps: int) -> bool:

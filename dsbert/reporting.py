@@ -79,7 +79,8 @@ class Reporter:
         last = step == self._recipe.optim.total_steps
         if step % self._recipe.log.every_steps == 0 or step == 1 or last or update or validation or result.stop:
             record = self._record(step, result, masks, update, validation)
-            assert self._metrics is not None and self._wandb is not None
+            assert self._metrics is not None
+            assert self._wandb is not None
             self._metrics.write(record)
             self._wandb.log(record)
             self._bar.show(record)
@@ -155,7 +156,9 @@ class _Bar:
     def show(self, record: dict[str, Any]) -> None:
         self._text = f"loss {record['loss']:.3f}  mlm {record['loss_mlm']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
         if record["val_mlm_loss"] is not None:
-            self.print(f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}")
+            self.print(
+                f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}"
+            )
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step, description=self._text)

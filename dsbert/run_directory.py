@@ -1,11 +1,11 @@
 """The run directory: who owns it, what it is a run of, and how the last attempt ended. Rank 0 writes it.
 
-    config.yaml        resolved recipe, identity, versions and git revision
-    attempt.json       the attempt that owns the run; attempts.jsonl is the history
-    status.json        how the last attempt ended: done | requeue | failed
-    metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
-    checkpoints/       checkpoint.py
-    companions/        tokenizer and unigram counts, which go into every checkpoint
+config.yaml        resolved recipe, identity, versions and git revision
+attempt.json       the attempt that owns the run; attempts.jsonl is the history
+status.json        how the last attempt ended: done | requeue | failed
+metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
+checkpoints/       checkpoint.py
+companions/        tokenizer and unigram counts, which go into every checkpoint
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. A handler only sets a flag; the loop looks at it, and all ranks agree by all-reduce."""
+"""Signals that ask a run to stop. A handler only sets a flag; the loop looks at it, and all ranks agree on it."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def param_shard(engine: Any, param: nn.Parameter) -> ParamShard:
+def param_shard(engine: Any, param: Any) -> ParamShard:
     """This rank's shard of `param`; empty if it holds nothing of it."""
     outer = engine.optimizer
     state = inner_optimizer(engine).state
@@ -70,7 +70,7 @@ def param_shard(engine: Any, param: nn.Parameter) -> ParamShard:
     return ParamShard(0, master, _moments(state, tensor, start, param.numel()), True)
 
 
-def _stage3_shard(outer: Any, state: Any, param: nn.Parameter) -> ParamShard:
+def _stage3_shard(outer: Any, state: Any, param: Any) -> ParamShard:
     group, start, length = outer.grad_position[outer.get_param_id(param)]
     flat = outer.fp32_partitioned_groups_flat[group]
     offset = outer._get_param_partition_rank(param) * length
@@ -78,7 +78,7 @@ def _stage3_shard(outer: Any, state: Any, param: nn.Parameter) -> ParamShard:
     return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length))
 
 
-def _stage12_shard(outer: Any, state: Any, param: nn.Parameter) -> ParamShard:
+def _stage12_shard(outer: Any, state: Any, param: Any) -> ParamShard:
     mapping = param._hp_mapping
     if mapping is None:
         return ParamShard(0, torch.empty(0, dtype=torch.float32, device=param.device))
@@ -109,7 +109,7 @@ def _moments(state: Any, flat: Tensor, start: int, length: int) -> dict[str, Ten
     return {name: entry[name].view(-1).narrow(0, start, length) for name in MOMENTS if name in entry}
 
 
-def forward_copies(param: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
+def forward_copies(param: Any) -> Iterator[tuple[Tensor, int]]:
     """What forward reads or will be gathered from, apart from the master: (1-D view, its offset in the parameter)."""
     if hasattr(param, "ds_id"):
         partition = param.ds_tensor.data.view(-1)
@@ -121,8 +121,8 @@ def forward_copies(param: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
         yield param.data.view(-1), 0
 
 
-def _partition_rank(param: nn.Parameter) -> int:
-    return int(param._z3_optimizer._get_param_partition_rank(param))  # type: ignore[attr-defined]
+def _partition_rank(param: Any) -> int:
+    return int(param._z3_optimizer._get_param_partition_rank(param))
 
 
 @torch.no_grad()

@@ -47,7 +47,12 @@ def dsbert(*words: str) -> Done:
 def dsbert_process(*words: str) -> Done:
     """The command in a process of its own, with all that it starts."""
     done = subprocess.run(
-        [sys.executable, "-m", "dsbert", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False
+        [sys.executable, "-m", "dsbert", *words],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -59,7 +64,7 @@ def dsbert_on_a_rank(words: list[str], per_rank: list[list[str]] | None = None) 
 
 
 def complaint(done: Done) -> str:
-    """The one line of a user's mistake; asserts exit code 2, no traceback, and that every rank that spoke said the same."""
+    """The one line of a user's mistake: exit code 2, no traceback, and every rank that spoke said the same."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     lines = {line for line in done.stderr.splitlines() if line.startswith("dsbert: ")}
@@ -168,7 +173,10 @@ def test_killed_and_resumed_ends_bit_for_bit_like_undisturbed(run: Path, data: P
 
     words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "dsbert", *words, "eval.every_steps=1"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "dsbert", *words, "eval.every_steps=1"],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
@@ -243,7 +251,9 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     assert seen[0].argmax(-1).equal(theirs.argmax(-1))
     compact = load_file(tmp_path / "out" / "sparse.safetensors")
     name = next(iter(restored.layers))
-    dense = dense_weight(restored.layers[name].shape, *(compact[f"{name}.{part}"] for part in ("blocks", "rows", "cols")))
+    dense = dense_weight(
+        restored.layers[name].shape, *(compact[f"{name}.{part}"] for part in ("blocks", "rows", "cols"))
+    )
     assert dense.equal(model.get_parameter(f"{name}.weight"))
 
 

@@ -3,9 +3,9 @@
 import random
 from pathlib import Path
 
-_SUBJECTS = "the cat,a dog,my sister,the old king,every president,no house,the river,a small bird".split(",")
-_VERBS = "sees,has,wants,remembers,builds,follows,forgets,keeps".split(",")
-_OBJECTS = "a big tree,the open road,two letters,its own shadow,an answer,the winter,bread and salt,nothing".split(",")
+_SUBJECTS = ["the cat", "a dog", "my sister", "the old king", "every president", "no house", "the river", "a bird"]
+_VERBS = ["sees", "has", "wants", "remembers", "builds", "follows", "forgets", "keeps"]
+_OBJECTS = ["a big tree", "the open road", "two letters", "its shadow", "an answer", "winter", "bread and salt"]
 _ENDS = ["", " in the morning", " after the war", " without a word", " again and again"]
 
 

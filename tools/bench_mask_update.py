@@ -1,4 +1,4 @@
-"""Seconds of a mask update through DeepSpeed, part by part nothing hidden: scores, all-reduce, decision, zeroing, check.
+"""Milliseconds of a whole mask update through DeepSpeed: scores, all-reduce, decision, zeroing, check of replicas.
 
     python tools/bench_mask_update.py [--recipe bert-base] [--block 16,1] [--ds zero1_fp32] [--nproc 2] [--json]
 
@@ -62,7 +62,8 @@ def main() -> None:
         seconds = ranks[0]["seconds"]
         rows.append(
             {
-                "recipe": options.recipe, "block": block, "blocks": ranks[0]["blocks"], "pruned at most": max(ranks[0]["pruned"]),
+                "recipe": options.recipe, "block": block, "blocks": ranks[0]["blocks"],
+                "pruned at most": max(ranks[0]["pruned"]),
                 "ranks": options.nproc, "threads": ranks[0]["threads"], "DeepSpeed": options.ds,
                 "median ms": round(1000 * statistics.median(seconds), 1), "min ms": round(1000 * min(seconds), 1),
                 "max ms": round(1000 * max(seconds), 1),

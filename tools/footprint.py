@@ -2,8 +2,8 @@
 
     python tools/footprint.py [--recipe bert-small] [--ds zero1_fp32] [--nproc 2] [--json]
 
-Trains the recipe's model for three steps on random tokens, dense and sparse. Weights and moments are counted on the live
-tensors that the ranks own; bytes sent are what each rank hands to collectives in the third step, by collective.
+Trains the recipe's model for three steps on random tokens, dense and sparse. Weights and moments are counted on the
+live tensors that the ranks own; bytes sent are what each rank hands to collectives in the third step.
 """
 
 from __future__ import annotations

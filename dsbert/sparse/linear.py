@@ -75,14 +75,15 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        blocks, bias = self.blocks, self.bias
+        blocks: Tensor = self.blocks
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, blocks = x.to(dtype), blocks.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         index = KernelIndex(self.shape, self.block_size, self.rows, self.cols)
         flat = x.reshape(-1, self.in_features)
-        y = _BlockSparseMatmul.apply(flat, blocks, bias, index, self.backend, self.dense_gradient)
+        y: Tensor = _BlockSparseMatmul.apply(flat, blocks, bias, index, self.backend, self.dense_gradient)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()

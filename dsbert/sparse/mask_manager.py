@@ -70,10 +70,12 @@ class MaskManager:
         self._rule = REGROW_RULES[config.regrow]
         dynamic = config.pattern == "dynamic" and layers
         self._schedule = (
-            UpdateSchedule(total_steps, config.num_updates, config.max_prune_ratio, config.schedule) if dynamic else None
+            UpdateSchedule(total_steps, config.num_updates, config.max_prune_ratio, config.schedule)
+            if dynamic
+            else None
         )
         self.topologies = {name: layer.topology for name, layer in layers.items()}
-        # Which positions were ever active (bool [R, C]), and the update that allocated each slot (int32 [K]; 0 = start).
+        # Which positions were ever active (bool [R, C]); the update that allocated each slot (int32 [K], 0 = start).
         self._explored = {name: topology.mask() for name, topology in self.topologies.items()}
         self._born = {name: torch.zeros(layer.num_active, dtype=torch.int32) for name, layer in layers.items()}
         self._arm(step=1)
@@ -100,8 +102,8 @@ class MaskManager:
         return combined_digest({name: layer.digest() for name, layer in self.layers.items()})
 
     def verify_replicas(self) -> None:
-        """Raise PeerError, naming layer and rank, unless every rank's kernels read the same topology, in slot order, and
-        each rank's own record agrees with its kernels. Collective."""
+        """Raise PeerError, naming layer and rank, unless all ranks' kernels read one topology, in slot order, and each
+        rank's own record agrees with its kernels. Collective."""
         kernels = {name: layer.digest() for name, layer in self.layers.items()}
         own = [kernels[name] == topology.digest() for name, topology in self.topologies.items()]
         agree = gather(torch.tensor(own, dtype=torch.uint8), self._group).bool()
@@ -155,9 +157,7 @@ class MaskManager:
         for name, topology in self.topologies.items():
             key = DrawKey(self._seed, "regrow", number, name)
             count = self._schedule.num_pruned(step, topology.num_active)  # type: ignore[union-attr]
-            updates[name] = prune_and_regrow(
-                topology, scores[name], count, key, self._rule, gradient_norms.get(name)
-            )
+            updates[name] = prune_and_regrow(topology, scores[name], count, key, self._rule, gradient_norms.get(name))
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0
         for name, update in updates.items():
@@ -184,7 +184,7 @@ class MaskManager:
         return dict(zip(self.layers, scores.split([part.numel() for part in parts]), strict=True))
 
     def _reduced_gradient_norms(self) -> dict[str, Tensor]:
-        """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if not needed."""
+        """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if unused."""
         if self.config.regrow != "gradient":
             return {}
         gradients = self.dense_gradients()
@@ -206,6 +206,4 @@ class MaskManager:
         for layer in self.layers.values():
             layer.dense_gradient = None
         parts = flat.split([layer.shape[0] * layer.shape[1] for layer in self.layers.values()])
-        return {
-            name: part.view(layer.shape) for (name, layer), part in zip(self.layers.items(), parts, strict=True)
-        }
+        return {name: part.view(layer.shape) for (name, layer), part in zip(self.layers.items(), parts, strict=True)}

@@ -50,7 +50,7 @@ class BlockTopology:
             raise ValueError(f"expected as many rows as cols, found {self.rows.numel()} and {self.cols.numel()}")
         num_rows, num_cols = grid(self.shape, self.block_size)
         for name, tensor, limit in (("rows", self.rows, num_rows), ("cols", self.cols, num_cols)):
-            if tensor.numel() and not (0 <= int(tensor.min()) and int(tensor.max()) < limit):
+            if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < limit):
                 raise ValueError(f"expected {name} in 0..{limit - 1}, found {int(tensor.min())}..{int(tensor.max())}")
         distinct = int(np.count_nonzero(self._mask.numpy()))
         if distinct != self.num_active:
@@ -58,7 +58,7 @@ class BlockTopology:
 
     @classmethod
     def random(cls, shape: tuple[int, int], block_size: int, density: float, key: DrawKey) -> BlockTopology:
-        """`density` of the blocks, drawn uniformly without replacement (paper, algorithm 1), in row-major slot order."""
+        """`density` of the blocks, uniform without replacement (paper, algorithm 1); slots in row-major order."""
         num_rows, num_cols = grid(shape, block_size)
         eligible = torch.ones(num_rows * num_cols, dtype=torch.bool)
         positions = draw_positions(key, eligible, num_active_blocks(shape, block_size, density))
@@ -115,7 +115,7 @@ def topology_digest(shape: tuple[int, int], block_size: int, rows: Tensor, cols:
     """
     hasher = xxhash.xxh3_64(f"{shape[0]} {shape[1]} {block_size}".encode())
     for tensor in (rows, cols):
-        hasher.update(tensor.detach().cpu().contiguous().numpy())
+        hasher.update(tensor.detach().cpu().contiguous().numpy().data)
     return hasher.intdigest()
 
 

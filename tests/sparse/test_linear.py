@@ -96,7 +96,8 @@ def test_equals_the_dense_layer(backend, block_size, dtype):
 def test_equals_the_dense_layer_everywhere(backend, density, dtype):
     shapes = [*SHAPES, (4, 4), (1, 1), (384, 128), (128, 512)]
     for shape, block_size, bias, tokens in itertools.product(shapes, BLOCK_SIZES, (True, False), (0, 1, 33)):
-        if divides(shape, block_size):
+        # The expectation is a loop over blocks: 1 x 1 only where there are few.
+        if divides(shape, block_size) and shape[0] * shape[1] <= 5000 * block_size**2:
             layer = make(shape, block_size, backend, density=density, dtype=dtype, bias=bias)
             check(layer, *inputs(layer, tokens))
 

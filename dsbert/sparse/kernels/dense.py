@@ -26,14 +26,17 @@ def scatter(blocks: Tensor, index: KernelIndex) -> Tensor:
 
 
 def forward(x: Tensor, blocks: Tensor, index: KernelIndex, bias: Tensor | None) -> Tensor:
+    """X W^T + b: [T, out]."""
     return functional.linear(x, scatter(blocks, index), bias)
 
 
 def dgrad(dy: Tensor, blocks: Tensor, index: KernelIndex) -> Tensor:
+    """dY W: [T, in]."""
     return dy @ scatter(blocks, index)
 
 
 def wgrad(dy: Tensor, x: Tensor, index: KernelIndex) -> Tensor:
+    """dY^T X at the active blocks: [K, B, B]."""
     weight = _take(index.shape, dy.dtype, dy.device)
     torch.mm(dy.t(), x, out=weight)
     return _blocked(weight, index)[index.rows, index.cols]
