@@ -91,13 +91,13 @@ def test_equals_the_dense_layer(backend, block_size, dtype):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_dense_layer_everywhere(backend, density, dtype):
     shapes = [*SHAPES, (4, 4), (1, 1), (384, 128), (128, 512)]
-    for shape, block_size, bias, tokens in itertools.product(shapes, BLOCK_SIZES, (True, False), (0, 1, 33)):
+    for shape, block_size, bias, tokens in itertools.product(shapes, BLOCK_SIZES, (True, False), (1, 33)):
         # The expectation is a loop over blocks: 1 x 1 only where there are few.
-        if divides(shape, block_size) and shape[0] * shape[1] <= 5000 * block_size**2:
+        if divides(shape, block_size) and shape[0] * shape[1] <= 1100 * block_size**2:
             layer = make(shape, block_size, backend, density=density, dtype=dtype, bias=bias)
             check(layer, *inputs(layer, tokens))
 
