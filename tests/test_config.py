@@ -108,7 +108,7 @@ def test_ds_configs(name: str, stage: int, dtype: str) -> None:
     assert name in ds_config_names()
     config = load_ds_config(load_recipe("demo", [f"deepspeed.config={name}"]), world_size=2, accumulation_steps=3)
     assert (zero_stage(config), precision(config)) == (stage, dtype)
-    assert config["train_batch_size"] == 2 * 3 * 32
+    assert config["train_batch_size"] == 2 * 3 * 16
     assert config["gradient_clipping"] == 1.0
 
 
