@@ -16,7 +16,17 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON docume
 _source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
 
 
+def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    """The deepspeed launcher says it as the first argument, before the subcommand, as well as in the environment."""
+    if value is not None:
+        os.environ.setdefault("LOCAL_RANK", str(value))
+
+
+_local_rank = click.option("--local_rank", type=int, hidden=True, expose_value=False, callback=_take_local_rank)
+
+
 @click.group(no_args_is_help=True)
+@_local_rank
 def app() -> None:
     """Pre-train BERT with weights that are sparse from the first step to the last."""
 
@@ -56,7 +66,7 @@ def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: floa
     show_default=True,
     help="Seconds after which a rank that does not answer counts as dead.",
 )
-@click.option("--local_rank", type=int, hidden=True, help="Given by the deepspeed launcher.")
+@_local_rank
 @click.pass_obj
 def pretrain(
     argv: list[str],
@@ -66,7 +76,6 @@ def pretrain(
     nproc: int | None,
     resume: str,
     timeout: float,
-    local_rank: int | None,
 ) -> None:
     """Pre-train RECIPE: a name in dsbert/recipes, or a YAML file.
 
@@ -75,9 +84,9 @@ def pretrain(
     from dsbert.launch import die_with_parent, launch, rank_command
     from dsbert.ranks import ranks_from_environment
 
+    from dsbert.stopping import stop_on_signals
+
     die_with_parent()
-    if local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
     from dsbert.config import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -88,9 +97,10 @@ def pretrain(
         count = nproc or _num_gpus() or 1
         if count > 1:
             raise SystemExit(launch(rank_command(_without_nproc(argv)), count))
-    from dsbert.pretrain import pretrain as train
+    with stop_on_signals() as stop:  # from before the slow imports on: a signal must not kill a rank that starts
+        from dsbert.pretrain import pretrain as train
 
-    raise SystemExit(train(loaded, run_dir or Path("runs") / loaded.name, resume, timeout))
+        raise SystemExit(train(loaded, run_dir or Path("runs") / loaded.name, resume, timeout, stop))
 
 
 @app.command()

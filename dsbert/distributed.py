@@ -9,7 +9,8 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from dsbert.launch import LISTEN_FD_ENV
 from dsbert.ranks import ranks_from_environment
 
 T = TypeVar("T")
+# In the messages of gloo and NCCL, which have no exception type of their own for it.
+_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,18 @@ def _meet_by_mpi(rank: int) -> None:
             here = (socket.gethostbyname(socket.gethostname()), probe.getsockname()[1])
     address, port = MPI.COMM_WORLD.bcast(here, root=0)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+@contextmanager
+def peer_failures(world: World) -> Iterator[None]:
+    """Turn what torch raises when a peer is gone, or silent for the timeout, into PeerError."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        text = _line(error)
+        if isinstance(error, dist.DistError) or any(word in text for word in _PEER_WORDS):
+            raise PeerError(f"rank {world.rank} on {world.host} lost a peer: {text}") from error
+        raise
 
 
 def all_reduce(tensor: Tensor, op: str = "sum", group: dist.ProcessGroup | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,6 +230,9 @@ def _counts(batches: list[Batch], stop: bool) -> list[int]:
 
 def _initialize(recipe: Recipe, model: SparseBert, config: dict[str, Any], world: World) -> Any:
     """deepspeed.initialize, without compiling its CPU operators and with its chatter on standard error."""
+    # DeepSpeed's affair, once a rank: torch 2.13 has renamed what it calls.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
     import deepspeed
     import deepspeed.ops

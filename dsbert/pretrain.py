@@ -23,21 +23,26 @@ from dsbert.reporting import Reporter
 from dsbert.run_directory import RunDirectory, first_difference
 from dsbert.sparse import BlockSparseLinear, MaskManager
 from dsbert.sparse.journal import journal_entry
-from dsbert.stopping import StopRequest, stop_on_signals
+from dsbert.stopping import StopRequest
 
 _WEIGHT_CHECK_STEPS = 1000
 
 
-def pretrain(recipe: Recipe, run_dir: Path, resume: str = "auto", timeout_s: float = 300.0) -> int:
-    """Pre-train as `recipe` says, in `run_dir`; every rank calls this. resume: auto | must | never.
+def pretrain(
+    recipe: Recipe, run_dir: Path, resume: str = "auto", timeout_s: float = 300.0, stop: StopRequest | None = None
+) -> int:
+    """Pre-train as `recipe` says, in `run_dir`; every rank calls this.
 
-    Returns the exit code: 0 done, 75 saved and to be requeued. Raises DsbertError, the same one on every rank.
+    resume: auto | must | never. timeout_s: how long a collective waits for a peer. stop: looked at in every step; set
+    on any rank, it has all of them save the same step and return 75. Returns the exit code: 0 done, 75 saved and to be
+    requeued. Raises DsbertError: the same one on every rank, or PeerError where a peer is gone.
     """
     world = distributed.init(timeout_s)
-    with stop_on_signals() as stop:
+    with distributed.peer_failures(world):
         run = _Run.open(recipe, run_dir, resume, world)
         try:
-            return _train(run, stop)
+            with distributed.peer_failures(world):
+                return _train(run, stop or StopRequest())
         except DsbertError as error:
             if world.is_main:
                 run.directory.close_attempt(run.attempt["number"], "failed", run.engine.step, str(error))

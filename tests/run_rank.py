@@ -14,6 +14,7 @@ def main(name: str, arguments: str, environment: dict[str, str], log: str, resul
     """In a forked process: call the function "module:function", and write what it returns as JSON."""
     os.setsid()
     os.environ.update(environment)
+    os.environ["DSBERT_TEST_RESULT"] = result  # for a rank that is to end in the middle of something
     os.environ[PARENT_PID_ENV] = str(os.getppid())
     die_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -344,3 +344,30 @@ def _computes_in_fp16() -> bool:
 
     supported: Any = get_accelerator().is_fp16_supported()
     return bool(supported)
+
+
+def test_a_killed_rank_ends_the_others_with_3(data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
+    first, second = run_distributed(dsbert_beside_a_dying_rank, 2, {"words": words})
+    assert second is None
+    assert first[0] == 3, first
+    assert "lost a peer" in first[2]
+    assert "Traceback" not in first[2]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["outcome"] == "failed"
+
+
+def dsbert_beside_a_dying_rank(words: list[str]) -> list[Any] | None:
+    """Rank 1 leaves for good, without a word, when it has taken three steps."""
+    from dsbert.engine import TrainEngine
+
+    if os.environ["RANK"] == "1":
+        step = TrainEngine.train_step
+
+        def die(self: TrainEngine, *args: Any, **kwargs: Any) -> Any:
+            if self.step == 3:
+                os._exit(0)
+            return step(self, *args, **kwargs)
+
+        Path(os.environ["DSBERT_TEST_RESULT"]).write_text("null")
+        TrainEngine.train_step = die  # type: ignore[method-assign]
+    return list(dsbert(*words))
