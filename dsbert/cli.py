@@ -83,7 +83,6 @@ def pretrain(
     """
     from dsbert.launch import die_with_parent, launch, rank_command
     from dsbert.ranks import ranks_from_environment
-
     from dsbert.stopping import stop_on_signals
 
     die_with_parent()

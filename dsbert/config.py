@@ -76,7 +76,7 @@ class SparsityConfig(_Section):
     @property
     def density(self) -> float:
         """Fraction of the blocks kept; 1 for pattern dense."""
-        return 1.0 if self.pattern == "dense" else 1.0 - self.sparsity
+        return 1.0 if self.pattern == "dense" else round(1.0 - self.sparsity, 12)  # 0.1, not 0.0999...
 
 
 class DataConfig(_Section):

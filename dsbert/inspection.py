@@ -20,7 +20,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     path = resolve_checkpoint(path)
     state, tensors = read_state(path), read_topology(path)
     sparsity = state["recipe"]["sparsity"]
-    target = 1.0 if sparsity["pattern"] == "dense" else 1.0 - sparsity["sparsity"]
+    target = 1.0 if sparsity["pattern"] == "dense" else round(1.0 - sparsity["sparsity"], 12)
     layers: list[dict[str, Any]] = []
     digests: dict[str, int] = {}
     explored = positions = active = 0

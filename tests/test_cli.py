@@ -2,99 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
+from tests.commands import ENVIRONMENT, SMALL, Done, complaint, dsbert, dsbert_on_a_rank, dsbert_process
 from tests.helpers import run_distributed
 from tests.text import write_corpus
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "pydantic")
-SMALL = (
-    "model.hidden_size=32", "model.num_layers=1", "model.max_positions=32", "data.seq_len=24", "model.dropout=0.1",
-    "sparsity.block_size=8", "sparsity.sparsity=0.75", "sparsity.num_updates=4", "batch.global_batch=12",
-    "batch.micro_batch=3", "optim.total_steps=12", "optim.warmup_steps=2", "eval.every_steps=6", "eval.sequences=16",
-    "checkpoint.every_steps=6", "log.every_steps=1", "log.wandb=false",
-)  # fmt: skip
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def dsbert(*words: str) -> Done:
-    """The command in this process, which has imported what is slow."""
-    from dsbert import cli
-
-    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
-        code = cli.run(list(words))
-    return Done(code, stdout.getvalue(), stderr.getvalue())
-
-
-def dsbert_process(*words: str) -> Done:
-    """The command in a process of its own, with all that it starts."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dsbert", *words],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def dsbert_on_a_rank(words: list[str], per_rank: list[list[str]] | None = None) -> list[Any]:
-    """The command on this rank of a launch."""
-    extra = per_rank[int(os.environ["RANK"])] if per_rank else []
-    return list(dsbert(*words, *extra))
-
-
-def complaint(done: Done) -> str:
-    """The one line of a user's mistake: exit code 2, no traceback, and every rank that spoke said the same."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = {line for line in done.stderr.splitlines() if line.startswith("dsbert: ")}
-    assert len(lines) == 1, done.stderr
-    return lines.pop()
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_corpus(root / "corpus.txt", num_documents=60)
-    done = dsbert(
-        "prepare", "--source", str(root / "corpus.txt"), "--to", str(root / "made"), "--vocab-size", "200",
-        "--validation", "0.2", "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert {"documents", "sentences", "tokens", "duplicates", "shards", "digest", "seconds"} <= summary.keys()
-    assert summary["documents"] == 60
-    return root / "made"
-
-
-@pytest.fixture(scope="session")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, twelve steps, three mask updates, two checkpoints; stopped after the first half and resumed."""
-    run_dir = tmp_path_factory.mktemp("runs") / "small"
-    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(run_dir), f"data.path={data}", *SMALL]
-    done = dsbert_process(*words)
-    assert done.returncode == 0, done.stderr
-    return run_dir
 
 
 @pytest.mark.parametrize("command", [[], ["prepare"], ["pretrain"], ["evaluate"], ["export"], ["inspect"]])
@@ -371,3 +294,29 @@ def dsbert_beside_a_dying_rank(words: list[str]) -> list[Any] | None:
         Path(os.environ["DSBERT_TEST_RESULT"]).write_text("null")
         TrainEngine.train_step = die  # type: ignore[method-assign]
     return list(dsbert(*words))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["sparsity.pattern=dense", "sparsity.kernels=dense"],
+        ["sparsity.regrow=gradient", "deepspeed.config=zero3_bf16"],
+        pytest.param(["sparsity.pattern=static"], marks=pytest.mark.exhaustive),
+        pytest.param(
+            ["sparsity.block_size=1", "sparsity.group_lasso=0.1", "deepspeed.config=zero2_bf16"],
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_further_recipes_go_all_the_way(changes: list[str], data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ["pretrain", "demo", "--run-dir", str(run_dir), f"data.path={data}", *SMALL, *changes]
+    for answer in run_distributed(dsbert_on_a_rank, 2, {"words": words}):
+        assert answer[0] == 0, answer[2]
+    report = json.loads(dsbert("inspect", str(run_dir), "--json").stdout)
+    dense = "sparsity.pattern=dense" in changes
+    assert report["density"] == (1.0 if dense else 0.25)
+    sizes = report["bytes"]
+    assert sizes["encoder_optimizer"] == report["density"] * sizes["encoder_optimizer_dense"]
+    assert (report["dof"] > 0.25) == ("sparsity.pattern=static" not in changes)
+    assert json.loads(dsbert("evaluate", str(run_dir), "--json").stdout)["mlm_loss"] < 6

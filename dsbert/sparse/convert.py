@@ -48,7 +48,7 @@ def _check_density(name: str, shape: tuple[int, int], config: SparsityConfig) ->
     except ValueError as error:
         raise ValueError(f"sparsity.block_size for {name}: {error}") from None
     actual = num_active_blocks(shape, config.block_size, config.density) / (num_rows * num_cols)
-    if abs(actual - config.density) > 0.25 * config.density and not config.allow_density_error:
+    if abs(actual / config.density - 1.0) > 0.25 + 1e-9 and not config.allow_density_error:
         raise ValueError(
             f"expected density {config.density:.4g} in {name}, found {actual:.4g} as the nearest that "
             f"{num_rows} x {num_cols} blocks of {config.block_size} allow: use a smaller block or "
