@@ -3,7 +3,7 @@
     python tools/footprint.py [--recipe bert-small] [--ds zero1_fp32] [--nproc 2] [--json]
 
 Trains the recipe's model for three steps on random tokens, dense and sparse. Weights and moments are counted on the
-live tensors that the ranks own; bytes sent are what each rank hands to collectives in the third step.
+live tensors that the ranks own; bytes sent are what rank 0 hands to each kind of collective in the third step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     model, layers = build_model(recipe, arguments["vocab_size"], world.device)
     names = {f"{name}.{part}" for name in encoder_linears(model) for part in ("weight", "blocks")}
-    engine = TrainEngine(recipe, model, layers, world)
     sent: Counter[str] = Counter()
 
     def counted(name: str, original: Any, which: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensor = args[which] if len(args) > which else kwargs.get("tensor", kwargs.get("input"))
+            tensor = (
+                args[which]
+                if len(args) > which
+                else next((kwargs[key] for key in ("tensor", "input_tensor", "input") if key in kwargs), None)
+            )
             tensors = tensor if isinstance(tensor, list) else [tensor]
             sent[name] += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
             return original(*args, **kwargs)
@@ -48,6 +51,8 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
                         ("reduce_scatter_single", 1)):  # fmt: skip
         if hasattr(dist, name):
             setattr(dist, name, counted(name, getattr(dist, name), which))
+    # After the patches: DeepSpeed looks its collectives up when it starts.
+    engine = TrainEngine(recipe, model, layers, world)
     for _ in range(3):
         sent.clear()
         engine.train_step(_random_batches(engine, arguments["vocab_size"], recipe.data.seq_len))
@@ -106,13 +111,22 @@ def main() -> None:
             "encoder weights": sum(rank["encoder_weights"] for rank in ranks),
             "encoder optimizer state": sum(rank["encoder_optimizer"] for rank in ranks),
             "all weights": sum(rank["all_parameters"] for rank in ranks),
-            "handed to collectives per rank and step": sum(ranks[0]["sent"].values()),
+            **{f"{name}, handed in per rank and step": size for name, size in ranks[0]["sent"].items() if size > 1000},
         }
     rows = [
-        {"bytes": key, "dense": found["dense"][key], "sparse": value, "ratio": value / found["dense"][key]}
+        {
+            "bytes": key,
+            "dense": found["dense"].get(key, 0),
+            "sparse": value,
+            "ratio": _ratio(found["dense"].get(key), value),
+        }
         for key, value in found["dynamic"].items()
     ]
     print(json.dumps(rows) if options.json else markdown(rows))
+
+
+def _ratio(dense: float | None, sparse: float) -> str:
+    return f"{sparse / dense:.4f}" if dense else ""
 
 
 if __name__ == "__main__":
