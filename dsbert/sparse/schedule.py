@@ -25,10 +25,9 @@ class UpdateSchedule:
 
     def update_number(self, step: int) -> int | None:
         """u if update u happens after `step` optimizer steps, else None."""
-        nearest = round(step * self.num_updates / self.total_steps)
-        for u in (nearest - 1, nearest, nearest + 1):
-            if 1 <= u < self.num_updates and round(u * self.total_steps / self.num_updates) == step:
-                return u
+        u = round(step * self.num_updates / self.total_steps)  # the only candidate, since n <= T
+        if 1 <= u < self.num_updates and round(u * self.total_steps / self.num_updates) == step:
+            return u
         return None
 
     def is_update_step(self, step: int) -> bool:
