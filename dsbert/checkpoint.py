@@ -6,7 +6,7 @@
         state.json                              counters, identity, recipe, shapes
         tokenizer/, unigram.npy                 what evaluation and export need of the data
         manifest.json                           name, size and checksum of every file above
-    latest                                      name of the newest one, and its manifest's checksum
+    latest                                      name of the newest one and its manifest's checksum, for people and tools
 
 Ranks write into a directory named after the attempt; rank 0 writes the manifest from what the ranks say they wrote (a
 listing of a network file system may be stale), renames, and only then replaces `latest`.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from dsbert.engine import TrainEngine
 
 MANIFEST, STATE, TOPOLOGY, LATEST = "manifest.json", "state.json", "topology.safetensors", "latest"
-FORMAT = 1
+KIND, FORMAT = "dsbert-checkpoint", 1
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,16 @@ def resolve_checkpoint(path: Path) -> Path:
 
     Raises UserError if `path` is neither, CheckpointError if no checkpoint verifies.
     """
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or (path / STATE).is_file():
         _raise_if_damaged(path)
         return path
     if not (path / "checkpoints").is_dir():
         raise UserError(f"expected a run directory or a checkpoint at {path}, found neither")
     newest, skipped = newest_checkpoint(path / "checkpoints")
+    for line in skipped:
+        print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None:
-        raise CheckpointError(f"expected a valid checkpoint in {path / 'checkpoints'}, found none{_skipped(skipped)}")
+        raise CheckpointError(f"expected a valid checkpoint in {path / 'checkpoints'}, found none")
     return newest
 
 
@@ -107,17 +110,24 @@ def verify_checkpoint(path: Path) -> list[Problem]:
     """Read everything; what is wrong, or nothing."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        entries = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if (manifest["kind"], manifest["format"]) != (KIND, FORMAT):
+            return [Problem(MANIFEST, f"expected {KIND} {FORMAT}, found {manifest['kind']} {manifest['format']}")]
+        entries = [(str(name), int(entry["bytes"]), str(entry["xxh3"])) for name, entry in manifest["files"].items()]
+        needed = {
+            STATE,
+            TOPOLOGY,
+            *(fragments_name(rank, manifest["world_size"]) for rank in range(manifest["world_size"])),
+        }
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return [Problem(MANIFEST, f"unreadable: {' '.join(str(error).split())}")]
-    problems = []
-    for name, entry in entries:
+    problems = [Problem(name, "not in the manifest") for name in sorted(needed - {name for name, *_ in entries})]
+    for name, size, checksum in entries:
         file = path / name
         if not file.is_file():
             problems.append(Problem(name, "missing"))
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(Problem(name, f"expected {entry['bytes']} bytes, found {file.stat().st_size}"))
-        elif _checksum(file) != entry["xxh3"]:
+        elif file.stat().st_size != size:
+            problems.append(Problem(name, f"expected {size} bytes, found {file.stat().st_size}"))
+        elif _checksum(file) != checksum:
             problems.append(Problem(name, "the checksum differs"))
     return problems
 
@@ -223,7 +233,7 @@ def _publish(
     temporary: Path, target: Path, entries: list[dict[str, Any]], engine: TrainEngine, masks: MaskManager, keep: int
 ) -> None:
     manifest = {
-        "kind": "dsbert-checkpoint",
+        "kind": KIND,
         "format": FORMAT,
         "step": engine.step,
         "world_size": engine.world.world_size,
@@ -253,10 +263,6 @@ def _raise_if_damaged(path: Path) -> None:
     problems = verify_checkpoint(path)
     if problems:
         raise CheckpointError(f"expected a valid checkpoint, found {path / problems[0].file}: {problems[0].problem}")
-
-
-def _skipped(lines: list[str]) -> str:
-    return f" ({'; '.join(lines)})" if lines else ""
 
 
 def _sync_directory(path: Path) -> None:

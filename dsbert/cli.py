@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dsbert.errors import EXIT_INTERNAL, EXIT_OK, DsbertError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
@@ -85,18 +85,19 @@ def pretrain(
     from dsbert.ranks import ranks_from_environment
     from dsbert.stopping import stop_on_signals
 
-    die_with_parent()
-    from dsbert.config import load_recipe
+    with stop_on_signals() as stop:  # before the slow imports: a signal should not kill a rank that is starting
+        die_with_parent()
+        from dsbert.config import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
-    if ranks_from_environment() is not None:
-        if nproc is not None:
+        loaded = load_recipe(recipe, overrides)
+        if ranks_from_environment() is None:
+            count = _num_ranks(nproc)
+            if stop.wanted:
+                raise SystemExit(EXIT_REQUEUE)
+            if count > 1:
+                raise SystemExit(launch(rank_command(_without_nproc(argv)), count))
+        elif nproc is not None:
             raise UserError("expected no --nproc under another launcher, which starts the ranks itself; found both")
-    else:
-        count = nproc or _num_gpus() or 1
-        if count > 1:
-            raise SystemExit(launch(rank_command(_without_nproc(argv)), count))
-    with stop_on_signals() as stop:  # from before the slow imports on: a signal must not kill a rank that starts
         from dsbert.pretrain import pretrain as train
 
         raise SystemExit(train(loaded, run_dir or Path("runs") / loaded.name, resume, timeout, stop))
@@ -194,6 +195,14 @@ def _without_nproc(argv: list[str]) -> list[str]:
             kept.append(word)
         skip = word == "--nproc"
     return kept
+
+
+def _num_ranks(nproc: int | None) -> int:
+    """How many ranks to start here: one per GPU unless said otherwise, and never more than there are GPUs."""
+    gpus = _num_gpus()
+    if nproc and gpus and nproc > gpus:
+        raise UserError(f"expected --nproc of at most the {gpus} GPUs here, found {nproc}")
+    return nproc or gpus or 1
 
 
 def _num_gpus() -> int:

@@ -53,17 +53,14 @@ def init(timeout_s: float = 300.0) -> World:
     rank, world_size, local_rank = ranks_from_environment() or (0, 1, 0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"expected a GPU for local rank {local_rank}, found {torch.cuda.device_count()} GPUs")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = _device(local_rank) if cuda else torch.device("cpu")
     timeout = timedelta(seconds=timeout_s)
     try:
         store = _store(rank, world_size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout,
-            device_id=device if cuda else None,
+            # Bound to a device, a world of one would split communicators that it never made.
+            device_id=device if cuda and world_size > 1 else None,
         )  # fmt: skip
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -71,6 +68,17 @@ def init(timeout_s: float = 300.0) -> World:
             f"expected {world_size} ranks to meet at {where} within {timeout_s:g} s, rank {rank} found: {_line(error)}"
         ) from None
     return World(rank, world_size, local_rank, device, socket.gethostname())
+
+
+def _device(local_rank: int) -> torch.device:
+    """The GPU of a local rank: the only one where the launcher shows each rank its own. DeepSpeed reads LOCAL_RANK."""
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise UserError(f"expected a GPU for local rank {local_rank}, found {count} GPUs: start one rank per GPU")
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -113,9 +121,27 @@ def _meet_by_mpi(rank: int) -> None:
     if rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            here = (socket.gethostbyname(socket.gethostname()), probe.getsockname()[1])
+            here = _own_address(), probe.getsockname()[1]
     address, port = MPI.COMM_WORLD.bcast(here, root=0)
+    if address is None:
+        raise UserError(
+            "expected the name of rank 0's machine to resolve, found no address: export MASTER_ADDR and MASTER_PORT"
+        )
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+def _own_address() -> str | None:
+    """An address that other machines may reach: that of the route outwards, else that of the host's name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # reserved for documentation (RFC 5737); a datagram socket sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            pass
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return None
 
 
 @contextmanager
@@ -168,6 +194,8 @@ def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
             result = work()
         except DsbertError as error:
             failure = [type(error).__name__, str(error)]
+        except OSError as error:
+            failure = [UserError.__name__, f"expected to read and write {error.filename}, found: {error.strerror}"]
     failures = gather_json(failure)
     first = next((index for index, found in enumerate(failures) if found), None)
     if first is not None:

@@ -20,7 +20,7 @@ _RECIPE_OWNS = {
     "gradient_accumulation_steps": "batch.micro_batch",
 }
 # Each of these keeps a further copy of the weights, in which a re-pointed slot would live on.
-_UNTESTED = ("offload_optimizer", "offload_param", "zero_hpz_partition_size")
+_UNTESTED = ("offload_optimizer", "offload_param", "zero_hpz_partition_size", "mics_shard_size")
 
 
 def ds_config_names() -> list[str]:
@@ -39,8 +39,14 @@ def load_ds_config(recipe: Recipe, world_size: int, accumulation_steps: int) -> 
                 f"{config[key]!r}: the recipe owns it as {owner}"
             )
         config.pop(key, None)
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"expected a section {key!r} in the DeepSpeed configuration, found {config[key]!r}")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"expected a ZeRO stage 0 to 3 in the DeepSpeed configuration, found {zero['stage']!r}")
     for key in _UNTESTED:
-        if config.get("zero_optimization", {}).get(key):
+        if zero.get(key) not in (None, False, 0, 1, -1, {"device": "none"}):
             raise UserError(f"expected no {key!r} in the DeepSpeed configuration, found it: dsbert does not support it")
     micro_batch = recipe.batch.micro_batch
     return config | {

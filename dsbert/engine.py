@@ -123,11 +123,14 @@ class TrainEngine:
         return self._engine(DeviceBatch.of(batch, self.world.device))
 
     def learning_rate(self, step: int) -> float:
-        """Rate of optimizer step `step` = 1, 2, ...: linear warm-up to the peak, linear decay to 0 (paper)."""
+        """Rate of optimizer step `step` = 1..total_steps: linear warm-up to the peak, then linear decay (paper).
+
+        It would reach 0 one step after the last, so that no step is taken in vain.
+        """
         optim = self.recipe.optim
         if step <= optim.warmup_steps:
             return self.recipe.peak_lr * step / optim.warmup_steps
-        return self.recipe.peak_lr * max(0.0, (optim.total_steps - step + 1) / (optim.total_steps - optim.warmup_steps))
+        return self.recipe.peak_lr * (optim.total_steps - step + 1) / (optim.total_steps - optim.warmup_steps + 1)
 
     def shards(self) -> dict[str, ParamShard]:
         """What this rank answers for of every parameter, as live views: together the ranks hold each element once."""
@@ -252,9 +255,15 @@ def _initialize(recipe: Recipe, model: SparseBert, config: dict[str, Any], world
             f"expected a device that computes in {chosen} for deepspeed.config {recipe.deepspeed.config!r}, found "
             f"{world.device.type}: choose another precision, such as zero1_bf16 or zero1_fp32"
         )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
+        )
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
+        found = " ".join(str(error).split())
+        raise UserError(
+            f"expected a configuration that DeepSpeed accepts in {recipe.deepspeed}, found: {found}"
+        ) from None
     # FP16_UnfusedOptimizer takes a step on zero gradients when it is built, which would shift the bias correction; the
     # rate was 0, so that the weights did not move.
     if inner_optimizer(engine).state:

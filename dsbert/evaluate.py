@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsbert.data.stream import Batch, SampleStream
 from dsbert.distributed import all_reduce
+from dsbert.errors import UserError
 
 # Masks, order and NSP partners of every evaluation, whatever the seed of the run.
 EVAL_SEED = 20_210_813
@@ -106,7 +107,17 @@ def evaluate_checkpoint(
 
 
 def _held_out_stream(restored: Any) -> SampleStream:
-    data = restored.recipe.data
+    from dsbert.data.manifest import load_manifest
+
+    data, expected = restored.recipe.data, restored.state["identity"]["data_digest"]
+    manifest = load_manifest(data.path)
+    if manifest.digest != expected:
+        raise UserError(
+            f"expected the data that the run was trained on in {data.path} (digest {expected}), found "
+            f"{manifest.digest}: prepare it again as it was, or use --text"
+        )
+    if not manifest.splits["validation"].documents:
+        raise UserError(f"expected held-out documents in {data.path}, found none: use --text")
     return SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, data.nsp, data.mask_fraction)
 
 

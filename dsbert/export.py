@@ -24,8 +24,8 @@ def export(path: Path, to: Path) -> dict[str, Any]:
 
     from dsbert.restore import restore_model
 
-    if to.exists() and any(to.iterdir()) and not (to / COMPACT).is_file():
-        raise UserError(f"expected a new directory, or an earlier export, at {to}, found other files")
+    if to.exists() and not (to.is_dir() and (not any(to.iterdir()) or (to / COMPACT).is_file())):
+        raise UserError(f"expected a new directory, or an earlier export, at {to}, found something else")
     restored = restore_model(path)
     model = BertForPreTraining(restored.model.config)
     weights = dense_state(restored)
@@ -36,9 +36,14 @@ def export(path: Path, to: Path) -> dict[str, Any]:
     assert not missing, missing
     assert not unexpected, unexpected
     model.tie_weights()
-    model.save_pretrained(to)
-    shutil.copytree(restored.path / TOKENIZER, to, dirs_exist_ok=True)
-    _save_compact(restored, to / COMPACT)
+    temporary = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.copytree(restored.path / TOKENIZER, temporary, dirs_exist_ok=True)
+    _save_compact(restored, temporary / COMPACT)
+    if to.exists():
+        shutil.rmtree(to)
+    temporary.rename(to)
     return {"step": restored.state["step"], "to": str(to), "files": sorted(file.name for file in to.iterdir())}
 
 

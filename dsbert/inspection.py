@@ -9,7 +9,7 @@ from typing import Any
 
 from dsbert.checkpoint import read_state, read_topology, resolve_checkpoint
 from dsbert.sparse import BlockTopology
-from dsbert.sparse.topology import combined_digest
+from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.zero_shards import MOMENTS
 
 
@@ -34,7 +34,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         else:
             topology = BlockTopology(shape, block_size, tensors[f"{name}.rows"], tensors[f"{name}.cols"])
             digests[name] = topology.digest()
-            explored += int(tensors[f"{name}.explored"].sum()) * block_size**2
+            explored += int(unpack_bits(tensors[f"{name}.explored"], topology.grid).sum()) * block_size**2
             active += topology.num_active * block_size**2
             layer |= {
                 "num_active": topology.num_active,

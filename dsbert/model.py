@@ -101,6 +101,9 @@ def build_model(
         layers = sparsify_(model, recipe.sparsity, seed=recipe.seed)
     except ValueError as error:
         raise UserError(str(error)) from None
+    outside = [name for name in layers if ".encoder." not in name]
+    if outside:
+        raise UserError(f"expected sparsity.modules to match linear layers of the encoder only, found {outside[0]}")
     _materialize_(model, torch.device(device), recipe.model.initializer_std, recipe.seed)
     return model, layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from dsbert.data.manifest import load_manifest
 from dsbert.data.prefetch import Prefetcher
 from dsbert.data.stream import Batch, SampleStream
 from dsbert.distributed import World, assert_replicas_agree, gather_json, together
-from dsbert.engine import TrainEngine
+from dsbert.ds_config import load_ds_config
+from dsbert.engine import StepResult, TrainEngine
 from dsbert.errors import EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.evaluate import EVAL_SEED, Evaluation, evaluate
 from dsbert.model import build_model, encoder_linears
@@ -40,15 +42,18 @@ def pretrain(
     world = distributed.init(timeout_s)
     with distributed.peer_failures(world):
         run = _Run.open(recipe, run_dir, resume, world)
+        code = None
         try:
             with distributed.peer_failures(world):
-                return _train(run, stop or StopRequest())
-        except DsbertError as error:
-            if world.is_main:
-                run.directory.close_attempt(run.attempt["number"], "failed", run.engine.step, str(error))
+                run.restore()
+                code = _train(run, stop or StopRequest())
+                return code
+        except Exception as error:
+            if world.is_main and run.directory.owner()["nonce"] == run.attempt["nonce"]:
+                run.directory.set_status(run.attempt["number"], "failed", run.engine.step, str(error))
             raise
         finally:
-            run.reporter.close()
+            run.reporter.close(patient=code == EXIT_OK)
 
 
 @dataclass(eq=False)
@@ -66,12 +71,12 @@ class _Run:
 
     @classmethod
     def open(cls, recipe: Recipe, run_dir: Path, resume: str, world: World) -> _Run:
-        """Open data and run directory, build the model, and load the newest checkpoint where there is one."""
-        _assert_same_recipe(recipe)
+        """Open the data, build model and engine, and begin an attempt in the run directory."""
         data = recipe.data
         directory = RunDirectory(run_dir)
         manifest = together(lambda: load_manifest(data.path))
         assert manifest is not None
+        _assert_same_everywhere(recipe, manifest.digest)
         # One rank builds the sample indices, the others then find them.
         together(lambda: _open_streams(recipe), only_main=True)
         streams = together(lambda: _open_streams(recipe))
@@ -80,27 +85,27 @@ class _Run:
         assert streams is not None
         assert built is not None
         model, layers = built
-        attempt = together(lambda: directory.open_attempt(recipe, data.path, manifest.digest, resume), only_main=True)
-        attempt = gather_json(attempt)[0]
         shapes = _layer_shapes(model)
         engine = TrainEngine(recipe, model, layers, world)
         masks = MaskManager(
             layers, recipe.sparsity, total_steps=recipe.optim.total_steps, editor=engine, seed=recipe.seed
         )
         masks.verify_replicas()
+        identity = recipe.identity() | {"data_digest": manifest.digest}
+        attempt = together(lambda: directory.open_attempt(recipe, identity, resume), only_main=True)
+        attempt = gather_json(attempt)[0]
         reporter = Reporter(recipe, directory, world, shapes)
         state = {
-            "recipe": recipe.model_dump(mode="json"),
-            "data_digest": manifest.digest,
+            "recipe": _with_absolute_path(recipe).model_dump(mode="json"),
+            "identity": identity,
             "vocab_size": vocab_size,
             "layers": shapes,
             "params": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters.items()},
         }
-        run = cls(recipe, world, directory, attempt, engine, masks, streams[0], streams[1], reporter, state)
-        run._restore()
-        return run
+        return cls(recipe, world, directory, attempt, engine, masks, streams[0], streams[1], reporter, state)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Load the checkpoint that the attempt found, if it found one, and begin to report."""
         name = self.attempt["checkpoint"]
         totals: dict[str, int] = {}
         if name is not None:
@@ -118,8 +123,10 @@ def _train(run: _Run, stop: StopRequest) -> int:
     try:
         while engine.step < total_steps:
             result = engine.train_step(prefetcher.next(), stop=stop.wanted)
+            _assert_finite(engine, result)
             update = run.masks.maybe_update(engine.step)
             if update and run.world.is_main:
+                run.directory.assert_owner(run.attempt)
                 run.directory.journal.append(journal_entry(update))
             validation = _validate(run) if _due(recipe.eval.every_steps, engine.step, total_steps) else None
             run.reporter.step(engine.step, result, run.masks, update, validation)
@@ -140,7 +147,8 @@ def _train(run: _Run, stop: StopRequest) -> int:
 def _finish(run: _Run, outcome: str, code: int, cause: str | None = None) -> int:
     step = run.engine.step
     if run.world.is_main:
-        run.directory.close_attempt(run.attempt["number"], outcome, step, cause)
+        run.directory.assert_owner(run.attempt)
+        run.directory.set_status(run.attempt["number"], outcome, step, cause)
     run.reporter.say(f"{outcome} at step {step} of {run.recipe.optim.total_steps}: {run.directory.path}")
     return code
 
@@ -149,6 +157,7 @@ def _save(run: _Run) -> None:
     """Save, after all ranks have agreed that they hold one topology and one set of weights."""
     run.masks.verify_replicas()
     assert_replicas_agree("the weights", run.engine.replica_digests())
+    together(lambda: run.directory.assert_owner(run.attempt), only_main=True)
     if run.world.is_main:
         run.directory.journal.sync()
     save_checkpoint(
@@ -205,11 +214,31 @@ def _layer_shapes(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     return shapes
 
 
-def _assert_same_recipe(recipe: Recipe) -> None:
-    """Raise UserError on every rank, naming a key and a rank, unless all ranks were given the same recipe."""
-    recipes = gather_json(recipe.model_dump(mode="json"))
-    for rank, other in enumerate(recipes):
-        difference = first_difference(recipes[0], other)
+def _assert_finite(engine: TrainEngine, result: StepResult) -> None:
+    """Raise DsbertError on every rank if the gradient is NaN or infinite: nothing of it may reach a checkpoint.
+
+    In fp16 an overflow is DeepSpeed's to handle: it skips the step.
+    """
+    if engine.precision != "fp16" and not math.isfinite(result.grad_norm):
+        raise DsbertError(
+            f"expected a finite gradient, found norm {result.grad_norm} at step {engine.step}: checkpoints of earlier "
+            "steps are intact; lower the learning rate"
+        )
+
+
+def _with_absolute_path(recipe: Recipe) -> Recipe:
+    """For the checkpoint, which is evaluated from other working directories."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": recipe.data.path.resolve()})})
+
+
+def _assert_same_everywhere(recipe: Recipe, data_digest: str) -> None:
+    """Raise UserError on every rank, naming a key and a rank, unless all ranks have the same recipe, data and DeepSpeed
+    configuration."""
+    ds_config = together(lambda: load_ds_config(recipe, 1, 1))
+    mine = recipe.model_dump(mode="json") | {"data_digest": data_digest, "DeepSpeed": ds_config}
+    everything = gather_json(mine)
+    for rank, other in enumerate(everything):
+        difference = first_difference(everything[0], other)
         if difference:
             key, first, found = difference
             raise UserError(

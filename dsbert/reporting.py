@@ -94,13 +94,14 @@ class Reporter:
             else:
                 print(f"dsbert: {line}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def close(self, *, patient: bool) -> None:
+        """patient: the run is done, and W&B may take a minute to finish; else the machine may be about to go."""
         if self._bar:
             self._bar.close()
         if self._metrics:
             self._metrics.close()
         if self._wandb:
-            self._wandb.close()
+            self._wandb.close(60.0 if patient else 10.0)
         self._directory.journal.close()
 
     def _record(

@@ -11,6 +11,7 @@ companions/        tokenizer and unigram counts, which go into every checkpoint
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import secrets
 import shutil
@@ -21,10 +22,10 @@ from typing import Any
 
 import yaml
 
-from dsbert.checkpoint import newest_checkpoint
+from dsbert.checkpoint import newest_checkpoint, read_state
 from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
-from dsbert.errors import CheckpointError, UserError
+from dsbert.errors import CheckpointError, PeerError, UserError
 from dsbert.fragments import write_durably
 from dsbert.jsonl import JsonlFile, to_json
 
@@ -40,16 +41,19 @@ class RunDirectory:
         self.companions = path / "companions"
         self.journal = JsonlFile(path / "masks.jsonl")
 
-    def open_attempt(self, recipe: Recipe, data_path: Path, data_digest: str, resume: str) -> dict[str, Any]:
+    def open_attempt(self, recipe: Recipe, identity: dict[str, Any], resume: str) -> dict[str, Any]:
         """Begin an attempt: {"number", "nonce", "checkpoint": newest valid one as a name, or None}.
+
+        identity: what must be as in the run that is already there.
 
         Raises UserError if the directory holds a run and resume is "never", or a run of another identity;
         CheckpointError if resume is "must" and nothing valid is there, or if checkpoints are there and none is valid.
         """
         found = self._find(resume)
-        identity = recipe.identity() | {"data_digest": data_digest}
-        self._check_identity(identity)
+        self._check_identity(identity, found)
         self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.checkpoints.glob(".step_*.tmp"):  # of attempts that were killed while saving
+            shutil.rmtree(leftover)
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
@@ -57,9 +61,9 @@ class RunDirectory:
             "git_revision": _git_revision(),
         }
         self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
-        self._collect_companions(data_path)
+        self._collect_companions(recipe.data.path)
         history = JsonlFile(self.path / "attempts.jsonl")
-        attempt = {
+        attempt: dict[str, Any] = {
             "number": len(history.read()) + 1,
             "nonce": secrets.token_hex(8),
             "job_id": os.environ.get("SLURM_JOB_ID"),
@@ -68,11 +72,30 @@ class RunDirectory:
         }
         history.append(attempt)
         self._replace("attempt.json", to_json(attempt) + "\n")
+        self.set_status(attempt["number"], None, None)
         return attempt
 
-    def close_attempt(self, attempt: int, outcome: str, step: int, cause: str | None = None) -> None:
-        """Record how the attempt ended: done | requeue | failed."""
-        status = {"attempt": attempt, "outcome": outcome, "step": step, "cause": cause, "culprit": None}
+    def owner(self) -> dict[str, Any]:
+        """attempt.json. Raises PeerError if it cannot be read."""
+        path = self.path / "attempt.json"
+        try:
+            owner: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PeerError(f"expected {path} to name the attempt that owns the run, found: {_line(error)}") from None
+        return owner
+
+    def assert_owner(self, attempt: dict[str, Any]) -> None:
+        """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
+        owner = self.owner()
+        if owner["nonce"] != attempt["nonce"]:
+            raise PeerError(
+                f"expected attempt {attempt['number']} to own the run in {self.path}, found attempt {owner['number']}: "
+                "this one leaves"
+            )
+
+    def set_status(self, attempt: int, outcome: str | None, step: int | None, cause: str | None = None) -> None:
+        """Record how the attempt ended: done | requeue | failed; None while it goes on."""
+        status = {"attempt": attempt, "outcome": outcome, "step": step, "cause": cause}
         self._replace("status.json", to_json(status) + "\n")
 
     def _find(self, resume: str) -> Path | None:
@@ -93,14 +116,18 @@ class RunDirectory:
         metrics = self.path / "metrics.jsonl"
         return metrics.is_file() and metrics.stat().st_size > 0
 
-    def _check_identity(self, identity: dict[str, Any]) -> None:
+    def _check_identity(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
+        """Against the checkpoint, which is what would be trained on; without one, against what the steps were taken."""
         path = self.path / "config.yaml"
-        if not path.is_file() or not (self._has_steps() or self.checkpoints.is_dir()):
+        if checkpoint is not None:
+            before = read_state(checkpoint)["identity"]
+        elif path.is_file() and self._has_steps():
+            try:
+                before = yaml.safe_load(path.read_text(encoding="utf-8"))["identity"]
+            except (yaml.YAMLError, KeyError, TypeError) as error:
+                raise UserError(f"expected the identity of the run in {path}, found: {_line(error)}") from None
+        else:
             return
-        try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))["identity"]
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise UserError(f"expected the identity of the run in {path}, found: {_line(error)}") from None
         difference = first_difference(before, identity)
         if difference:
             key, old, new = difference
@@ -109,12 +136,13 @@ class RunDirectory:
             )
 
     def _collect_companions(self, data_path: Path) -> None:
-        if not self.companions.is_dir():
-            temporary = self.path / ".companions.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(data_path / TOKENIZER, temporary / TOKENIZER)
-            shutil.copy(data_path / UNIGRAM, temporary / UNIGRAM)
-            os.replace(temporary, self.companions)
+        """Anew at every attempt: an earlier one may have failed on other data before its first step."""
+        temporary = self.path / ".companions.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(data_path / TOKENIZER, temporary / TOKENIZER)
+        shutil.copy(data_path / UNIGRAM, temporary / UNIGRAM)
+        shutil.rmtree(self.companions, ignore_errors=True)
+        os.replace(temporary, self.companions)
 
     def _replace(self, name: str, text: str) -> None:
         """Write a small file so that a reader sees the old or the new one, never a part."""

@@ -154,13 +154,15 @@ def flat_masters(engine: Any) -> list[Tensor]:
 @torch.no_grad()
 def set_adam_step(engine: Any, step: int) -> None:
     """Set Adam's step count everywhere, creating zero moments where the optimizer has no state yet."""
-    state = inner_optimizer(engine).state
+    optimizer = inner_optimizer(engine)
     for flat in flat_masters(engine):
-        entry = state[flat]
+        entry = optimizer.state[flat]
         for name in MOMENTS:
             if name not in entry:
                 entry[name] = torch.zeros_like(flat.data)
-        entry["step"] = torch.tensor(float(step), device=entry["step"].device if "step" in entry else None)
+        # Fused AdamW reads its step count on the device, the others on the host.
+        device = flat.device if optimizer.defaults.get("fused") else torch.device("cpu")
+        entry["step"] = torch.tensor(float(step), device=device)
 
 
 def adam_step(engine: Any) -> int:

@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, twelve steps, three mask updates, two checkpoints; stopped after the first half and resumed."""
+    """Two ranks, twelve steps, three mask updates, two checkpoints."""
     run_dir = tmp_path_factory.mktemp("runs") / "small"
     words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(run_dir), f"data.path={data}", *SMALL]
     done = dsbert_process(*words)

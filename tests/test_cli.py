@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -249,8 +250,6 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     damaged = tmp_path / "step_00000012"
     shutil.copytree(run / "checkpoints" / "step_00000012", damaged)
     name = "fragments-00001-of-00002.safetensors"
@@ -320,3 +319,71 @@ def test_further_recipes_go_all_the_way(changes: list[str], data: Path, tmp_path
     assert sizes["encoder_optimizer"] == report["density"] * sizes["encoder_optimizer_dense"]
     assert (report["dof"] > 0.25) == ("sparsity.pattern=static" not in changes)
     assert json.loads(dsbert("evaluate", str(run_dir), "--json").stdout)["mlm_loss"] < 6
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_aloud(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    topology = tmp_path / "run" / "checkpoints" / "step_00000012" / "topology.safetensors"
+    content = bytearray(topology.read_bytes())
+    content[-1] ^= 1
+    topology.write_bytes(content)
+    done = dsbert("inspect", str(tmp_path / "run"), "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["step"] == 6
+    assert f"skipped a damaged checkpoint: {topology}" in done.stderr
+    (topology.parent / "manifest.json").write_text("[]")
+    assert dsbert("inspect", str(topology.parent)).returncode == 4
+
+
+def test_other_data_in_the_place_of_the_old_is_refused(data: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "data"
+    shutil.copytree(data, moved)
+    words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={moved}", *SMALL]
+    ((code, _, stderr),) = run_distributed(dsbert_on_a_rank, 1, {"words": words})
+    assert code == 0, stderr
+    shutil.rmtree(moved)
+    write_corpus(tmp_path / "other.txt", num_documents=30, seed=5)
+    assert dsbert("prepare", "--source", str(tmp_path / "other.txt"), "--to", str(moved), "--vocab-size", "150")[0] == 0
+    assert "expected the data that the run was trained on" in complaint(dsbert("evaluate", str(tmp_path / "run")))
+    ((code, _, stderr),) = run_distributed(dsbert_on_a_rank, 1, {"words": [*words, "batch.micro_batch=4"]})
+    assert code == 2
+    assert "expected data_digest" in stderr
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks(data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
+    words += ["optim.dense_lr=1e30", "checkpoint.every_steps=1"]
+    for code, _, stderr in run_distributed(dsbert_on_a_rank, 2, {"words": words}):
+        assert code == 1
+        assert "expected a finite gradient" in stderr
+        assert "Traceback" not in stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["outcome"] == "failed"
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["grad_norm"] is not None for record in records)
+    assert status["step"] == records[-1]["step"] + 1
+
+
+def test_an_attempt_that_lost_the_run_leaves_it_alone(data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
+    for code, _, stderr in run_distributed(dsbert_that_is_overtaken, 2, {"words": words}):
+        assert code == 3, stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert json.loads((tmp_path / "run" / "attempt.json").read_text())["nonce"] == "another"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["outcome"] is None
+
+
+def dsbert_that_is_overtaken(words: list[str]) -> list[Any]:
+    """In the fourth step another attempt writes its name over ours."""
+    from dsbert.engine import TrainEngine
+
+    step = TrainEngine.train_step
+
+    def overtake(self: TrainEngine, *args: Any, **kwargs: Any) -> Any:
+        if self.step == 3 and self.world.is_main:
+            path = Path(words[words.index("--run-dir") + 1]) / "attempt.json"
+            path.write_text(json.dumps({"number": 2, "nonce": "another"}))
+        return step(self, *args, **kwargs)
+
+    TrainEngine.train_step = overtake  # type: ignore[method-assign]
+    return list(dsbert(*words))

@@ -23,7 +23,7 @@ from dsbert.sparse.flat_blocks import PRUNE_SCORES
 from dsbert.sparse.linear import BlockSparseLinear
 from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
-from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest
+from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +116,13 @@ class MaskManager:
         assert_replicas_agree("the topology", kernels, self._group)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that is not in the parameters: topology, birth of every slot, explored positions (CPU tensors)."""
+        """Everything that is not in the parameters: topology, birth of every slot, explored positions as
+        bits (CPU tensors)."""
         state = {}
         for name, topology in self.topologies.items():
             state[f"{name}.rows"], state[f"{name}.cols"] = topology.rows, topology.cols
             state[f"{name}.born"] = self._born[name].clone()
-            state[f"{name}.explored"] = self._explored[name].to(torch.uint8)
+            state[f"{name}.explored"] = pack_bits(self._explored[name])
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], *, step: int) -> None:
@@ -132,7 +133,7 @@ class MaskManager:
             layer.set_topology(topology)
             self.topologies[name] = topology
             self._born[name] = state[f"{name}.born"].clone()
-            self._explored[name] = state[f"{name}.explored"].bool()
+            self._explored[name] = unpack_bits(state[f"{name}.explored"], topology.grid)
         self._arm(step + 1)
 
     def _share(self, count: Any) -> float:

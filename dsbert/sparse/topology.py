@@ -136,3 +136,14 @@ def num_active_blocks(shape: tuple[int, int], block_size: int, density: float) -
     """K = max(1, round(density R C))."""
     num_rows, num_cols = grid(shape, block_size)
     return min(num_rows * num_cols, max(1, round(density * num_rows * num_cols)))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool, any shape -> uint8, eight positions a byte."""
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """bool of `shape` from what `pack_bits` returned."""
+    bits = np.unpackbits(packed.numpy(), count=shape[0] * shape[1])
+    return torch.from_numpy(bits.astype(np.bool_)).view(shape)
