@@ -1,6 +1,6 @@
 """Block-sparse layers and dynamic sparsity for any torch model.
 
-A library of its own: it needs torch, pydantic and xxhash, and neither DeepSpeed nor transformers.
+A library of its own: it needs torch, numpy, pydantic, PyYAML and xxhash, and neither DeepSpeed nor transformers.
 """
 
 from dsbert.config import SparsityConfig
