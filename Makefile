@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Modules are compiled when first imported: compiling all that is installed takes a minute, and most is never used.
+# So what is compiled must be kept, or every process would do it again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 DEMO_DATA := data/sotu
 DEMO_RUN := runs/demo
