@@ -387,3 +387,29 @@ def dsbert_that_is_overtaken(words: list[str]) -> list[Any]:
 
     TrainEngine.train_step = overtake  # type: ignore[method-assign]
     return list(dsbert(*words))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage"),
+    [(3, 3), *(pytest.param(*cell, marks=pytest.mark.exhaustive) for cell in ((1, 0), (1, 1), (3, 1), (3, 2), (4, 3)))],
+)
+def test_resumes_on_another_world_at_another_stage(
+    world_size: int, stage: int, run: Path, data: Path, tmp_path: Path
+) -> None:
+    """From 2 ranks at stage 1, in the middle; the micro-batches, and so the dropout, stay the same."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL, "--resume", "must"]
+    words += [f"deepspeed.overrides.zero_optimization.stage={stage}"]
+    for code, _, stderr in run_distributed(dsbert_on_a_rank, world_size, {"words": words}):
+        assert code == 0, stderr
+    before, after = (
+        [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        for directory in (run, tmp_path / "run")
+    )
+    assert [record["step"] for record in after] == list(range(1, 13))
+    for old, new in zip(before, after, strict=True):
+        assert new["loss"] == pytest.approx(old["loss"], abs=1e-4)
+        assert (new["topology_digest"], new["tokens_total"]) == (old["topology_digest"], old["tokens_total"])
+    (aside,) = (tmp_path / "run").glob("metrics.[0-9]*.jsonl")
+    assert len(aside.read_text().splitlines()) == 6
