@@ -104,16 +104,22 @@ def combine_exit_codes(codes: Sequence[int]) -> int:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the launcher dies, even of KILL. Does nothing outside of `launch`.
+    """Have the kernel kill this process when the launcher dies, even of KILL, and let forwarded signals in.
 
-    A rank calls this before its slow imports. It is no hook between fork and exec, where Python code can deadlock.
+    Does nothing outside of `launch`.
+
+    A rank calls this before its slow imports, and after it has set its signal handlers. It is no hook between fork and
+    exec, where Python code can deadlock.
 
     Raises:
         OSError: the kernel refuses.
     """
     # Removed, so that a program started by this rank does not take the launcher for its own parent.
     parent = os.environ.pop(PARENT_PID_ENV, None)
-    if parent is None or sys.platform != "linux":
+    if parent is None:
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED.values())
+    if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -143,7 +149,7 @@ def _start(command: Sequence[str], nproc: int, ranks: list[subprocess.Popen[byte
     """Start the ranks and append each to `ranks` at once, so that a failure on the way leaves none unknown."""
     # Our own copy is closed on return: with it open, ranks could still connect to the port after rank 0 has died,
     # and would wait for an answer.
-    with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as listener:
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as listener, _blocked_signals():
         for rank in range(nproc):
             ranks.append(
                 subprocess.Popen(
@@ -154,6 +160,17 @@ def _start(command: Sequence[str], nproc: int, ranks: list[subprocess.Popen[byte
                     start_new_session=True,
                 )
             )
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Processes started meanwhile hold back what is forwarded, until `die_with_parent`: a signal that comes while the
+    interpreter starts is not lost, and does not kill a rank that has no handler yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED.values())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment(rank: int, nproc: int, listener: socket.socket) -> Mapping[str, str]:

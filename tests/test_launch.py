@@ -35,6 +35,7 @@ def note(number, frame):
         sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, note)
+die_with_parent()
 say("rank", os.environ["RANK"], os.getpid())
 while True:
     time.sleep(0.01)
@@ -190,6 +191,21 @@ def test_forwards_each_signal_once_to_every_rank() -> None:
     assert seen == [f"rank {number} {name}" for name in names for number in range(2)]
     assert err == ""
     assert launcher.returncode == 75
+
+
+def test_a_signal_while_a_rank_starts_is_kept_for_it() -> None:
+    """As it is while the interpreter starts and imports: no handler is set yet, and the default would be death."""
+    early, late = SIGNAL_RANK.split("def note")
+    said, handlers = (
+        'say("rank", os.environ["RANK"], os.getpid())\n',
+        "def note" + late.replace("os.getpid())", '"up")'),
+    )
+    launcher = start_launcher(early + said + "time.sleep(0.5)\n" + handlers, 2)
+    read_pids(launcher, 2)
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=10)
+    assert launcher.returncode == 75
+    assert sorted(line for line in out.splitlines() if "SIGTERM" in line) == ["rank 0 SIGTERM", "rank 1 SIGTERM"]
 
 
 def test_a_killed_rank_is_named_and_nothing_is_left() -> None:
