@@ -98,7 +98,7 @@ def resolve_checkpoint(path: Path) -> Path:
 def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     skipped: list[str] = []
-    for path in sorted(root.glob("step_" + "[0-9]" * 8), reverse=True):
+    for path in reversed(_published(root)):
         problems = verify_checkpoint(path)
         if not problems:
             return path, skipped
@@ -164,11 +164,12 @@ def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict
     state = read_state(path)
     reader = fragment_reader(path)
     masks.load_state_dict(read_topology(path), step=state["step"])
-    if reader.has_moments():
+    stepped = state["adam_step"] > 0  # before Adam's first step there are no moments
+    if stepped:
         set_adam_step(engine.deepspeed_engine, state["adam_step"])
     for name, param in engine.parameters.items():
         shard = engine.shard(name)
-        for kind, tensor in {"master": shard.master, **shard.moments}.items():
+        for kind, tensor in {"master": shard.master, **(shard.moments if stepped else {})}.items():
             tensor.copy_(torch.from_numpy(reader.read(name, kind, shard.offset, shard.numel)))
         for tensor, offset in forward_copies(param):
             tensor.copy_(torch.from_numpy(reader.read(name, "master", offset, tensor.numel())))
@@ -220,6 +221,11 @@ def _write_shared(
     return names
 
 
+def _published(root: Path) -> list[Path]:
+    """The checkpoints under their final names, oldest first."""
+    return sorted(root.glob("step_" + "[0-9]" * 8))
+
+
 def _make_directory(path: Path) -> None:
     try:
         if path.exists():
@@ -252,7 +258,7 @@ def _publish(
         write_durably(latest, f"{target.name} {xxhash.xxh3_128_hexdigest(text)}\n".encode())
         os.replace(latest, target.parent / LATEST)
         _sync_directory(target.parent)
-        for old in sorted(target.parent.glob("step_" + "[0-9]" * 8))[:-keep]:
+        for old in _published(target.parent)[:-keep]:
             if old != target:
                 shutil.rmtree(old)
     except OSError as error:

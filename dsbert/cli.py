@@ -40,9 +40,9 @@ def app() -> None:
 def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: float, as_json: bool) -> None:
     """Turn text into a tokenizer and token shards."""
     from dsbert.data.prepare import prepare as run
-    from dsbert.data.prepare import rich_progress
+    from dsbert.progress import stage_bars
 
-    with rich_progress() as progress:
+    with stage_bars() as progress:
         summary = run(source, to, vocab_size, validation, progress)
     _show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
 
@@ -112,10 +112,10 @@ def evaluate(source: Path, text: tuple[str, ...], as_json: bool) -> None:
 
     Losses are in nats per masked token (mlm, unigram) and per sentence pair (nsp).
     """
-    from dsbert.data.prepare import rich_progress
     from dsbert.evaluate import evaluate_checkpoint
+    from dsbert.progress import stage_bars
 
-    with rich_progress() as progress:
+    with stage_bars() as progress:
         result = evaluate_checkpoint(source, list(text), lambda done, total: progress("evaluate", done, total))
     _show(result, as_json, heading=f"{source} at step {result['step']}")
 
@@ -161,7 +161,7 @@ def run(argv: list[str]) -> int:
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception:
+    except Exception:  # a bug of ours: shown whole, and always exit code 1
         import traceback
 
         traceback.print_exc()

@@ -199,13 +199,14 @@ class TrainEngine:
         if self.recipe.sparsity.group_lasso and self.layers:
             self._shrink(lr)
         # DeepSpeed reports no norm for plain fp32 at stage 0, where every rank holds the averaged gradients.
-        own = None
         if self.zero_stage == 0 and self.precision == "fp32":
             grads = [param.grad for param in self.parameters.values() if param.grad is not None]
-            own = torch.nn.utils.get_total_norm(grads)
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm if norm is not None else own)  # type: ignore[arg-type]
+            norm = torch.nn.utils.get_total_norm(grads)
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+        return float(norm)
 
     def _shrink(self, lr: float) -> None:
         """Decoupled Group Lasso on the master weights, before the optimizer moves them: like AdamW's decay, it acts on

@@ -88,7 +88,7 @@ def evaluate_checkpoint(
 
     Raises UserError for missing data or text, CheckpointError for a missing or damaged checkpoint.
     """
-    from dsbert.data.manifest import UNIGRAM
+    from dsbert.data.manifest import load_unigram_counts
     from dsbert.model import DeviceBatch
     from dsbert.restore import restore_model
 
@@ -101,7 +101,7 @@ def evaluate_checkpoint(
     def forward(batch: Batch) -> tuple[Tensor, Tensor]:
         return restored.model(DeviceBatch.of(batch, device))
 
-    counts = np.load(restored.path / UNIGRAM, allow_pickle=False)
+    counts = load_unigram_counts(restored.path)
     result = evaluate(forward, stream, stream.num_samples, unigram_counts=counts, progress=progress)
     return {"step": restored.state["step"]} | vars(result)
 

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbert.errors import CheckpointError
-from dsbert.zero_shards import MOMENTS, ParamShard
+from dsbert.zero_shards import ParamShard
 
-KINDS = ("master", *MOMENTS)
 FORMAT = "dsbert-fragments-1"
 Floats = NDArray[np.float32]
 
@@ -85,10 +84,6 @@ class FragmentReader:
     def names(self) -> list[str]:
         """All parameters."""
         return sorted(self._pieces)
-
-    def has_moments(self) -> bool:
-        """Whether the optimizer had taken a step."""
-        return any(key.endswith(f"/{MOMENTS[0]}") for file in self._files.values() for key in file.keys())  # noqa: SIM118
 
     def numel(self, name: str) -> int:
         """Elements of a parameter."""

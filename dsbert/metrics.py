@@ -1,4 +1,4 @@
-"""What a run reports while it goes: metrics.jsonl in the run directory, and Weights & Biases.
+"""Weights & Biases.
 
 W&B is a convenience that must never stop or slow a step. A thread feeds a process of its own (this module, run by
 `python -m`), which alone imports wandb: a slow import, a server that never answers, a crash, and wandb's exit hooks,
@@ -19,47 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from dsbert.jsonl import JsonlFile, to_json
+from dsbert.jsonl import to_json
 
 # Records that wait for W&B, at most: at one a second, a quarter of an hour of an unreachable server.
 QUEUE_RECORDS = 1000
 # How long W&B may take to finish: while `close` waits, and after a crash of the run.
 FINISH_S = 60.0
-
-
-class MetricsWriter:
-    """metrics.jsonl of a run: one object per logged step.
-
-    Args:
-        run_dir: the run directory, which exists.
-        enabled: False on all ranks but the first: every method then does nothing.
-    """
-
-    def __init__(self, run_dir: Path, *, enabled: bool) -> None:
-        self.file = JsonlFile(run_dir / "metrics.jsonl")
-        self.enabled = enabled
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object; it should hold "step". NaN and infinities become null.
-
-        Raises:
-            OSError: the file cannot be written.
-            TypeError: the record has no JSON form.
-        """
-        if self.enabled:
-            self.file.append(record)
-
-    def truncate_after(self, step: int, attempt: int) -> int:
-        """On resume: move the objects of steps beyond `step` to metrics.<attempt>.jsonl, and return their number.
-
-        Raises:
-            OSError: the copy cannot be written.
-        """
-        return self.file.cut_back(step, attempt) if self.enabled else 0
-
-    def close(self) -> None:
-        """Close the file; a later `write` opens it again."""
-        self.file.close()
 
 
 class WandbLogger:

@@ -21,7 +21,7 @@ from dsbert.engine import StepResult, TrainEngine
 from dsbert.errors import EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.evaluate import EVAL_SEED, Evaluation, evaluate
 from dsbert.model import build_model, encoder_linears
-from dsbert.reporting import Reporter
+from dsbert.reporting import Reporter, StepReport
 from dsbert.run_directory import RunDirectory, first_difference
 from dsbert.sparse import BlockSparseLinear, MaskManager
 from dsbert.sparse.journal import journal_entry
@@ -129,7 +129,7 @@ def _train(run: _Run, stop: StopRequest) -> int:
                 run.directory.assert_owner(run.attempt)
                 run.directory.journal.append(journal_entry(update))
             validation = _validate(run) if _due(recipe.eval.every_steps, engine.step, total_steps) else None
-            run.reporter.step(engine.step, result, run.masks, update, validation)
+            run.reporter.step(StepReport(engine.step, result, run.masks, update, validation))
             if engine.step % _WEIGHT_CHECK_STEPS == 0:
                 assert_replicas_agree("the weights", engine.replica_digests())
             if result.stop or _due(recipe.checkpoint.every_steps, engine.step, total_steps):

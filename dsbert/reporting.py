@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from dsbert.config import Recipe
 from dsbert.distributed import World
 from dsbert.engine import StepResult
 from dsbert.evaluate import Evaluation
-from dsbert.metrics import MetricsWriter, WandbLogger
+from dsbert.metrics import WandbLogger
+from dsbert.progress import TrainingBar
 from dsbert.run_directory import RunDirectory
 from dsbert.sparse import MaskManager, MaskUpdate
 from dsbert.sparse.flops import sequence_flops
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """All that happened in a step; update and validation are None where none was due."""
+
+    step: int
+    result: StepResult
+    masks: MaskManager
+    update: MaskUpdate | None
+    validation: Evaluation | None
 
 
 class Reporter:
@@ -29,9 +42,8 @@ class Reporter:
         dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
         self._flops_dense = sequence_flops(*shape, dense)
         self._totals = {"tokens": 0, "flops": 0, "flops_dense": 0}
-        self._metrics: MetricsWriter | None = None
         self._wandb: WandbLogger | None = None
-        self._bar: Any = None
+        self._bar: TrainingBar | None = None
         self._since = (0, 0, 0.0)
 
     def begin(self, step: int, totals: dict[str, int], attempt: int) -> None:
@@ -41,9 +53,8 @@ class Reporter:
         if not self._main:
             return
         recipe = self._recipe
-        self._metrics = MetricsWriter(self._directory.path, enabled=True)
-        self._metrics.truncate_after(step, attempt)
-        self._directory.journal.cut_back(step, attempt)
+        for file in (self._directory.metrics, self._directory.journal):
+            file.cut_back(step, attempt)
         config = recipe.model_dump(mode="json")
         log = recipe.log
         self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
@@ -56,32 +67,26 @@ class Reporter:
             f"{recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
             f"{recipe.deepspeed.config}"
         )
-        self._bar = _Bar(recipe.optim.total_steps, step)
+        self._bar = TrainingBar(recipe.optim.total_steps, step)
 
     def totals(self) -> dict[str, int]:
         """tokens, flops, flops_dense since the start of the run, for the checkpoint."""
         return dict(self._totals)
 
-    def step(
-        self,
-        step: int,
-        result: StepResult,
-        masks: MaskManager,
-        update: MaskUpdate | None,
-        validation: Evaluation | None,
-    ) -> None:
+    def step(self, report: StepReport) -> None:
         """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
+        step, result = report.step, report.result
         self._totals["tokens"] += result.tokens
         self._totals["flops"] += self._flops * self._recipe.batch.global_batch
         self._totals["flops_dense"] += self._flops_dense * self._recipe.batch.global_batch
         if not self._main:
             return
-        last = step == self._recipe.optim.total_steps
-        if step % self._recipe.log.every_steps == 0 or step == 1 or last or update or validation or result.stop:
-            record = self._record(step, result, masks, update, validation)
-            assert self._metrics is not None
-            assert self._wandb is not None
-            self._metrics.write(record)
+        assert self._bar is not None
+        assert self._wandb is not None
+        happened = report.update or report.validation or result.stop
+        if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
+            record = self._record(report)
+            self._directory.metrics.append(record)
             self._wandb.log(record)
             self._bar.show(record)
         self._bar.advance(step)
@@ -98,20 +103,14 @@ class Reporter:
         """patient: the run is done, and W&B may take a minute to finish; else the machine may be about to go."""
         if self._bar:
             self._bar.close()
-        if self._metrics:
-            self._metrics.close()
         if self._wandb:
             self._wandb.close(60.0 if patient else 10.0)
+        self._directory.metrics.close()
         self._directory.journal.close()
 
-    def _record(
-        self,
-        step: int,
-        result: StepResult,
-        masks: MaskManager,
-        update: MaskUpdate | None,
-        validation: Evaluation | None,
-    ) -> dict[str, Any]:
+    def _record(self, report: StepReport) -> dict[str, Any]:
+        step, result, masks = report.step, report.result, report.masks
+        update, validation = report.update, report.validation
         mlm, nsp = result.mean_losses()
         now = time.perf_counter()
         since_step, since_tokens, since = self._since
@@ -138,36 +137,3 @@ class Reporter:
             "step_s": (now - since) / max(step - since_step, 1),
             "mask_update_s": update.seconds if update else None,
         }
-
-
-class _Bar:
-    """A progress bar on standard error; where that is no terminal, a line at every tenth of the run."""
-
-    def __init__(self, total: int, step: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._progress.add_task("", total=total, completed=step)
-        self._total, self._text = total, ""
-        self._progress.start()
-
-    def show(self, record: dict[str, Any]) -> None:
-        self._text = f"loss {record['loss']:.3f}  mlm {record['loss_mlm']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
-        if record["val_mlm_loss"] is not None:
-            self.print(
-                f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}"
-            )
-
-    def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step, description=self._text)
-        if self._progress.disable and step % max(1, self._total // 10) == 0:
-            self.print(f"step {step} of {self._total}  {self._text}")
-
-    def print(self, line: str) -> None:
-        self._console.print(f"dsbert: {line}", soft_wrap=True)
-
-    def close(self) -> None:
-        self._progress.stop()

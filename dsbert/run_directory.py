@@ -39,6 +39,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.companions = path / "companions"
+        self.metrics = JsonlFile(path / "metrics.jsonl")
         self.journal = JsonlFile(path / "masks.jsonl")
 
     def open_attempt(self, recipe: Recipe, identity: dict[str, Any], resume: str) -> dict[str, Any]:
@@ -113,8 +114,8 @@ class RunDirectory:
         return newest
 
     def _has_steps(self) -> bool:
-        metrics = self.path / "metrics.jsonl"
-        return metrics.is_file() and metrics.stat().st_size > 0
+        path = self.metrics.path
+        return path.is_file() and path.stat().st_size > 0
 
     def _check_identity(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
         """Against the checkpoint, which is what would be trained on; without one, against what the steps were taken."""

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -291,7 +292,8 @@ def dsbert_beside_a_dying_rank(words: list[str]) -> list[Any] | None:
             return step(self, *args, **kwargs)
 
         Path(os.environ["DSBERT_TEST_RESULT"]).write_text("null")
-        TrainEngine.train_step = die  # type: ignore[method-assign]
+        with mock.patch.object(TrainEngine, "train_step", die):
+            return list(dsbert(*words))
     return list(dsbert(*words))
 
 
@@ -385,8 +387,8 @@ def dsbert_that_is_overtaken(words: list[str]) -> list[Any]:
             path.write_text(json.dumps({"number": 2, "nonce": "another"}))
         return step(self, *args, **kwargs)
 
-    TrainEngine.train_step = overtake  # type: ignore[method-assign]
-    return list(dsbert(*words))
+    with mock.patch.object(TrainEngine, "train_step", overtake):
+        return list(dsbert(*words))
 
 
 @pytest.mark.parametrize(

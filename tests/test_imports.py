@@ -19,7 +19,7 @@ FLOORS = [
     {"data", "fragments", "zero_shards", "metrics", "ds_config", "stopping"},
     {"sparse"},
     {"config", "distributed", "jsonl"},
-    {"launch", "ranks", "errors"},
+    {"launch", "ranks", "errors", "progress"},
 ]
 
 

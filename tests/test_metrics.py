@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsbert import metrics
-from dsbert.metrics import MetricsWriter, WandbLogger
+from dsbert.jsonl import JsonlFile
+from dsbert.metrics import WandbLogger
 
 # A wandb that writes down what it is asked for.
 FAKE = """
@@ -51,21 +52,18 @@ def make_logger(run_dir: Path, enabled: bool = True) -> WandbLogger:
 
 
 def test_metrics_round_trip_and_resume(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, enabled=True)
+    writer = JsonlFile(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
-        writer.write({"step": step, "loss": math.nan})
+        writer.append({"step": step, "loss": math.nan})
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[0] == '{"step": 1, "loss": null}'
-    assert writer.truncate_after(1, attempt=2) == 2
-    writer.write({"step": 2, "loss": 0.5})
+    assert writer.cut_back(1, attempt=2) == 2
+    writer.append({"step": 2, "loss": 0.5})
     writer.close()
-    assert writer.file.read() == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+    assert writer.read() == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
     assert (tmp_path / "metrics.2.jsonl").read_text().count("\n") == 2
 
 
-def test_only_the_enabled_writer_touches_the_disk(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, enabled=False)
-    writer.write({"step": 1})
-    assert writer.truncate_after(0, attempt=1) == 0
+def test_only_the_enabled_logger_touches_the_disk(tmp_path: Path) -> None:
     logger = make_logger(tmp_path, enabled=False)
     logger.log({"step": 1})
     logger.close()

@@ -26,6 +26,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     from dsbert import distributed
     from dsbert.engine import TrainEngine
     from dsbert.model import build_model, encoder_linears
+    from dsbert.sparse.kernels.dense import scratch_bytes
 
     world = distributed.init(120)
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
@@ -61,6 +62,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     active = sum(layer.num_active * layer.block_size**2 for layer in layers.values())
     positions = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     return {
+        "scratch": scratch_bytes(),
         "density": active / positions if layers else 1.0,
         "encoder_weights": sum(4 * shard.numel for shard in owned.values()) + coordinates,
         "encoder_optimizer": sum(4 * tensor.numel() for shard in owned.values() for tensor in shard.moments.values()),
@@ -110,6 +112,7 @@ def main() -> None:
             "density": ranks[0]["density"],
             "encoder weights": sum(rank["encoder_weights"] for rank in ranks),
             "encoder optimizer state": sum(rank["encoder_optimizer"] for rank in ranks),
+            "dense scratch of the kernels, per rank": ranks[0]["scratch"],
             "all weights": sum(rank["all_parameters"] for rank in ranks),
             **{f"{name}, handed in per rank and step": size for name, size in ranks[0]["sent"].items() if size > 1000},
         }

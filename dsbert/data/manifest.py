@@ -122,7 +122,7 @@ def load_manifest(directory: str | Path) -> Manifest:
 
 
 def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
-    """int64 [V]: how often each token id occurs in the train split.
+    """int64 [V]: how often each token id occurs in the train split. A checkpoint holds the same file.
 
     Raises:
         UserError: the file is missing or damaged.

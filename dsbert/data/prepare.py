@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
@@ -97,24 +96,6 @@ def prepare(
         "seconds": time.monotonic() - began,
         "up_to_date": up_to_date,
     }
-
-
-@contextmanager
-def rich_progress() -> Iterator[Progress]:
-    """A progress bar per stage on standard error, for `prepare(progress=...)`."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
-
-    with Bars(console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
-            bars.update(tasks[stage], completed=done, total=total or None)
-
-        yield show
 
 
 def _existing(target: Path, request: Request) -> Manifest | None:

@@ -7,8 +7,8 @@ change, so flat buffers, ZeRO partitions and the optimizer need not know that an
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,8 +82,9 @@ class MaskManager:
 
     def maybe_update(self, step: int) -> MaskUpdate | None:
         """Update the masks if an update is due after optimizer step `step`; collective, the same on all ranks."""
-        number = self._schedule.update_number(step) if self._schedule else None
-        update = self._update(number, step) if number is not None else None
+        schedule, update = self._schedule, None
+        if schedule is not None and (number := schedule.update_number(step)) is not None:
+            update = self._update(number, step, schedule)
         self._arm(step + 1)
         return update
 
@@ -136,7 +137,7 @@ class MaskManager:
             self._explored[name] = unpack_bits(state[f"{name}.explored"], topology.grid)
         self._arm(step + 1)
 
-    def _share(self, count: Any) -> float:
+    def _share(self, count: Callable[[str], int]) -> float:
         total = sum(mask.numel() * self.layers[name].block_size ** 2 for name, mask in self._explored.items())
         kept = sum(count(name) * layer.block_size**2 for name, layer in self.layers.items())
         return kept / total if total else 1.0
@@ -149,7 +150,7 @@ class MaskManager:
                 torch.zeros(layer.shape, dtype=torch.float32, device=layer.rows.device) if due else None
             )
 
-    def _update(self, number: int, step: int) -> MaskUpdate:
+    def _update(self, number: int, step: int, schedule: UpdateSchedule) -> MaskUpdate:
         start = time.perf_counter()
         self.verify_replicas()  # the update rewrites the kernels' buffers: it must not heal what went wrong before it
         scores = self._reduced_scores()
@@ -157,7 +158,7 @@ class MaskManager:
         updates = {}
         for name, topology in self.topologies.items():
             key = DrawKey(self._seed, "regrow", number, name)
-            count = self._schedule.num_pruned(step, topology.num_active)  # type: ignore[union-attr]
+            count = schedule.num_pruned(step, topology.num_active)
             updates[name] = prune_and_regrow(topology, scores[name], count, key, self._rule, gradient_norms.get(name))
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0

@@ -9,10 +9,11 @@ import pytest
 
 from dsbert.data.corpus import is_validation, read_documents
 from dsbert.data.manifest import load_manifest, load_unigram_counts
-from dsbert.data.prepare import prepare, rich_progress
+from dsbert.data.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
 from dsbert.errors import UserError
+from dsbert.progress import stage_bars
 from tests.data.conftest import VOCAB_SIZE, make_text
 
 
@@ -214,7 +215,7 @@ def test_a_missing_directory_names_the_command(tmp_path):
 
 
 def test_progress_goes_to_standard_error(tmp_path, corpus_file, capfd):
-    with rich_progress() as progress:
+    with stage_bars() as progress:
         prepare([str(corpus_file)], tmp_path / "data", VOCAB_SIZE, progress=progress)
     out, err = capfd.readouterr()
     assert out == ""

@@ -1,0 +1,62 @@
+"""Progress bars on standard error. rich is imported when a bar is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per stage on standard error: call what it yields with (stage, done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield show
+
+
+class TrainingBar:
+    """A progress bar on standard error; where that is no terminal, a line at every tenth of the run."""
+
+    def __init__(self, total: int, step: int) -> None:
+        """total, step: optimizer steps of the run, and those taken."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("", total=total, completed=step)
+        self._total, self._text = total, ""
+        self._progress.start()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Take losses and speed from a record of metrics.jsonl."""
+        self._text = f"loss {record['loss']:.3f}  mlm {record['loss_mlm']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if record["val_mlm_loss"] is not None:
+            self.print(
+                f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}"
+            )
+
+    def advance(self, step: int) -> None:
+        """Move to `step`."""
+        self._progress.update(self._task, completed=step, description=self._text)
+        if self._progress.disable and step % max(1, self._total // 10) == 0:
+            self.print(f"step {step} of {self._total}  {self._text}")
+
+    def print(self, line: str) -> None:
+        """A line above the bar."""
+        self._console.print(f"dsbert: {line}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
