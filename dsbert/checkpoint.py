@@ -1,4 +1,4 @@
-"""Checkpoints: written in parallel, published at once or not at all, verified before use.
+"""Checkpoints: what they hold, whether they are whole, and how they are loaded. checkpoint_writer.py makes them.
 
     step_00001000/
         fragments-00000-of-00002.safetensors    weights and moments, one file per rank (fragments.py)
@@ -7,29 +7,27 @@
         tokenizer/, unigram.npy                 what evaluation and export need of the data
         manifest.json                           name, size and checksum of every file above
     latest                                      name of the newest one and its manifest's checksum, for people and tools
+    step_00001000.damaged-<attempt>             moved aside by the attempt that came to this step again
 
-Ranks write into a directory named after the attempt; rank 0 writes the manifest from what the ranks say they wrote (a
-listing of a network file system may be stale), renames, and only then replaces `latest`.
+Names with a dot in front belong to a writer at work, or to one that was killed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
-from dsbert.distributed import World, gather_json, together
-from dsbert.errors import CheckpointError, DsbertError, UserError
-from dsbert.fragments import FragmentReader, fragments_name, write_durably, write_fragments
+from dsbert.distributed import gather_json
+from dsbert.durable import checksum
+from dsbert.errors import CheckpointError, UserError
+from dsbert.fragments import FragmentReader, fragments_name
 from dsbert.sparse import MaskManager
-from dsbert.zero_shards import adam_step, forward_copies, set_adam_step
+from dsbert.zero_shards import forward_copies, set_adam_step
 
 if TYPE_CHECKING:
     from dsbert.engine import TrainEngine
@@ -51,32 +49,6 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save_checkpoint(
-    root: Path,
-    engine: TrainEngine,
-    masks: MaskManager,
-    state: dict[str, Any],
-    companions: Path,
-    *,
-    attempt: str,
-    keep: int,
-) -> Path:
-    """Write, publish and return the checkpoint of the engine's present step. Collective.
-
-    root: the run's `checkpoints` directory. state: what state.json holds beside the counters. companions: a directory
-    whose files go into the checkpoint unchanged (tokenizer, unigram counts). keep: how many of the newest remain.
-    Raises the same DsbertError on every rank if any rank could not write; nothing is published then.
-    """
-    world = engine.world
-    target = root / step_name(engine.step)
-    temporary = root / f".{target.name}.{attempt}.tmp"
-    together(lambda: _make_directory(temporary), only_main=True)
-    written = together(lambda: _write_own(temporary, engine, masks, state, companions, world))
-    entries = [entry for rank_entries in gather_json(written) for entry in rank_entries]
-    together(lambda: _publish(temporary, target, entries, engine, masks, keep), only_main=True)
-    return target
-
-
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or of a run directory the newest that verifies.
 
@@ -95,41 +67,77 @@ def resolve_checkpoint(path: Path) -> Path:
     return newest
 
 
-def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+def published(root: Path) -> list[Path]:
+    """The checkpoints under their final names, oldest first."""
+    return sorted(root.glob("step_" + "[0-9]" * 8))
+
+
+def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies on every rank, and a line for each newer one that does not.
+
+    Collective if world_size > 1: rank 0 lists, the ranks share the reading, and all return the same.
+    """
+    names = [path.name for path in published(root)] if rank == 0 else []
     skipped: list[str] = []
-    for path in reversed(_published(root)):
-        problems = verify_checkpoint(path)
+    for name in reversed(gather_json(names)[0]):
+        path = root / name
+        found = gather_json(
+            [
+                _manifest_checksum(path),
+                [vars(problem) for problem in verify_checkpoint(path, share=(rank, world_size))],
+            ]
+        )
+        problems = [problem for _, own in found for problem in own]
+        for other, (manifest, _) in enumerate(found):
+            if manifest != found[0][0]:
+                problems.append({"file": MANIFEST, "problem": f"rank {other} reads another one than rank 0"})
         if not problems:
             return path, skipped
-        skipped.append(f"{path / problems[0].file}: {problems[0].problem}")
+        skipped.append(f"{path / problems[0]['file']}: {problems[0]['problem']}")
     return None, skipped
 
 
-def verify_checkpoint(path: Path) -> list[Problem]:
-    """Read everything; what is wrong, or nothing."""
+def verify_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> list[Problem]:
+    """Read everything; what is wrong, or nothing. share = (k, n): of the files, read every n-th from the k-th on."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if (manifest["kind"], manifest["format"]) != (KIND, FORMAT):
-            return [Problem(MANIFEST, f"expected {KIND} {FORMAT}, found {manifest['kind']} {manifest['format']}")]
+        manifest = read_manifest(path)
         entries = [(str(name), int(entry["bytes"]), str(entry["xxh3"])) for name, entry in manifest["files"].items()]
         needed = {
             STATE,
             TOPOLOGY,
             *(fragments_name(rank, manifest["world_size"]) for rank in range(manifest["world_size"])),
         }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except CheckpointError as error:
+        return [Problem(MANIFEST, str(error))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         return [Problem(MANIFEST, f"unreadable: {' '.join(str(error).split())}")]
     problems = [Problem(name, "not in the manifest") for name in sorted(needed - {name for name, *_ in entries})]
-    for name, size, checksum in entries:
+    for name, size, expected in entries[share[0] :: share[1]]:
         file = path / name
-        if not file.is_file():
-            problems.append(Problem(name, "missing"))
-        elif file.stat().st_size != size:
-            problems.append(Problem(name, f"expected {size} bytes, found {file.stat().st_size}"))
-        elif _checksum(file) != checksum:
-            problems.append(Problem(name, "the checksum differs"))
+        try:
+            if not file.is_file():
+                problems.append(Problem(name, "missing"))
+            elif file.stat().st_size != size:
+                problems.append(Problem(name, f"expected {size} bytes, found {file.stat().st_size}"))
+            elif checksum(file) != expected:
+                problems.append(Problem(name, "the checksum differs"))
+        except OSError as error:
+            problems.append(Problem(name, f"unreadable: {error.strerror}"))
     return problems
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint. Raises CheckpointError."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        kind, version = manifest["kind"], manifest["format"]
+    except FileNotFoundError:
+        raise CheckpointError("missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"unreadable: {' '.join(str(error).split())}") from None
+    if (kind, version) != (KIND, FORMAT):
+        raise CheckpointError(f"expected {KIND} {FORMAT}, found {kind} {version}")
+    return manifest
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -179,109 +187,14 @@ def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict
     return state
 
 
-def _write_own(
-    directory: Path, engine: TrainEngine, masks: MaskManager, state: dict[str, Any], companions: Path, world: World
-) -> list[dict[str, Any]]:
-    """This rank's files; what it wrote, as (name, size, checksum)."""
-    names = [fragments_name(world.rank, world.world_size)]
-    try:
-        write_fragments(directory / names[0], engine.shards())
-        if world.is_main:
-            names += _write_shared(directory, engine, masks, state, companions)
-        return [
-            {"file": name, "bytes": (directory / name).stat().st_size, "xxh3": _checksum(directory / name)}
-            for name in names
-        ]
-    except OSError as error:
-        raise DsbertError(f"could not write the checkpoint in {directory}: {error}") from None
-
-
-def _write_shared(
-    directory: Path, engine: TrainEngine, masks: MaskManager, state: dict[str, Any], companions: Path
-) -> list[str]:
-    from safetensors.torch import save
-
-    write_durably(directory / TOPOLOGY, save(masks.state_dict()))
-    counters = {
-        "format": FORMAT,
-        "step": engine.step,
-        "adam_step": adam_step(engine.deepspeed_engine),
-        "engine": engine.counters(),
-        "world_size": engine.world.world_size,
-        "zero_stage": engine.zero_stage,
-        "precision": engine.precision,
-    }
-    write_durably(directory / STATE, (json.dumps(counters | state, indent=1) + "\n").encode())
-    names = [TOPOLOGY, STATE]
-    for source in sorted(path for path in companions.rglob("*") if path.is_file()):
-        name = source.relative_to(companions).as_posix()
-        (directory / name).parent.mkdir(exist_ok=True)
-        write_durably(directory / name, source.read_bytes())
-        names.append(name)
-    return names
-
-
-def _published(root: Path) -> list[Path]:
-    """The checkpoints under their final names, oldest first."""
-    return sorted(root.glob("step_" + "[0-9]" * 8))
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise DsbertError(f"could not make the checkpoint directory {path}: {error}") from None
-
-
-def _publish(
-    temporary: Path, target: Path, entries: list[dict[str, Any]], engine: TrainEngine, masks: MaskManager, keep: int
-) -> None:
-    manifest = {
-        "kind": KIND,
-        "format": FORMAT,
-        "step": engine.step,
-        "world_size": engine.world.world_size,
-        "topology_digest": masks.digest(),
-        "files": {entry["file"]: {"bytes": entry["bytes"], "xxh3": entry["xxh3"]} for entry in entries},
-    }
-    try:
-        text = (json.dumps(manifest, indent=1) + "\n").encode()
-        write_durably(temporary / MANIFEST, text)
-        _sync_directory(temporary)
-        if target.exists():
-            os.replace(target, target.with_name(f"{target.name}.superseded-{temporary.name.split('.')[-2]}"))
-        os.replace(temporary, target)
-        _sync_directory(target.parent)
-        latest = target.parent / f".{LATEST}.tmp"
-        write_durably(latest, f"{target.name} {xxhash.xxh3_128_hexdigest(text)}\n".encode())
-        os.replace(latest, target.parent / LATEST)
-        _sync_directory(target.parent)
-        for old in _published(target.parent)[:-keep]:
-            if old != target:
-                shutil.rmtree(old)
-    except OSError as error:
-        raise DsbertError(f"could not publish the checkpoint {target}: {error}") from None
-
-
 def _raise_if_damaged(path: Path) -> None:
     problems = verify_checkpoint(path)
     if problems:
         raise CheckpointError(f"expected a valid checkpoint, found {path / problems[0].file}: {problems[0].problem}")
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _manifest_checksum(path: Path) -> str | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return checksum(path / MANIFEST)
+    except OSError:
+        return None

@@ -104,6 +104,41 @@ def pretrain(
 
 
 @app.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
+@click.option("--nodes", type=click.IntRange(min=1), required=True)
+@click.option("--time", required=True, help="The limit of one start, as SLURM writes it; the job goes on after it.")
+@click.option("--partition")
+@click.option("--account")
+@click.option("--qos")
+@click.option("--gpus-per-node", help="Also the number of ranks per node, unless --ntasks-per-node says otherwise.")
+@click.option("--ntasks-per-node", type=click.IntRange(min=1), help="Ranks per node. Default: its GPUs, else 1.")
+@click.option("--cpus-per-task", type=click.IntRange(min=1))
+@click.option("--job-name", help="Default: the recipe's name.")
+@click.option("--array", help="Which lines of the sweep, and how many at a time: 1-8%2. Default: all.")
+@click.option("--sweep", type=click.Path(path_type=Path), help="A file: a line of overrides per array task.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/RECIPE. A sweep's tasks append -1, ...")
+@click.option("--signal-lead", type=click.IntRange(min=1), help="Seconds before the limit to save. Default: 300.")
+@click.option("--timeout", type=click.FloatRange(min=1), help="As in `dsbert pretrain`.")
+@click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
+@click.option("--sbatch", "further", multiple=True, help="Any option of sbatch, as --mem=64G. Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Print the script; needs no SLURM.")
+@_as_json
+def submit(recipe: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Submit a SLURM job that pre-trains RECIPE, and requeues itself until it is done."""
+    from dsbert.submit import job_from_options
+    from dsbert.submit import submit as run
+
+    result = run(job_from_options(recipe, overrides, options), dry_run=dry_run)
+    if dry_run and not as_json:
+        print(result["text"], end="")
+        return
+    if not as_json:
+        del result["text"]
+    _show(result, as_json, heading="submitted")
+
+
+@app.command()
 @_source
 @click.option("--text", multiple=True, help="A text file instead of the held-out documents. Repeatable.")
 @_as_json

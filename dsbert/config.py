@@ -99,6 +99,7 @@ class OptimConfig(_Section):
     """AdamW with linear warm-up and linear decay to 0.
 
     Give `lr`, or `dense_lr`: the best rate of the dense model, which eq. 3 of the paper scales to the sparsity.
+    max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
     """
 
     total_steps: int = Positive
@@ -109,6 +110,7 @@ class OptimConfig(_Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-6, gt=0)
+    max_skipped_steps: int = Field(10, gt=0)
 
     @model_validator(mode="after")
     def _one_rate(self) -> OptimConfig:
@@ -127,10 +129,16 @@ class EvalConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """keep: how many of the newest checkpoints stay."""
+    """keep: how many of the newest checkpoints stay; keep_every_steps: and those of every so many steps, for ever.
+
+    max_mb_per_s: how fast each rank writes in the background, to leave a shared file system to others (None: as fast as
+    it can). A save that somebody waits for knows no limit.
+    """
 
     every_steps: int = Positive
     keep: int = Field(2, gt=0)
+    keep_every_steps: int | None = Field(None, gt=0)
+    max_mb_per_s: float | None = Field(None, gt=0)
 
 
 class LogConfig(_Section):
@@ -186,10 +194,10 @@ class Recipe(_Section):
         return self.optim.dense_lr * sparse_lr_factor(1.0 - self.sparsity.density)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed; world size, micro-batch, logging and kernels may."""
+        """What must not change when a run is resumed; world size, micro-batch, logging, kernels and patience may."""
         everything = self.model_dump(mode="json")
         kept = {key: everything[key] for key in ("model", "sparsity", "data", "seed", "optim")}
-        del kept["sparsity"]["kernels"], kept["data"]["path"]
+        del kept["sparsity"]["kernels"], kept["data"]["path"], kept["optim"]["max_skipped_steps"]
         return kept | {"global_batch": self.batch.global_batch}
 
 

@@ -1,4 +1,4 @@
-"""Rank and world, from whichever launcher started us; agreement between ranks. The only importer of mpi4py.
+"""Rank and world, from whichever launcher started us; agreement between ranks.
 
 A leaf: everybody may import it. torch is imported at module level, so that `dsbert --help` must not import this.
 """
@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsbert.errors import DsbertError, PeerError, UserError
-from dsbert.launch import LISTEN_FD_ENV
-from dsbert.ranks import ranks_from_environment
+from dsbert.errors import DsbertError, LostPeerError, PeerError, UserError
+from dsbert.meeting_place import one_line
+from dsbert.ranks import Ranks, ranks_from_environment
+from dsbert.rendezvous import meet
 
 T = TypeVar("T")
 # In the messages of gloo and NCCL, which have no exception type of their own for it.
@@ -30,13 +31,17 @@ _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed o
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. device: where tensors live; host: for messages."""
+    """This process among its peers.
+
+    device: where tensors live; host: for messages; nonce: the same on all ranks, another one at every start.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     host: str
+    nonce: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -48,26 +53,26 @@ def init(timeout_s: float = 300.0) -> World:
 
     NCCL for CUDA tensors, with the device of the local rank; gloo for CPU tensors, which all that the ranks say to each
     other about control is made of: it never waits for a GPU. Without a launcher: a world of one.
-    Raises UserError for an incomplete environment, PeerError if the peers do not come within the timeout.
+    Raises UserError for an incomplete environment or a port that is taken, PeerError if the peers do not come in time.
     """
-    rank, world_size, local_rank = ranks_from_environment() or (0, 1, 0)
+    ranks = ranks_from_environment() or Ranks(0, 1, 0)
+    rank, world_size, local_rank = ranks.rank, ranks.world_size, ranks.local_rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     cuda = torch.cuda.is_available()
     device = _device(local_rank) if cuda else torch.device("cpu")
-    timeout = timedelta(seconds=timeout_s)
+    meeting = meet(ranks, timeout_s)
     try:
-        store = _store(rank, world_size, timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting.store, rank=rank, world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
             # Bound to a device, a world of one would split communicators that it never made.
             device_id=device if cuda and world_size > 1 else None,
         )  # fmt: skip
     except (dist.DistError, RuntimeError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerError(
-            f"expected {world_size} ranks to meet at {where} within {timeout_s:g} s, rank {rank} found: {_line(error)}"
+            f"expected {world_size} ranks to connect within {timeout_s:g} s, rank {rank} found: {one_line(error)}"
         ) from None
-    return World(rank, world_size, local_rank, device, socket.gethostname())
+    return World(rank, world_size, local_rank, device, socket.gethostname(), meeting.nonce)
 
 
 def _device(local_rank: int) -> torch.device:
@@ -81,78 +86,16 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    if world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-        return dist.HashStore()
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        _meet_by_mpi(rank)
-    # torchrun's agent already serves a store at this address; then rank 0 is a client like everybody else.
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    listen_fd = os.environ.pop(LISTEN_FD_ENV, None)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not agent,
-        timeout=timeout,
-        master_listen_fd=int(listen_fd) if listen_fd else None,
-    )
-    # An agent's store outlives a restart of its ranks: keep attempts apart.
-    return dist.PrefixStore(f"dsbert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _meet_by_mpi(rank: int) -> None:
-    """Set MASTER_ADDR and MASTER_PORT by an MPI broadcast from rank 0."""
-    if not any(name in os.environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")):
-        raise UserError(
-            "expected MASTER_ADDR and MASTER_PORT in the environment, found none: export the address of the "
-            "first node and a free port"
-        )
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"expected mpi4py under mpiexec, found: {_line(error)}: pip install 'dsbert[mpi]', or export "
-            "MASTER_ADDR and MASTER_PORT"
-        ) from None
-    here = None
-    if rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            here = _own_address(), probe.getsockname()[1]
-    address, port = MPI.COMM_WORLD.bcast(here, root=0)
-    if address is None:
-        raise UserError(
-            "expected the name of rank 0's machine to resolve, found no address: export MASTER_ADDR and MASTER_PORT"
-        )
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-
-
-def _own_address() -> str | None:
-    """An address that other machines may reach: that of the route outwards, else that of the host's name."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # reserved for documentation (RFC 5737); a datagram socket sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            pass
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return None
-
-
 @contextmanager
 def peer_failures(world: World) -> Iterator[None]:
-    """Turn what torch raises when a peer is gone, or silent for the timeout, into PeerError."""
+    """Turn what torch raises when a peer is gone, or silent for the timeout, into LostPeerError."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        text = _line(error)
+        text = one_line(error)
         if isinstance(error, dist.DistError) or any(word in text for word in _PEER_WORDS):
-            raise PeerError(f"rank {world.rank} on {world.host} lost a peer: {text}") from error
+            text = text.partition(" This is typically")[0].rpartition("] ")[2]  # gloo's advice, and its source line
+            raise LostPeerError(f"rank {world.rank} on {world.host} lost a peer: {text}") from error
         raise
 
 
@@ -202,7 +145,9 @@ def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
         name, message = failures[first]
         kind = next((kind for kind in DsbertError.__subclasses__() if kind.__name__ == name), DsbertError)
         everywhere = all(found == failures[first] for found in failures)
-        raise kind(message if everywhere or only_main else f"rank {first}: {message}")
+        raised = kind(message if everywhere or only_main else f"rank {first}: {message}")
+        raised.ranks = () if everywhere or only_main else (first,)
+        raise raised
     return result
 
 
@@ -216,11 +161,9 @@ def assert_replicas_agree(what: str, values: dict[str, int], group: dist.Process
     column = int((rows != rows[0]).any(0).nonzero()[0])
     held = [f"{value % (1 << 64):016x}" for value in rows[:, column].tolist()]
     expected = Counter([held[0], *held]).most_common(1)[0][0]
-    odd = [f"rank {rank} has {value}" for rank, value in enumerate(held) if value != expected]
-    raise PeerError(
-        f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd)}"
+    odd = {rank: f"rank {rank} has {value}" for rank, value in enumerate(held) if value != expected}
+    error = PeerError(
+        f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd.values())}"
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    error.ranks = tuple(odd)
+    raise error

@@ -6,9 +6,6 @@ GLOBAL batch, however it is cut into ranks x micro-batches x accumulation. Shape
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +17,19 @@ from dsbert.config import Recipe
 from dsbert.data.stream import Batch
 from dsbert.distributed import World, all_reduce
 from dsbert.ds_config import load_ds_config, precision, zero_stage
-from dsbert.errors import UserError
+from dsbert.ds_engine import initialize
 from dsbert.model import DeviceBatch, SparseBert
 from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
+from dsbert.step_guard import StepGuard
 from dsbert.zero_shards import (
     ParamShard,
-    full_shape,
     inner_optimizer,
+    loss_scale,
+    loss_scaler,
     param_shard,
-    set_adam_step,
+    set_loss_scaler,
     zero_blocks,
 )
 
@@ -47,8 +46,13 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """Sums over the global batch. losses: [mlm, nsp] summed cross-entropies (still on the device); counts: masked
-    tokens, NSP pairs; tokens: positions that are not padding; stop: some rank asked to stop."""
+    """Sums over the global batch, equal on all ranks. losses: [mlm, nsp] summed cross-entropies (float64, CPU); counts:
+    masked tokens, NSP pairs; tokens: positions that are not padding; stop: some rank asked to
+    stop; busy: some rank's checkpoint writer is at work.
+
+    skipped: a loss or a gradient was not finite, and nothing has moved. nonfinite_ranks: the ranks whose own losses or
+    own gradients were not; empty if only the sum over ranks was not.
+    """
 
     losses: Tensor
     masked_tokens: int
@@ -57,6 +61,9 @@ class StepResult:
     grad_norm: float
     lr: float
     stop: bool
+    busy: bool = False
+    skipped: bool = False
+    nonfinite_ranks: tuple[int, ...] = ()
 
     def mean_losses(self) -> tuple[float, float]:
         """(MLM loss per masked token, NSP loss per pair), 0 where there was none."""
@@ -77,9 +84,16 @@ class TrainEngine:
         self.accumulation_steps = -(-recipe.batch.global_batch // (micro_batch * world.world_size))
         config = load_ds_config(recipe, world.world_size, self.accumulation_steps)
         self.zero_stage, self.precision = zero_stage(config), precision(config)
-        self._engine = _initialize(recipe, model, config, world)
+        self._engine = initialize(recipe, model, config, world)
         # Names as in the model; DeepSpeed keeps the parameter objects.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._guard = StepGuard(
+            self._engine,
+            self.parameters.values(),
+            world,
+            replicated=self.zero_stage == 0,
+            overflow_is_seen=self.precision == "fp16",
+        )
 
     @property
     def deepspeed_engine(self) -> Any:
@@ -92,13 +106,15 @@ class TrainEngine:
         firsts = [(start + index) * size for index in range(self.accumulation_steps)]
         return [MicroBatch(min(first, total), max(0, min(size, total - first))) for first in firsts]
 
-    def train_step(self, batches: list[Batch], *, stop: bool = False) -> StepResult:
+    def train_step(self, batches: list[Batch], *, stop: bool = False, busy: bool = False) -> StepResult:
         """One optimizer step on this rank's part of a global batch (one Batch per entry of `plan()`). Collective.
 
-        stop: this rank wants the run to stop; the answer, the same on all ranks, is in the result.
+        stop: this rank wants the run to stop; busy: its checkpoint writer is at work. Whether any rank says so, the
+        same answer on all ranks, is in the result. If a loss or a
+        gradient of any rank is not finite, the step counts but moves nothing anywhere: `skipped` in the result.
         """
-        counts = all_reduce(torch.tensor(_counts(batches, stop), dtype=torch.int64))
-        masked_tokens, nsp_pairs, tokens, stops = counts.tolist()
+        counts = all_reduce(torch.tensor([*_counts(batches), int(stop), int(busy)], dtype=torch.int64))
+        masked_tokens, nsp_pairs, tokens, stops, busy_ranks = counts.tolist()
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
         scale = torch.tensor([parts / max(masked_tokens, 1), parts / max(nsp_pairs, 1)], device=self.world.device)
@@ -112,9 +128,25 @@ class TrainEngine:
             losses += micro_losses.detach()
             self._engine.backward((micro_losses * scale).sum())
         lr = self._set_lr(self.step + 1)
-        grad_norm = self._finish_step(lr)
+        verdict = self._guard.verdict(losses)
+        skipped_steps = self._engine.skipped_steps
+        if verdict.finite:
+            self._finish_step(lr)
+        else:
+            self._guard.skip()
         self.step += 1
-        return StepResult(all_reduce(losses), masked_tokens, nsp_pairs, tokens, grad_norm, lr, stops > 0)
+        return StepResult(
+            verdict.losses,
+            masked_tokens,
+            nsp_pairs,
+            tokens,
+            verdict.grad_norm,
+            lr,
+            stop=stops > 0,
+            busy=busy_ranks > 0,
+            skipped=self._engine.skipped_steps > skipped_steps,
+            nonfinite_ranks=verdict.nonfinite_ranks,
+        )
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -151,21 +183,14 @@ class TrainEngine:
 
     def counters(self) -> dict[str, Any]:
         """DeepSpeed's own counters and loss scaler, for a checkpoint at an accumulation boundary."""
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        numbers = (
-            {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
-        )
-        return {name: getattr(self._engine, name) for name in _COUNTERS} | {"loss_scaler": numbers}
+        return {name: getattr(self._engine, name) for name in _COUNTERS} | {"loss_scaler": loss_scaler(self._engine)}
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
         """Set what `counters` returned; the accumulation may be another one now."""
         for name in _COUNTERS:
             setattr(self._engine, name, counters[name])
         self._engine.micro_steps = self.step * self.accumulation_steps
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        for name, value in counters["loss_scaler"].items():
-            if scaler is not None and isinstance(getattr(scaler, name, None), int | float):
-                setattr(scaler, name, value)
+        set_loss_scaler(self._engine, counters["loss_scaler"])
 
     # BlockEditor
 
@@ -178,8 +203,7 @@ class TrainEngine:
         zero_blocks(self._engine, layer.blocks, slots)
 
     def gradient_divisor(self) -> float:
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        return self.world.world_size * float(getattr(scaler, "cur_scale", 1.0))
+        return self.world.world_size * loss_scale(self._engine)
 
     # Parts of a step
 
@@ -194,19 +218,11 @@ class TrainEngine:
             group["lr"] = lr
         return lr
 
-    def _finish_step(self, lr: float) -> float:
-        """Optimizer step at the accumulation boundary; returns the norm of the global gradient before clipping."""
+    def _finish_step(self, lr: float) -> None:
+        """Group Lasso and optimizer at the accumulation boundary."""
         if self.recipe.sparsity.group_lasso and self.layers:
             self._shrink(lr)
-        # DeepSpeed reports no norm for plain fp32 at stage 0, where every rank holds the averaged gradients.
-        if self.zero_stage == 0 and self.precision == "fp32":
-            grads = [param.grad for param in self.parameters.values() if param.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            self._engine.step()
-        else:
-            self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-        return float(norm)
+        self._engine.step()
 
     def _shrink(self, lr: float) -> None:
         """Decoupled Group Lasso on the master weights, before the optimizer moves them: like AdamW's decay, it acts on
@@ -226,65 +242,7 @@ class TrainEngine:
             shrink_slice_(shard.master, shard.offset, layer.block_size**2, factors)
 
 
-def _counts(batches: list[Batch], stop: bool) -> list[int]:
+def _counts(batches: list[Batch]) -> list[int]:
     masked = sum(batch.mlm_labels.size for batch in batches)
     pairs = sum(int((batch.nsp_labels >= 0).sum()) for batch in batches)
-    return [masked, pairs, sum(batch.num_tokens for batch in batches), int(stop)]
-
-
-def _initialize(recipe: Recipe, model: SparseBert, config: dict[str, Any], world: World) -> Any:
-    """deepspeed.initialize, without compiling its CPU operators and with its chatter on standard error."""
-    # DeepSpeed's affair, once a rank: torch 2.13 has renamed what it calls.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.utils import logger
-
-    for handler in logger.handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.setStream(sys.stderr)
-    if world.device.type == "cpu":
-        # Otherwise built on first use, for minutes, and startup fails where there is no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    chosen = precision(config)
-    supported = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
-    if chosen in supported and not supported[chosen]():
-        raise UserError(
-            f"expected a device that computes in {chosen} for deepspeed.config {recipe.deepspeed.config!r}, found "
-            f"{world.device.type}: choose another precision, such as zero1_bf16 or zero1_fp32"
-        )
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
-        )
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
-        found = " ".join(str(error).split())
-        raise UserError(
-            f"expected a configuration that DeepSpeed accepts in {recipe.deepspeed}, found: {found}"
-        ) from None
-    # FP16_UnfusedOptimizer takes a step on zero gradients when it is built, which would shift the bias correction; the
-    # rate was 0, so that the weights did not move.
-    if inner_optimizer(engine).state:
-        set_adam_step(engine, 0)
-    return engine
-
-
-def _optimizer(recipe: Recipe, model: SparseBert, world: World) -> torch.optim.Optimizer:
-    """AdamW without decay on biases and LayerNorm; the rate is set at every step."""
-    optim = recipe.optim
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for param in model.parameters():
-        (decay if len(full_shape(param)) > 1 else no_decay).append(param)
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=0.0,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True if world.device.type == "cuda" else None,
-    )
+    return [masked, pairs, sum(batch.num_tokens for batch in batches)]

@@ -14,9 +14,13 @@ EXIT_INTERRUPTED = 130
 
 
 class DsbertError(Exception):
-    """A failure whose message is one line: what was expected, what was found, what to do."""
+    """A failure whose message is one line: what was expected, what was found, what to do.
+
+    ranks: whose fault it is, where that is known.
+    """
 
     exit_code = EXIT_INTERNAL
+    ranks: tuple[int, ...] = ()
 
 
 class UserError(DsbertError):
@@ -29,6 +33,10 @@ class PeerError(DsbertError):
     """Another rank died, hung, or holds a state that differs from ours."""
 
     exit_code = EXIT_PEER
+
+
+class LostPeerError(PeerError):
+    """A peer does not answer, and it is not said yet which one: heartbeats tell (health.py)."""
 
 
 class CheckpointError(DsbertError):

@@ -47,16 +47,20 @@ def evaluate(
     world_size: int = 1,
     unigram_counts: NDArray[np.int64] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+    interrupted: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Evaluate the first `sequences` samples of `stream`, shared out over the ranks. Collective if world_size > 1.
 
     forward(batch) -> (summed losses [mlm, nsp], hits [mlm, nsp]). Every rank makes the same number of calls.
+    interrupted: asked before every call, with the same answer on all ranks; True ends the evaluation with None.
     """
     sequences = min(sequences, stream.num_samples)
     num_batches = -(-sequences // micro_batch)
     sums = torch.zeros(7, dtype=torch.float64)
     unigram = None if unigram_counts is None else _unigram_log_probabilities(unigram_counts)
     for index in range(rank, -(-num_batches // world_size) * world_size, world_size):
+        if interrupted and interrupted():
+            return None
         first = min(index * micro_batch, sequences)
         batch = stream.batch(first, min(micro_batch, sequences - first), micro_batch)
         losses, hits = forward(batch)
@@ -103,6 +107,7 @@ def evaluate_checkpoint(
 
     counts = load_unigram_counts(restored.path)
     result = evaluate(forward, stream, stream.num_samples, unigram_counts=counts, progress=progress)
+    assert result is not None
     return {"step": restored.state["step"]} | vars(result)
 
 

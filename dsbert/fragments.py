@@ -8,12 +8,13 @@ reader of any world size and any ZeRO stage reads the pieces that overlap what i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dsbert.errors import CheckpointError
@@ -28,27 +29,72 @@ def fragments_name(rank: int, world_size: int) -> str:
     return f"fragments-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_fragments(path: Path, shards: dict[str, ParamShard]) -> None:
-    """Write this rank's pieces to `path`, durably. Raises OSError."""
-    from safetensors.numpy import save
+class FragmentBuffer:
+    """The image of this rank's fragment file, in memory that every save reuses: as large as the file, page-locked where
+    the shards live on a GPU. Once filled it is a snapshot: training may go on while a thread writes it.
 
-    tensors: dict[str, Floats] = {}
-    index = {}
-    for name, shard in shards.items():
-        if not shard.numel:
-            continue
-        index[name] = [shard.offset, shard.numel]
-        for kind, tensor in {"master": shard.master, **shard.moments}.items():
-            tensors[f"{name}/{kind}"] = tensor.detach().float().cpu().numpy()
-    write_durably(path, save(tensors, metadata={FORMAT: json.dumps(index)}))
+    The header is made here because the library's writer would hold a second copy of all data, and Python's lock.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return self._memory.numel()
+
+    @torch.no_grad()
+    def fill(self, shards: dict[str, ParamShard]) -> memoryview:
+        """Copy this rank's pieces; what is returned is valid until the next call. Raises nothing but MemoryError."""
+        tensors = {
+            f"{name}/{kind}": tensor
+            for name, shard in shards.items()
+            if shard.numel
+            for kind, tensor in {"master": shard.master, **shard.moments}.items()
+        }
+        header, size = _header({key: tensor.numel() for key, tensor in tensors.items()}, _index(shards))
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        if self._memory.numel() < len(header) + size:
+            self._memory = torch.empty(len(header) + size, dtype=torch.uint8, pin_memory=on_gpu)
+        image = self._memory[: len(header) + size]
+        image[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        start = len(header)
+        for tensor in tensors.values():
+            stop = start + 4 * tensor.numel()
+            image[start:stop].view(torch.float32).copy_(tensor, non_blocking=on_gpu)
+            start = stop
+        if on_gpu:
+            torch.cuda.synchronize()
+        return image.numpy().data
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and have the disk hold it before returning. Raises OSError."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def fragment_bytes(shards: dict[str, ParamShard]) -> int:
+    """Size of the file that this rank would write."""
+    numels = {
+        f"{name}/{kind}": shard.numel
+        for name, shard in shards.items()
+        if shard.numel
+        for kind in ("master", *shard.moments)
+    }
+    header, size = _header(numels, _index(shards))
+    return len(header) + size
+
+
+def _index(shards: dict[str, ParamShard]) -> dict[str, list[int]]:
+    return {name: [shard.offset, shard.numel] for name, shard in shards.items() if shard.numel}
+
+
+def _header(numels: dict[str, int], index: dict[str, list[int]]) -> tuple[bytes, int]:
+    """The safetensors header of fp32 tensors, its length first, and the bytes of data that follow it."""
+    entries: dict[str, Any] = {"__metadata__": {FORMAT: json.dumps(index)}}
+    offset = 0
+    for key, numel in numels.items():
+        entries[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [offset, offset + 4 * numel]}
+        offset += 4 * numel
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from dsbert.errors import (
 LISTEN_FD_ENV = "DSBERT_LISTEN_FD"
 PARENT_PID_ENV = "DSBERT_PARENT_PID"
 
-GRACE_S = 30.0
+GRACE_S = 20.0
 TERM_S = 5.0
 POLL_S = 0.05
 

@@ -41,15 +41,16 @@ class Reporter:
         self._flops = sequence_flops(*shape, (layer["kept"] for layer in layers.values()))
         dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
         self._flops_dense = sequence_flops(*shape, dense)
-        self._totals = {"tokens": 0, "flops": 0, "flops_dense": 0}
+        self._totals = {"tokens": 0, "flops": 0, "flops_dense": 0, "skipped": 0, "skipped_in_a_row": 0}
         self._wandb: WandbLogger | None = None
         self._bar: TrainingBar | None = None
-        self._since = (0, 0, 0.0)
+        self._since = (0, 0, 0, 0.0)
+        self._waited_s = 0.0
 
     def begin(self, step: int, totals: dict[str, int], attempt: int) -> None:
         """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
         self._totals |= totals
-        self._since = (step, self._totals["tokens"], time.perf_counter())
+        self._since = (step, self._totals["tokens"], self._totals["skipped"], time.perf_counter())
         if not self._main:
             return
         recipe = self._recipe
@@ -70,8 +71,13 @@ class Reporter:
         self._bar = TrainingBar(recipe.optim.total_steps, step)
 
     def totals(self) -> dict[str, int]:
-        """tokens, flops, flops_dense since the start of the run, for the checkpoint."""
+        """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to
+        now, for the checkpoint."""
         return dict(self._totals)
+
+    def waited(self, seconds: float) -> None:
+        """Training stood still so long for a checkpoint."""
+        self._waited_s += seconds
 
     def step(self, report: StepReport) -> None:
         """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
@@ -79,11 +85,13 @@ class Reporter:
         self._totals["tokens"] += result.tokens
         self._totals["flops"] += self._flops * self._recipe.batch.global_batch
         self._totals["flops_dense"] += self._flops_dense * self._recipe.batch.global_batch
+        self._totals["skipped"] += result.skipped
+        self._totals["skipped_in_a_row"] = (self._totals["skipped_in_a_row"] + 1) * result.skipped
         if not self._main:
             return
         assert self._bar is not None
         assert self._wandb is not None
-        happened = report.update or report.validation or result.stop
+        happened = report.update or report.validation or result.stop or result.skipped
         if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
             record = self._record(report)
             self._directory.metrics.append(record)
@@ -104,7 +112,7 @@ class Reporter:
         if self._bar:
             self._bar.close()
         if self._wandb:
-            self._wandb.close(60.0 if patient else 10.0)
+            self._wandb.close(60.0 if patient else 5.0)
         self._directory.metrics.close()
         self._directory.journal.close()
 
@@ -113,8 +121,9 @@ class Reporter:
         update, validation = report.update, report.validation
         mlm, nsp = result.mean_losses()
         now = time.perf_counter()
-        since_step, since_tokens, since = self._since
-        self._since = (step, self._totals["tokens"], now)
+        since_step, since_tokens, since_skipped, since = self._since
+        self._since = (step, self._totals["tokens"], self._totals["skipped"], now)
+        save_s, self._waited_s = self._waited_s, 0.0
         return {
             "step": step,
             "loss": mlm + nsp,
@@ -125,6 +134,7 @@ class Reporter:
             "val_nsp_loss": validation.nsp_loss if validation else None,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
+            "skipped": self._totals["skipped"] - since_skipped,
             "tokens_total": self._totals["tokens"],
             "tokens_per_s": (self._totals["tokens"] - since_tokens) / max(now - since, 1e-9),
             "flops_total": self._totals["flops"],
@@ -136,4 +146,5 @@ class Reporter:
             "topology_digest": masks.digest(),
             "step_s": (now - since) / max(step - since_step, 1),
             "mask_update_s": update.seconds if update else None,
+            "save_s": save_s,
         }

@@ -1,11 +1,12 @@
-"""The run directory: who owns it, what it is a run of, and how the last attempt ended. Rank 0 writes it.
+"""The run directory: who owns it, what it is a run of, and how the last attempt ended.
 
 config.yaml        resolved recipe, identity, versions and git revision
-attempt.json       the attempt that owns the run; attempts.jsonl is the history
-status.json        how the last attempt ended: done | requeue | failed
+attempt.json       the attempt that owns the run; attempts.jsonl is the history, with how each one before it ended
+status.json        how the last attempt ended: done | requeue | failed, with cause and culprit
 metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
 checkpoints/       checkpoint.py
 companions/        tokenizer and unigram counts, which go into every checkpoint
+heartbeats/        health.py, a directory per attempt
 """
 
 from __future__ import annotations
@@ -13,27 +14,31 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dsbert.checkpoint import newest_checkpoint, read_state
+from dsbert.checkpoint import newest_checkpoint, published, read_state
 from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
+from dsbert.distributed import together
+from dsbert.durable import replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError
-from dsbert.fragments import write_durably
+from dsbert.health import last_steps
 from dsbert.jsonl import JsonlFile, to_json
 
 _VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+_MARK = "shared"
 
 
 class RunDirectory:
-    """Paths and records of one run. Every method but the properties is for rank 0."""
+    """Paths and records of one run. Rank 0 writes; of a run whose rank 0 is gone, a survivor writes status.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,20 +46,70 @@ class RunDirectory:
         self.companions = path / "companions"
         self.metrics = JsonlFile(path / "metrics.jsonl")
         self.journal = JsonlFile(path / "masks.jsonl")
+        self._seen: list[str] = []
 
-    def open_attempt(self, recipe: Recipe, identity: dict[str, Any], resume: str) -> dict[str, Any]:
-        """Begin an attempt: {"number", "nonce", "checkpoint": newest valid one as a name, or None}.
+    def heartbeats(self, nonce: str) -> Path:
+        """Where the ranks of an attempt say that they live."""
+        return self.path / "heartbeats" / nonce
 
-        identity: what must be as in the run that is already there.
+    def share(self, nonce: str) -> None:
+        """Make the directory, with a mark in it that every rank must see. Raises OSError."""
+        self.heartbeats(nonce).mkdir(parents=True)
+        (self.heartbeats(nonce) / _MARK).write_text(nonce)
 
-        Raises UserError if the directory holds a run and resume is "never", or a run of another identity;
-        CheckpointError if resume is "must" and nothing valid is there, or if checkpoints are there and none is valid.
+    def sees(self, nonce: str, patience_s: float = 5.0) -> bool:
+        """Whether this rank sees the mark that rank 0 made, at once or within the patience that caches may need."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with suppress(OSError):
+                if (self.heartbeats(nonce) / _MARK).read_text() == nonce:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+    def find_checkpoint(self, resume: str, rank: int, world_size: int) -> Path | None:
+        """The newest checkpoint that verifies on all ranks, or None for a fresh start. Collective.
+
+        Raises on every rank UserError if the directory holds a run and resume is "never", CheckpointError if resume is
+        "must" and nothing valid is there, or if checkpoints are there and none is valid.
         """
-        found = self._find(resume)
-        self._check_identity(identity, found)
-        self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob(".step_*.tmp"):  # of attempts that were killed while saving
-            shutil.rmtree(leftover)
+        self._seen = self._names()
+        has_some = together(lambda: self._has_checkpoints(resume), only_main=True)
+        newest, skipped = newest_checkpoint(self.checkpoints, rank, world_size)
+
+        def judge() -> None:
+            for line in skipped:
+                print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
+            if newest is None and (has_some or resume == "must"):
+                raise CheckpointError(
+                    f"expected a valid checkpoint in {self.checkpoints} to resume from, found none"
+                    + (": remove the directory to start again" if has_some else "")
+                )
+
+        together(judge, only_main=True)
+        return newest
+
+    def open_attempt(
+        self, recipe: Recipe, identity: dict[str, Any], checkpoint: Path | None, nonce: str, world_size: int
+    ) -> dict[str, Any]:
+        """Begin an attempt: {"number", "nonce", "checkpoint": what it resumes from as a name, or None, ...}. Rank 0.
+
+        identity: what must be as in the run that is already there. Raises UserError if it is a run of another identity.
+        """
+        self._check_identity(identity, checkpoint)
+        history = JsonlFile(self.path / "attempts.jsonl")
+        attempt: dict[str, Any] = {
+            "number": len(history.read()) + 1,
+            "nonce": nonce,
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "started": time.time(),
+            "world_size": world_size,
+            "checkpoint": checkpoint.name if checkpoint else None,
+            "previous": self._previous(),
+        }
+        self._clean_up(nonce)
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
@@ -63,18 +118,14 @@ class RunDirectory:
         }
         self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self._collect_companions(recipe.data.path)
-        history = JsonlFile(self.path / "attempts.jsonl")
-        attempt: dict[str, Any] = {
-            "number": len(history.read()) + 1,
-            "nonce": secrets.token_hex(8),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "checkpoint": found.name if found else None,
-        }
         history.append(attempt)
         self._replace("attempt.json", to_json(attempt) + "\n")
-        self.set_status(attempt["number"], None, None)
+        self.set_status(attempt, None, None)
         return attempt
+
+    def has_changed(self) -> bool:
+        """Whether something was published since `find_checkpoint`: the attempt before could, until ours was opened."""
+        return self._names() != self._seen
 
     def owner(self) -> dict[str, Any]:
         """attempt.json. Raises PeerError if it cannot be read."""
@@ -94,24 +145,62 @@ class RunDirectory:
                 "this one leaves"
             )
 
-    def set_status(self, attempt: int, outcome: str | None, step: int | None, cause: str | None = None) -> None:
-        """Record how the attempt ended: done | requeue | failed; None while it goes on."""
-        status = {"attempt": attempt, "outcome": outcome, "step": step, "cause": cause}
+    def owns(self, attempt: dict[str, Any]) -> bool:
+        """Whether the attempt still owns the run, as far as can be seen."""
+        try:
+            return bool(self.owner()["nonce"] == attempt["nonce"])
+        except (PeerError, KeyError):
+            return False
+
+    def set_status(
+        self,
+        attempt: dict[str, Any],
+        outcome: str | None,
+        step: int | None,
+        cause: str | None = None,
+        culprit: dict[str, Any] | None = None,
+    ) -> None:
+        """Record how the attempt ended: done | requeue | failed; None while it goes on. culprit: {rank, host, step}."""
+        status = {
+            "attempt": attempt["number"],
+            "job_id": attempt["job_id"],
+            "restart_count": attempt["restart_count"],
+            "outcome": outcome,
+            "step": step,
+            "cause": cause,
+            "culprit": culprit,
+        }
         self._replace("status.json", to_json(status) + "\n")
 
-    def _find(self, resume: str) -> Path | None:
+    def _previous(self) -> dict[str, Any] | None:
+        """How the attempt before this one ended: its status, or where its ranks were seen last."""
+        try:
+            before = self.owner()
+            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            if status["outcome"] is not None:
+                return {name: status[name] for name in ("outcome", "step", "cause", "culprit")}
+            steps = last_steps(self.heartbeats(before["nonce"]))
+        except (PeerError, OSError, ValueError, KeyError):
+            return None
+        return {"outcome": None, "step": max(steps.values(), default=None), "cause": "ended without a word"}
+
+    def _clean_up(self, nonce: str) -> None:
+        """Remove what attempts that were killed have left half done, and their heartbeats."""
+        for pattern in (".step_*.tmp", ".step_*.removed", ".latest.*.tmp"):
+            for leftover in self.checkpoints.glob(pattern):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for directory in self.heartbeats(nonce).parent.iterdir():
+            if directory.name != nonce:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _names(self) -> list[str]:
+        return [path.name for path in published(self.checkpoints)]
+
+    def _has_checkpoints(self, resume: str) -> bool:
         has_some = self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
         if resume == "never" and (has_some or self._has_steps()):
             raise UserError(f"expected no run in {self.path} with --resume never, found one: choose another --run-dir")
-        newest, skipped = newest_checkpoint(self.checkpoints) if has_some else (None, [])
-        for line in skipped:
-            print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
-        if newest is None and (has_some or resume == "must"):
-            raise CheckpointError(
-                f"expected a valid checkpoint in {self.checkpoints} to resume from, found none"
-                + (": remove the directory to start again" if has_some else "")
-            )
-        return newest
+        return has_some
 
     def _has_steps(self) -> bool:
         path = self.metrics.path
@@ -147,9 +236,7 @@ class RunDirectory:
 
     def _replace(self, name: str, text: str) -> None:
         """Write a small file so that a reader sees the old or the new one, never a part."""
-        temporary = self.path / f".{name}.tmp"
-        write_durably(temporary, text.encode())
-        os.replace(temporary, self.path / name)
+        replace_durably(self.path / name, text.encode())
 
 
 def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -170,3 +170,43 @@ def adam_step(engine: Any) -> int:
     state = inner_optimizer(engine).state
     steps = [int(state[flat]["step"]) for flat in flat_masters(engine) if "step" in state.get(flat, {})]
     return max(steps, default=0)
+
+
+def reduced_gradients(engine: Any) -> list[Tensor]:
+    """After the last backward of a step: this rank's part of the averaged gradient, of any shapes, as live views. At
+    stage 0 every rank holds all of it, later each element stands on one rank."""
+    outer = engine.optimizer
+    if hasattr(outer, "averaged_gradients"):
+        return [part for parts in outer.averaged_gradients.values() for part in parts or ()]
+    if hasattr(outer, "fp32_groups_gradient_flat_partition"):  # bf16 at stage 1 that accumulates in fp32
+        return list(outer.fp32_groups_gradient_flat_partition)
+    members = getattr(outer, "fp16_groups", None) or [group["params"] for group in outer.param_groups]
+    return [param.grad for group in members for param in group if param.grad is not None]
+
+
+def loss_scale(engine: Any) -> float:
+    """What the loss of the step in hand was multiplied by; 1 unless fp16."""
+    return float(getattr(_loss_scaler(engine), "cur_scale", 1.0))
+
+
+def loss_scaler(engine: Any) -> dict[str, float]:
+    """The numbers of DeepSpeed's loss scaler, for a checkpoint."""
+    scaler = _loss_scaler(engine)
+    return {name: value for name, value in vars(scaler).items() if _is_number(value)} if scaler else {}
+
+
+def set_loss_scaler(engine: Any, numbers: dict[str, float]) -> None:
+    """Set what `loss_scaler` returned, as far as this precision's scaler has it."""
+    scaler = _loss_scaler(engine)
+    for name, value in numbers.items():
+        if _is_number(getattr(scaler, name, None)):
+            setattr(scaler, name, value)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    outer = engine.optimizer
+    return getattr(outer, "loss_scaler", None) or getattr(outer, "loss_scale_config", None)  # the latter at stage 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

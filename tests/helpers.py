@@ -21,8 +21,9 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -59,32 +60,68 @@ def run_distributed(
         AssertionError: a rank failed or was killed; the message holds the output of each such rank.
     """
     name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+    with started(function, world_size, args, env=env) as ranks:
+        fate = _wait(ranks, timeout, grace)
+        for rank in ranks:
+            rank.kill()
+        failed = [rank for rank in ranks if rank.exitcode != 0]
+        if failed:
+            reports = [_report(rank, fate[rank.number]) for rank in failed]
+            raise AssertionError("\n".join([f"{name} failed on {len(failed)} of {world_size} ranks", *reports]))
+        return [json.loads(rank.result.read_text()) for rank in ranks]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank that was started. result: the file that what it returns is written to."""
+
+    number: int
+    process: BaseProcess
+    log: Path
+    result: Path
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def kill(self) -> None:
+        """By group: what a rank has started must not outlive the test either."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.kill()  # should it not have come as far as its own group
+        self.process.join()
+
+
+@contextmanager
+def started(
+    function: Callable[..., Any] | str,
+    world_size: int,
+    args: Mapping[str, Any] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[list[Rank]]:
+    """Start the ranks of `run_distributed`, for a test that wants to see how each of them ends; none outlives it."""
+    name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
     with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
         folder = Path(scratch)
-        ranks: list[BaseProcess] = []
+        ranks: list[Rank] = []
         try:
             port = str(_free_port())
-            for rank in range(world_size):
-                ranks.append(_start(name, args or {}, rank, world_size, port, env or {}, folder))
-            fate = _wait(ranks, timeout, grace)
+            for number in range(world_size):
+                ranks.append(_start(name, args or {}, number, world_size, port, env or {}, folder))
+            yield ranks
         finally:
-            # By group: what a rank has started must not outlive the test either.
-            for process in ranks:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid or 0, signal.SIGKILL)
-                process.kill()  # should it not have come as far as its own group
-            for process in ranks:
-                process.join()
-        failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
-        if failed:
-            reports = [_report(rank, ranks[rank].exitcode, fate[rank], folder) for rank in failed]
-            raise AssertionError("\n".join([f"{name} failed on {len(failed)} of {world_size} ranks", *reports]))
-        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+            for rank in ranks:
+                rank.kill()
 
 
 def _start(
     name: str, args: Mapping[str, Any], rank: int, world_size: int, port: str, env: Mapping[str, str], folder: Path
-) -> BaseProcess:
+) -> Rank:
     """Start one rank in a session, and so a process group, of its own."""
     environment = {
         "RANK": str(rank),
@@ -95,10 +132,11 @@ def _start(
         "MASTER_PORT": port,
         **env,
     }
-    files = (str(folder / f"{rank}.log"), str(folder / f"{rank}.json"))
-    process = _context().Process(target=run_rank.main, args=(name, json.dumps(args), environment, *files))
+    log, result = folder / f"{rank}.log", folder / f"{rank}.json"
+    arguments = (name, json.dumps(args), environment, str(log), str(result))
+    process = _context().Process(target=run_rank.main, args=arguments)
     process.start()
-    return process
+    return Rank(rank, process, log, result)
 
 
 @functools.cache
@@ -114,13 +152,13 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _wait(ranks: list[BaseProcess], timeout: float, grace: float) -> list[str]:
+def _wait(ranks: list[Rank], timeout: float, grace: float) -> list[str]:
     """Wait until all ranks have ended, or may not run any longer. Returns what became of each, in words."""
     deadline = time.monotonic() + timeout
     why_killed = f"still running after {timeout:g} s: killed"
     failure_seen = False
     while time.monotonic() < deadline:
-        codes = [process.exitcode for process in ranks]
+        codes = [rank.exitcode for rank in ranks]
         if None not in codes:
             break
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -130,16 +168,16 @@ def _wait(ranks: list[BaseProcess], timeout: float, grace: float) -> list[str]:
                 deadline = time.monotonic() + grace
                 why_killed = f"still running {grace:g} s after rank {failed[0]} had failed: killed"
         time.sleep(POLL_S)
-    return [why_killed if process.exitcode is None else "ended" for process in ranks]
+    return [why_killed if rank.exitcode is None else "ended" for rank in ranks]
 
 
-def _report(rank: int, code: int, fate: str, folder: Path) -> str:
+def _report(rank: Rank, fate: str) -> str:
     """What a failed rank has to say for itself."""
-    output = (folder / f"{rank}.log").read_text(errors="replace")
+    output = rank.output
     if len(output) > SHOWN_CHARS:
         output = f"[...]\n{output[-SHOWN_CHARS:]}"
-    how = f"exit code {code}" if fate == "ended" else fate
-    return f"--- rank {rank}: {how}\n{output.rstrip()}"
+    how = f"exit code {rank.exitcode}" if fate == "ended" else fate
+    return f"--- rank {rank.number}: {how}\n{output.rstrip()}"
 
 
 def _free_port() -> int:

@@ -354,7 +354,7 @@ def test_other_data_in_the_place_of_the_old_is_refused(data: Path, tmp_path: Pat
 
 def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks(data: Path, tmp_path: Path) -> None:
     words = ["pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
-    words += ["optim.dense_lr=1e30", "checkpoint.every_steps=1"]
+    words += ["optim.dense_lr=1e30", "optim.max_skipped_steps=3", "checkpoint.every_steps=1"]
     for code, _, stderr in run_distributed(dsbert_on_a_rank, 2, {"words": words}):
         assert code == 1
         assert "expected a finite gradient" in stderr
@@ -362,8 +362,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_on_all_ranks(data: Path, tmp
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["outcome"] == "failed"
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(record["grad_norm"] is not None for record in records)
-    assert status["step"] == records[-1]["step"] + 1
+    skipped = [record["skipped"] for record in records]
+    assert skipped == [0] * (len(records) - 3) + [1] * 3
+    assert [record["grad_norm"] is None for record in records] == [bool(one) for one in skipped]
+    assert status["step"] == records[-1]["step"]
+    assert json.loads(dsbert("evaluate", str(tmp_path / "run"), "--json").stdout)["step"] == len(records) - 1
 
 
 def test_an_attempt_that_lost_the_run_leaves_it_alone(data: Path, tmp_path: Path) -> None:

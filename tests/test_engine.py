@@ -44,11 +44,11 @@ def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
             bench.check_update(engine, before, update)
             digests.append(update.digest)
         if step == SAVE_AT:
-            from dsbert.checkpoint import save_checkpoint
+            from dsbert.checkpoint_writer import CheckpointWriter
+            from dsbert.publication import Retention
 
-            at_save = save_checkpoint(
-                Path(directory), engine, masks, {"totals": {}}, companions, attempt="1-test", keep=2
-            )
+            writer = CheckpointWriter(Path(directory), companions, attempt="1-test", retention=Retention(2))
+            at_save = writer.save(engine, masks, {"totals": {}}).path
     assert at_save is not None
     distributed.assert_replicas_agree("the weights", engine.replica_digests())
     first = bench.held_elements(engine), masks.digest(), masks.dof

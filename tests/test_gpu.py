@@ -12,7 +12,9 @@ from tests.helpers import run_distributed
 
 def train_on_the_card(stage: int, directory: str) -> dict[str, Any]:
     from dsbert import distributed
-    from dsbert.checkpoint import load_checkpoint, save_checkpoint
+    from dsbert.checkpoint import load_checkpoint
+    from dsbert.checkpoint_writer import CheckpointWriter
+    from dsbert.publication import Retention
     from tests import workbench as bench
 
     world = distributed.init(60)
@@ -27,9 +29,8 @@ def train_on_the_card(stage: int, directory: str) -> dict[str, Any]:
         if update:
             bench.check_update(engine, before, update)
     (Path(directory) / "companions").mkdir()
-    path = save_checkpoint(
-        Path(directory), engine, masks, {"totals": {}}, Path(directory) / "companions", attempt="1-test", keep=1
-    )
+    writer = CheckpointWriter(Path(directory), Path(directory) / "companions", attempt="1-test", retention=Retention(1))
+    path = writer.save(engine, masks, {"totals": {}}).path
     digest = masks.digest()
     engine, masks = bench.engine_and_masks(engine.recipe, world)
     load_checkpoint(path, engine, masks)

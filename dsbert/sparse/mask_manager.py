@@ -88,6 +88,10 @@ class MaskManager:
         self._arm(step + 1)
         return update
 
+    def is_due(self, step: int) -> bool:
+        """Whether an update follows optimizer step `step`."""
+        return self._schedule is not None and self._schedule.is_update_step(step)
+
     @property
     def density(self) -> float:
         """Share of all sparse weights' positions that are active now."""
@@ -110,10 +114,12 @@ class MaskManager:
         agree = gather(torch.tensor(own, dtype=torch.uint8), self._group).bool()
         if not bool(agree.all()):
             rank, column = (~agree).nonzero()[0].tolist()
-            raise PeerError(
+            error = PeerError(
                 f"expected kernels and mask manager to hold one topology of {list(self.layers)[column]}, found two on "
                 f"rank {rank}"
             )
+            error.ranks = (rank,)
+            raise error
         assert_replicas_agree("the topology", kernels, self._group)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -144,7 +150,7 @@ class MaskManager:
 
     def _arm(self, step: int) -> None:
         """Have the layers collect their dense gradient if an update by gradient follows `step`."""
-        due = self._schedule is not None and self.config.regrow == "gradient" and self._schedule.is_update_step(step)
+        due = self.config.regrow == "gradient" and self.is_due(step)
         for layer in self.layers.values():
             layer.dense_gradient = (
                 torch.zeros(layer.shape, dtype=torch.float32, device=layer.rows.device) if due else None
@@ -186,7 +192,8 @@ class MaskManager:
         return dict(zip(self.layers, scores.split([part.numel() for part in parts]), strict=True))
 
     def _reduced_gradient_norms(self) -> dict[str, Tensor]:
-        """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if unused."""
+        """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if unused. A
+        norm that is not finite counts as 0, so that a step with such gradients has an order of blocks, too."""
         if self.config.regrow != "gradient":
             return {}
         gradients = self.dense_gradients()
@@ -194,7 +201,7 @@ class MaskManager:
         for name, layer in self.layers.items():
             num_rows, num_cols = self.topologies[name].grid
             blocked = gradients[name].view(num_rows, layer.block_size, num_cols, layer.block_size)
-            norms[name] = blocked.abs().sum((1, 3)).cpu()
+            norms[name] = blocked.abs().sum((1, 3)).nan_to_num_(nan=0.0, posinf=0.0).cpu()
         return norms
 
     def dense_gradients(self) -> dict[str, Tensor]:

@@ -1,0 +1,88 @@
+"""Files that survive a power cut, and are what they were when they come back."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+_CHUNK_BYTES = 1 << 20
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and have the disk hold it before returning. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old or the new one, never a part, whoever else writes. Raises OSError."""
+    temporary = _temporary(path)
+    write_durably(temporary, data)
+    os.replace(temporary, path)
+
+
+def replace_quickly(path: Path, data: bytes) -> None:
+    """As `replace_durably`, but a power cut may lose it. Raises OSError."""
+    temporary = _temporary(path)
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
+def write_and_read_back(
+    path: Path,
+    data: bytes | memoryview,
+    count: Callable[[int], object] = lambda nbytes: None,
+    max_bytes_per_s: float | None = None,
+    hurry: threading.Event | None = None,
+) -> str:
+    """Write a file durably, compare what the disk gives back, and return its xxh3_128 in hexadecimal.
+
+    count: told the bytes of every piece. max_bytes_per_s: until `hurry` is set, no faster. Raises OSError.
+    """
+    view, hasher = memoryview(data), xxhash.xxh3_128()
+    hurry = hurry or threading.Event()
+    start = time.monotonic()
+    with path.open("wb") as file:
+        for first in range(0, len(view), _CHUNK_BYTES):
+            chunk = view[first : first + _CHUNK_BYTES]
+            file.write(chunk)
+            hasher.update(chunk)
+            count(len(chunk))
+            if max_bytes_per_s:
+                hurry.wait(max(0.0, start + (first + len(chunk)) / max_bytes_per_s - time.monotonic()))
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # or the page cache would answer for the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if checksum(path) != hasher.hexdigest():
+        raise OSError(f"{path} does not read back as it was written")
+    return hasher.hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """xxh3_128 of a file, in hexadecimal. Raises OSError."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Have the disk hold a directory's names. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

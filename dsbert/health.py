@@ -1,0 +1,211 @@
+"""Heartbeats: which rank is where, so that survivors can say whose fault it was.
+
+Every rank has one small file in <run>/heartbeats/<nonce>/, which it replaces at each change of phase and every few
+seconds from a thread. They lie on the shared file system and not in rank 0's store, so that rank 0 can be the culprit,
+and they are still there when everybody is gone. Nobody reads them while all is well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbert.durable import replace_quickly
+from dsbert.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
+
+# Beyond the time limit of a collective, which gloo keeps by itself: then something else hangs, and we end it.
+_BEYOND_S = 8.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A rank at fault, where it was when it was last seen, and what is known of it."""
+
+    rank: int
+    host: str
+    step: int | None
+    phase: str | None
+    how: str
+
+    def __str__(self) -> str:
+        where = f" in phase {self.phase!r}" if self.phase else ""
+        return f"rank {self.rank} on {self.host} {self.how}, last seen at step {self.step}{where}"
+
+
+class Heartbeat:
+    """This rank's heartbeat, and a look at everybody's. `start` it; a thread does the rest.
+
+    on_hang: called from the thread if this rank makes no progress for longer than a collective may take.
+    """
+
+    def __init__(self, directory: Path, rank: int, hosts: list[str], timeout_s: float) -> None:
+        self._directory, self._rank, self._hosts, self._timeout_s = directory, rank, hosts, timeout_s
+        self.interval_s = min(5.0, max(0.25, timeout_s / 20))
+        self.on_hang: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._progress, self._progressed = 0, time.monotonic()
+        self._record: dict[str, Any] = {
+            "rank": rank,
+            "host": hosts[rank],
+            "pid": os.getpid(),
+            "place": _place(),
+            "beat": 0,
+            "step": 0,
+            "progress": 0,
+            "phase": "start",
+            "saving": None,
+            "ended": None,
+        }
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._beat()
+        threading.Thread(target=self._run, name="dsbert-heartbeat", daemon=True).start()
+
+    def advance(self, step: int | None = None) -> None:
+        """Progress was made: `step` optimizer steps are taken, or a piece of something longer. Writes nothing."""
+        self._progress, self._progressed = self._progress + 1, time.monotonic()
+        if step is not None:
+            self._record["step"] = step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What the rank is at, written at once: killed inside, it is known to have died there."""
+        before = self._record["phase"]
+        self._set(phase=name)
+        try:
+            yield
+        finally:
+            self._set(phase=before)
+
+    def enter(self, name: str) -> None:
+        """From now on the rank is at `name`."""
+        self._set(phase=name)
+
+    def saving(self, activity: str | None) -> None:
+        """What the checkpoint writer is at; for its threads, whose progress is not the rank's."""
+        self._record["saving"] = activity
+        self._beat()
+
+    def end(self, code: int, cause: str | None = None) -> None:
+        """The last beat: this rank leaves by itself, and is nobody's missing peer."""
+        self._ended.set()
+        self._set(ended={"code": code, "cause": cause})
+
+    def culprits(self) -> list[Culprit]:
+        """Who does not answer, after a look long enough for every living rank to have beaten; [] if all seem well.
+
+        In this order: ranks that left with a failure of their own; whose process is gone or stopped, where that can be
+        seen from here; whose beat stands still; the one that is furthest behind.
+        """
+        first = self._everybody()
+        deadline = time.monotonic() + 2.2 * self.interval_s
+        while True:
+            now = self._everybody()
+            found = [_failure(record) or _gone(record) for record in now.values()]
+            known = [culprit for culprit in found if culprit]
+            if known or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        if known:
+            return known
+        missing = [
+            Culprit(rank, host, None, None, "has not come as far as a heartbeat")
+            for rank, host in enumerate(self._hosts)
+            if rank not in now
+        ]
+        others = [record for rank, record in now.items() if rank != self._rank and not record["ended"]]
+        silent = [
+            _culprit(record, "does not answer")
+            for record in others
+            if record["beat"] == first.get(record["rank"], {}).get("beat")
+        ]
+        return missing + silent or self._furthest_behind(others)
+
+    def _furthest_behind(self, others: list[dict[str, Any]]) -> list[Culprit]:
+        own = self._record["step"], self._progress
+        behind = [record for record in others if (record["step"], record["progress"]) < own]
+        behind.sort(key=lambda record: (record["step"], record["progress"]))
+        return [_culprit(record, "lives but does not go on") for record in behind[:1]]
+
+    def _everybody(self) -> dict[int, dict[str, Any]]:
+        records = {}
+        for rank in range(len(self._hosts)):
+            with suppress(OSError, ValueError):
+                records[rank] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+        return records
+
+    def _path(self, rank: int) -> Path:
+        return self._directory / f"{rank:05d}.json"
+
+    def _set(self, **changes: Any) -> None:
+        self._record.update(changes)
+        self._progress, self._progressed = self._progress + 1, time.monotonic()
+        self._beat()
+
+    def _beat(self) -> None:
+        with self._lock, suppress(OSError):  # a full disk must not end a run that could go on
+            self._record["beat"] += 1
+            self._record["progress"] = self._progress
+            replace_quickly(self._path(self._rank), json.dumps(self._record).encode())
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.interval_s):
+            self._beat()
+            if time.monotonic() - self._progressed > self._timeout_s + _BEYOND_S:
+                self.on_hang()
+                return
+
+
+def last_steps(directory: Path) -> dict[int, int]:
+    """The last step that each rank was seen at; {} without heartbeats."""
+    steps = {}
+    for path in directory.glob("[0-9]*.json"):
+        with suppress(OSError, ValueError, KeyError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            steps[int(record["rank"])] = int(record["step"])
+    return steps
+
+
+def _culprit(record: dict[str, Any], how: str) -> Culprit:
+    return Culprit(record["rank"], record["host"], record["step"], record["phase"], how)
+
+
+def _failure(record: dict[str, Any]) -> Culprit | None:
+    """A rank that left with an error that was not a peer's."""
+    ended = record["ended"]
+    if ended is None or ended["code"] in (EXIT_OK, EXIT_PEER, EXIT_REQUEUE):
+        return None
+    return _culprit(record, f"failed with exit code {ended['code']} ({ended['cause']})")
+
+
+def _gone(record: dict[str, Any]) -> Culprit | None:
+    """A rank of this machine whose process is no more, or is stopped. (Elsewhere the beat tells, more slowly.)"""
+    if record["ended"] or record["place"] is None or record["place"] != _place():
+        return None
+    try:
+        state = Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        state = "X"
+    if state in "ZXx":
+        return _culprit(record, "died")
+    if state in "Tt":
+        return _culprit(record, "was stopped")
+    return None
+
+
+def _place() -> str | None:
+    """Machine and process namespace: within one, process numbers mean the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None

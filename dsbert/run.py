@@ -1,0 +1,244 @@
+"""What a run is made of, how it is opened on all ranks, and how it is accounted for when it fails."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsbert import distributed
+from dsbert.checkpoint import load_checkpoint
+from dsbert.checkpoint_writer import CheckpointWriter
+from dsbert.config import Recipe
+from dsbert.data.manifest import load_manifest
+from dsbert.data.stream import SampleStream
+from dsbert.distributed import World, gather_json, together
+from dsbert.ds_config import load_ds_config
+from dsbert.engine import TrainEngine
+from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
+from dsbert.evaluate import EVAL_SEED
+from dsbert.health import Culprit, Heartbeat
+from dsbert.model import build_model, encoder_linears
+from dsbert.publication import Retention
+from dsbert.reporting import Reporter
+from dsbert.run_directory import RunDirectory, first_difference
+from dsbert.sparse import BlockSparseLinear, MaskManager
+
+# A rank whose file system hangs as well must still leave.
+_LEAVE_S = 15.0
+
+
+class Run:
+    """Opened in three steps, each collective: the constructor (ranks agree on what they run, and where), `build`,
+    `restore`. `failures` goes around what comes after the first.
+
+    engine, masks, train and held_out (streams), writer, reporter: there after `build`.
+    """
+
+    engine: TrainEngine
+    masks: MaskManager
+    train: SampleStream
+    held_out: SampleStream | None
+    writer: CheckpointWriter
+    reporter: Reporter
+    attempt: dict[str, Any]
+    state: dict[str, Any]  # what state.json holds beside the counters
+
+    def __init__(self, recipe: Recipe, run_dir: Path, world: World, timeout_s: float) -> None:
+        """Raises UserError on every rank if they differ in recipe, data or configuration, or share no directory."""
+        self.recipe, self.world, self.timeout_s = recipe, world, timeout_s
+        self.directory = RunDirectory(run_dir)
+        manifest = together(lambda: load_manifest(recipe.data.path))
+        assert manifest is not None
+        self._manifest = manifest
+        _assert_same_everywhere(recipe, manifest.digest)
+        everybody = gather_json([secrets.token_hex(8), world.host])
+        self.nonce: str = everybody[0][0]
+        self.hosts: list[str] = [host for _, host in everybody]
+        self._assert_shared(run_dir)
+        self.heartbeat = Heartbeat(self.directory.heartbeats(self.nonce), world.rank, self.hosts, timeout_s)
+        self.heartbeat.on_hang = lambda: threading.Thread(target=self._leave_hung).start()
+        self.heartbeat.start()
+
+    def build(self, resume: str) -> None:
+        """Open the data, build model and engine, and begin an attempt in the run directory.
+
+        Raises the same UserError or CheckpointError on every rank.
+        """
+        recipe, world = self.recipe, self.world
+        # One rank builds the sample indices, the others then find them.
+        together(lambda: _open_streams(recipe), only_main=True)
+        streams = together(lambda: _open_streams(recipe))
+        vocab_size = self._manifest.tokenizer.vocab_size
+        built = together(lambda: build_model(recipe, vocab_size, world.device))
+        assert streams is not None
+        assert built is not None
+        self.train, self.held_out = streams
+        model, layers = built
+        shapes = _layer_shapes(model)
+        self.engine = TrainEngine(recipe, model, layers, world)
+        total_steps = recipe.optim.total_steps
+        self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
+        self.masks.verify_replicas()
+        self.state = {
+            "recipe": _with_absolute_path(recipe).model_dump(mode="json"),
+            "identity": recipe.identity() | {"data_digest": self._manifest.digest},
+            "vocab_size": vocab_size,
+            "layers": shapes,
+            "params": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.parameters.items()},
+        }
+        self._open_attempt(resume)
+        self.reporter = Reporter(recipe, self.directory, world, shapes)
+        every = recipe.checkpoint
+        self.writer = CheckpointWriter(
+            self.directory.checkpoints,
+            self.directory.companions,
+            attempt=f"{self.attempt['number']}-{self.nonce}",
+            retention=Retention(every.keep, every.keep_every_steps),
+            assert_owner=lambda: self.directory.assert_owner(self.attempt),
+            max_bytes_per_s=every.max_mb_per_s * 1e6 if every.max_mb_per_s else None,
+            timeout_s=self.timeout_s,
+            watch=self.heartbeat.saving,
+        )
+
+    def restore(self) -> None:
+        """Load the checkpoint that the attempt found, if it found one, and begin to report."""
+        name = self.attempt["checkpoint"]
+        totals: dict[str, int] = {}
+        if name is not None:
+            path = self.directory.checkpoints / name
+            with self.heartbeat.phase("load"):
+                totals = load_checkpoint(path, self.engine, self.masks)["totals"]
+            self.reporter.say(f"resuming from {path}")
+        self.heartbeat.advance(self.engine.step)
+        self.reporter.begin(self.engine.step, totals, self.attempt["number"])
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps taken; None before there is an engine."""
+        return self.engine.step if hasattr(self, "engine") else None
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Account for what goes wrong inside: in heartbeats, in status.json, and by a culprit in the message."""
+        try:
+            with distributed.peer_failures(self.world):
+                yield
+        except LostPeerError as error:
+            self.heartbeat.enter("leaving")
+            raise PeerError(self._account_for_lost(str(error))) from error
+        except Exception as error:
+            culprits = [
+                Culprit(rank, self.hosts[rank], self.step, None, "is at fault")
+                for rank in (error.ranks if isinstance(error, DsbertError) else (self.world.rank,))
+            ]
+            code = error.exit_code if isinstance(error, DsbertError) else EXIT_INTERNAL
+            self.heartbeat.end(code, str(error))
+            if self.world.is_main:
+                self._record_failure(str(error), culprits)
+            if isinstance(error, DsbertError) and culprits:
+                error.args = ("; ".join([str(error), *map(str, culprits)]),)
+            raise
+
+    def _account_for_lost(self, found: str) -> str:
+        """Find out whose fault it is, record it, and say it."""
+        culprits = self.heartbeat.culprits()
+        named = ", ".join(map(str, culprits[:8])) or "no rank is silent: see to the network between the nodes"
+        self.heartbeat.end(EXIT_PEER, found)
+        survivors = set(range(self.world.world_size)) - {culprit.rank for culprit in culprits}
+        if self.world.rank == min(survivors, default=self.world.rank):
+            self._record_failure(named, culprits)
+        return f"{named}; {found}"
+
+    def _record_failure(self, cause: str, culprits: list[Culprit]) -> None:
+        if hasattr(self, "attempt") and self.directory.owns(self.attempt):
+            culprit = None
+            if culprits:
+                first = culprits[0]
+                culprit = {"rank": first.rank, "host": first.host, "step": first.step, "phase": first.phase}
+            self.directory.set_status(self.attempt, "failed", self.step, cause, culprit)
+
+    def _leave_hung(self) -> None:
+        """The main thread makes no progress, and its collectives do not end by themselves either."""
+        threading.Timer(_LEAVE_S, os._exit, [EXIT_PEER]).start()
+        found = f"rank {self.world.rank} on {self.world.host} made no progress for {self.timeout_s:g} s"
+        print(f"dsbert: {self._account_for_lost(found)}", file=sys.stderr, flush=True)
+        os._exit(EXIT_PEER)
+
+    def _assert_shared(self, run_dir: Path) -> None:
+        """Raise UserError on every rank unless all see the directory that rank 0 makes."""
+        together(lambda: self.directory.share(self.nonce), only_main=True)
+        patience_s = min(5.0, self.timeout_s / 2)
+        seen = gather_json([self.directory.sees(self.nonce, patience_s), str(run_dir.resolve())])
+        for rank, (sees, path) in enumerate(seen):
+            if not sees:
+                raise UserError(
+                    f"run directory is not shared: rank {rank} on {self.hosts[rank]} does not see in {path} what rank "
+                    f"0 on {self.hosts[0]} wrote to {seen[0][1]}: choose a --run-dir on a file system of all nodes, "
+                    "the same on all ranks"
+                )
+
+    def _open_attempt(self, resume: str) -> None:
+        directory, world = self.directory, self.world
+        checkpoint = directory.find_checkpoint(resume, world.rank, world.world_size)
+        found = together(
+            lambda: directory.open_attempt(
+                self.recipe, self.state["identity"], checkpoint, self.nonce, world.world_size
+            ),
+            only_main=True,
+        )
+        self.attempt = gather_json(found)[0]
+        if gather_json(directory.has_changed())[0]:
+            checkpoint = directory.find_checkpoint(resume, world.rank, world.world_size)
+            self.attempt["checkpoint"] = checkpoint.name if checkpoint else None
+
+
+def _open_streams(recipe: Recipe) -> tuple[SampleStream, SampleStream | None]:
+    data = recipe.data
+    options = (data.nsp, data.mask_fraction)
+    train = SampleStream.open(data.path, "train", data.seq_len, recipe.seed, *options)
+    held_out = None
+    if load_manifest(data.path).splits["validation"].documents:
+        held_out = SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, *options)
+    return train, held_out
+
+
+def _layer_shapes(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Shape [out, in], block size (None where dense) and kept weights of every fully connected encoder weight."""
+    shapes: dict[str, dict[str, Any]] = {}
+    for name, module in encoder_linears(model).items():
+        if isinstance(module, BlockSparseLinear):
+            shapes[name] = {"shape": list(module.shape), "block_size": module.block_size, "kept": module.blocks.numel()}
+        else:
+            assert isinstance(module, torch.nn.Linear)
+            shape = [module.out_features, module.in_features]
+            shapes[name] = {"shape": shape, "block_size": None, "kept": shape[0] * shape[1]}
+    return shapes
+
+
+def _with_absolute_path(recipe: Recipe) -> Recipe:
+    """For the checkpoint, which is evaluated from other working directories."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": recipe.data.path.resolve()})})
+
+
+def _assert_same_everywhere(recipe: Recipe, data_digest: str) -> None:
+    """Raise UserError on every rank, naming a key and a rank, unless all ranks have the same recipe, data and DeepSpeed
+    configuration."""
+    ds_config = together(lambda: load_ds_config(recipe, 1, 1))
+    mine = recipe.model_dump(mode="json") | {"data_digest": data_digest, "DeepSpeed": ds_config}
+    everything = gather_json(mine)
+    for rank, other in enumerate(everything):
+        difference = first_difference(everything[0], other)
+        if difference:
+            key, first, found = difference
+            raise UserError(
+                f"expected one recipe on all ranks, found {key} = {found!r} on rank {rank} and {first!r} on "
+                "rank 0: start all ranks with the same command"
+            )

@@ -1,0 +1,165 @@
+"""A loss or a gradient that is not finite, on one rank, in one micro-batch: the step is skipped on every rank, moves no
+bit, and leaves nothing behind. The truth to compare with is a run that never took the step: the same engine with its
+step counter moved on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.helpers import run_distributed
+
+STEPS = 12
+# Step -> what goes wrong in it: before Adam has any state, in the step of a mask update, twice in a row; five clean
+# steps follow.
+FAULTS = {1: "loss", 4: "gradient", 6: "loss alone", 7: "sum"}
+FAULTY_RANK = 1
+# A faulty sum is nobody's: the guard must see it all the same, but may not accuse a rank.
+NAMED = {"loss": [FAULTY_RANK], "gradient": [FAULTY_RANK], "loss alone": [FAULTY_RANK], "sum": []}
+
+
+class Saboteur:
+    """Spoils the last micro-batch but one of the steps in `faults`, on one rank.
+
+    loss: NaN, and so are the gradients. loss alone: NaN, with finite gradients. gradient: Inf in one element of one
+    parameter's, with a finite loss. sum: the same where the guard does not see it, as if the ranks' sum overflowed.
+    """
+
+    def __init__(self, model: Any, rank: int, accumulation_steps: int, faults: dict[int, str]) -> None:
+        self.faults = faults if rank == FAULTY_RANK else {}
+        self.accumulation_steps, self.forwards = accumulation_steps, 0
+        self.victim = next(param for name, param in model.named_parameters() if name.endswith("blocks"))
+        model.register_forward_hook(self._spoil_loss)
+        self.spoil_gradients_in("gradient")
+
+    def spoil_gradients_in(self, kind: str) -> None:
+        """Hooks run in the order in which they are registered."""
+
+        def spoil(gradient: Any) -> Any:
+            if self._fault() != kind:
+                return None
+            gradient = gradient.clone()
+            gradient.view(-1)[gradient.numel() // 2] = math.inf
+            return gradient
+
+        self.victim.register_hook(spoil)
+
+    def _fault(self) -> str | None:
+        """In the micro-batch in hand."""
+        step, micro = divmod(self.forwards - 1, self.accumulation_steps)
+        return self.faults.get(step + 1) if micro == self.accumulation_steps - 2 else None
+
+    def _spoil_loss(self, model: Any, inputs: Any, outputs: Any) -> Any:
+        self.forwards += 1
+        losses, hits = outputs
+        if self._fault() == "loss":
+            return losses * math.nan, hits
+        return (losses + math.nan if self._fault() == "loss alone" else losses), hits
+
+
+def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -> tuple[list[Any], list[Any]]:
+    """Train STEPS steps. take_them: with `faults` in them; else the steps with faults are not taken, only counted.
+    Returns what the rank holds after each step, and what the steps said."""
+    from dsbert import distributed
+    from dsbert.engine import TrainEngine
+    from dsbert.model import build_model
+    from dsbert.sparse import MaskManager
+    from dsbert.zero_shards import adam_step
+    from tests import workbench as bench
+
+    model, layers = build_model(recipe, bench.VOCAB_SIZE)
+    accumulation_steps = recipe.batch.global_batch // (recipe.batch.micro_batch * world.world_size)
+    saboteur = Saboteur(model, world.rank, accumulation_steps, faults if take_them else {})
+    engine = TrainEngine(recipe, model, layers, world)
+    assert engine.accumulation_steps == accumulation_steps > 1
+    saboteur.spoil_gradients_in("sum")
+    masks = MaskManager(layers, recipe.sparsity, total_steps=recipe.optim.total_steps, editor=engine, seed=recipe.seed)
+    source, held, said = bench.stream(), [], []
+    for step in range(1, STEPS + 1):
+        before, applied = bench.held_elements(engine), adam_step(engine.deepspeed_engine)
+        if step in faults and not take_them:
+            engine.step += 1
+        else:
+            result = engine.train_step(bench.step_batches(engine, source, step - 1))
+            assert result.skipped == (step in faults), f"step {step}"
+            said.append([result.mean_losses(), result.grad_norm, list(result.nonfinite_ranks)])
+        after = bench.held_elements(engine)
+        if step in faults:
+            assert_same_bits(before, after, f"skipped step {step}")
+            assert adam_step(engine.deepspeed_engine) == applied
+        assert all(param.grad is None for param in engine.parameters.values())
+        update = masks.maybe_update(step)
+        if update:
+            bench.check_update(engine, after, update)
+        masks.verify_replicas()
+        distributed.assert_replicas_agree("the weights", engine.replica_digests())
+        held.append(bench.held_elements(engine))
+    assert adam_step(engine.deepspeed_engine) == STEPS - len(faults)
+    if take_them:
+        counters, total = engine.deepspeed_engine, recipe.batch.global_batch
+        assert (counters.global_steps, counters.global_samples) == (STEPS, STEPS * total)
+        assert (counters.micro_steps, counters.skipped_steps) == (STEPS * accumulation_steps, len(faults))
+    said.append(masks.digest())
+    return held, said
+
+
+def assert_same_bits(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Of two results of workbench.held_elements."""
+    import torch
+
+    for name, tensors in expected.items():
+        # Stage 3 keeps small parameters gathered, but only from the first forward pass on.
+        assert (tensors.keys() ^ found[name].keys()) <= {"copy 1"}, (where, name)
+        for kind in tensors.keys() & found[name].keys():
+            tensor, other = tensors[kind][1], found[name][kind][1]
+            # As bytes: NaN would differ from itself, and -0 equal 0.
+            assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)), f"{where}: {kind} of {name} differs"
+
+
+def skip_and_go_on(stage: int, dtype: str, faults: dict[str, str], sections: dict[str, Any]) -> list[Any]:
+    """Every step of a run with faults, against the run that leaves those steps out."""
+    from dsbert import distributed
+    from tests import workbench as bench
+
+    world = distributed.init(60)
+    steps = {int(step): kind for step, kind in faults.items()}  # JSON's keys are text
+    deepspeed = bench.zero_config(stage, dtype)
+    deepspeed["overrides"] |= sections.pop("deepspeed", {})
+    recipe = bench.recipe(deepspeed=deepspeed, **sections)
+    with_faults, said = train(recipe, world, steps, take_them=True)
+    without, expected = train(recipe, world, steps, take_them=False)
+    for step, (found, truth) in enumerate(zip(with_faults, without, strict=True), start=1):
+        assert_same_bits(truth, found, f"after step {step}")
+    clean = [what for step, what in enumerate(said, start=1) if step not in steps]
+    assert clean == expected, "the steps between must say the same, too"
+    return said
+
+
+def check(stage: int, dtype: str, faults: dict[int, str] = FAULTS, **sections: Any) -> None:
+    args = {"stage": stage, "dtype": dtype, "faults": faults, "sections": sections}
+    ranks = run_distributed(skip_and_go_on, 2, args)
+    # As text: NaN is not equal to itself.
+    assert str(ranks[0]) == str(ranks[1]), "all ranks must say the same"
+    for step, kind in faults.items():
+        losses, norm, named = ranks[0][step - 1]
+        assert named == NAMED[kind]
+        assert math.isnan(sum(losses)) == kind.startswith("loss")
+        assert math.isfinite(norm) == (kind == "loss alone")
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")]
+    + [pytest.param(stage, "bf16", marks=pytest.mark.exhaustive) for stage in (2, 3)],
+)
+def test_a_step_that_is_not_finite_is_skipped_everywhere(stage: int, dtype: str) -> None:
+    check(stage, dtype, sparsity={"group_lasso": 0.1})
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.exhaustive)])
+def test_regrowth_by_gradient_is_defined_on_a_step_that_is_skipped(stage: int, dtype: str) -> None:
+    """All gradients NaN at the first update: the order is that of no gradient at all, which the other run has."""
+    check(stage, dtype, {4: "loss"}, sparsity={"regrow": "gradient"})
