@@ -38,10 +38,11 @@ test: $(VENV)/.dev  ## run the tests
 test-all: $(VENV)/.dev  ## run the tests and the exhaustive matrix (long)
 	$(BIN)/python -m pytest -m ""
 
-check: $(VENV)/.dev  ## check format, lint and types
+check: $(VENV)/.dev  ## check format, lint, types and shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/*.sbatch slurm/*.sh
 
 format: $(VENV)/.dev  ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .

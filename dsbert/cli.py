@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
@@ -176,6 +177,49 @@ def inspect(source: Path, as_json: bool) -> None:
     _show(inspect_checkpoint(source), as_json, heading=str(source))
 
 
+@app.command()
+@_source
+@_as_json
+def verify(source: Path, as_json: bool) -> None:
+    """Read everything, and name every file that is not what it should be: exit code 4."""
+    from dsbert.auditing import audit, report_lines
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        report = audit(source, progress)
+    _show(report, as_json, lines=report_lines)
+    raise SystemExit(EXIT_OK if report["ok"] else EXIT_NO_CHECKPOINT)
+
+
+@app.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--quick", is_flag=True, help="List only; do not read everything to verify it.")
+@_as_json
+def checkpoints(run_dir: Path, quick: bool, as_json: bool) -> None:
+    """The checkpoints of a run, oldest first, and whether they are whole."""
+    from dsbert.inspection import checkpoint_table, list_checkpoints
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        listing = list_checkpoints(run_dir, quick, progress)
+    _show(listing, as_json, lines=checkpoint_table)
+
+
+@app.command()
+@click.argument("both", metavar="A B", nargs=2, type=click.Path(path_type=Path))
+@click.option("--exit-code", is_flag=True, help="Exit with 1 if they differ.")
+@_as_json
+def diff(both: tuple[Path, Path], exit_code: bool, as_json: bool) -> None:
+    """Topology, weights, moments and identity of two checkpoints, or of the newest ones of runs, side by side."""
+    from dsbert.comparison import compare_checkpoints, summary_lines
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        report = compare_checkpoints(*both, progress)
+    _show(report, as_json, lines=summary_lines)
+    raise SystemExit(1 if exit_code and not report["identical"] else EXIT_OK)
+
+
 def main() -> None:
     """The console script."""
     code = run(sys.argv[1:])
@@ -204,12 +248,18 @@ def run(argv: list[str]) -> int:
     return EXIT_OK
 
 
-def _show(values: dict[str, Any], as_json: bool, heading: str) -> None:
-    """One JSON document, or a heading and a line per entry."""
+_Lines = Callable[[dict[str, Any]], Iterable[str]]
+
+
+def _show(values: dict[str, Any], as_json: bool, heading: str = "", lines: _Lines | None = None) -> None:
+    """One JSON document, or what `lines` makes of it for people, or else a heading and a line per entry."""
     if as_json:
         from dsbert.jsonl import to_json
 
         print(to_json(values))
+        return
+    if lines is not None:
+        print("\n".join(lines(values)))
         return
     print(heading)
     for name, value in values.items():

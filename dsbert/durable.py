@@ -23,20 +23,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def replace_durably(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old or the new one, never a part, whoever else writes. Raises OSError."""
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     write_durably(temporary, data)
     os.replace(temporary, path)
-
-
-def replace_quickly(path: Path, data: bytes) -> None:
-    """As `replace_durably`, but a power cut may lose it. Raises OSError."""
-    temporary = _temporary(path)
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
 
 
 def write_and_read_back(

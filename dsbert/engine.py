@@ -6,6 +6,7 @@ GLOBAL batch, however it is cut into ranks x micro-batches x accumulation. Shape
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,7 @@ class TrainEngine:
     def __init__(self, recipe: Recipe, model: SparseBert, layers: dict[str, BlockSparseLinear], world: World) -> None:
         self.recipe, self.world, self.layers = recipe, world, layers
         self.step = 0
+        self.on_progress: Callable[[], object] = lambda: None  # called before every micro-batch
         micro_batch = recipe.batch.micro_batch
         self.accumulation_steps = -(-recipe.batch.global_batch // (micro_batch * world.world_size))
         config = load_ds_config(recipe, world.world_size, self.accumulation_steps)
@@ -87,13 +89,8 @@ class TrainEngine:
         self._engine = initialize(recipe, model, config, world)
         # Names as in the model; DeepSpeed keeps the parameter objects.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._guard = StepGuard(
-            self._engine,
-            self.parameters.values(),
-            world,
-            replicated=self.zero_stage == 0,
-            overflow_is_seen=self.precision == "fp16",
-        )
+        scaled = self.precision == "fp16"
+        self._guard = StepGuard(self._engine, self.parameters.values(), world, scaled=scaled)
 
     @property
     def deepspeed_engine(self) -> Any:
@@ -124,6 +121,7 @@ class TrainEngine:
             if index:
                 self._engine.step()  # between micro-batches it only counts
             self._reseed(micro)
+            self.on_progress()
             micro_losses, _ = self._engine(DeviceBatch.of(batch, self.world.device))
             losses += micro_losses.detach()
             self._engine.backward((micro_losses * scale).sum())

@@ -1,8 +1,8 @@
 """Heartbeats: which rank is where, so that survivors can say whose fault it was.
 
-Every rank has one small file in <run>/heartbeats/<nonce>/, which it replaces at each change of phase and every few
-seconds from a thread. They lie on the shared file system and not in rank 0's store, so that rank 0 can be the culprit,
-and they are still there when everybody is gone. Nobody reads them while all is well.
+Every rank has one small file in <run>/heartbeats/<nonce>/, which it overwrites at each step and each change of phase,
+and every few seconds from a thread. They lie on the shared file system and not in rank 0's store, so that rank 0 can be
+the culprit, and they are still there when everybody is gone. Nobody reads them while all is well.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsbert.durable import replace_quickly
 from dsbert.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
 
 # Beyond the time limit of a collective, which gloo keeps by itself: then something else hangs, and we end it.
 _BEYOND_S = 8.0
 _POLL_S = 0.05
+_RECORD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,16 @@ class Culprit:
 class Heartbeat:
     """This rank's heartbeat, and a look at everybody's. `start` it; a thread does the rest.
 
-    on_hang: called from the thread if this rank makes no progress for longer than a collective may take.
+    on_hang: called from the thread if this rank, once it trains, makes no progress for longer than a collective may
+    take. (Before that, what takes long is building and loading.)
     """
 
     def __init__(self, directory: Path, rank: int, hosts: list[str], timeout_s: float) -> None:
         self._directory, self._rank, self._hosts, self._timeout_s = directory, rank, hosts, timeout_s
         self.interval_s = min(5.0, max(0.25, timeout_s / 20))
         self.on_hang: Callable[[], None] = lambda: None
+        self._file: int | None = None
+        self._trains = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._progress, self._progressed = 0, time.monotonic()
@@ -68,14 +71,17 @@ class Heartbeat:
 
     def start(self) -> None:
         """Begin to beat."""
+        with suppress(OSError):
+            self._file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._beat()
         threading.Thread(target=self._run, name="dsbert-heartbeat", daemon=True).start()
 
     def advance(self, step: int | None = None) -> None:
-        """Progress was made: `step` optimizer steps are taken, or a piece of something longer. Writes nothing."""
+        """Progress was made: `step` optimizer steps are taken, or (None; not written) a piece of something longer."""
         self._progress, self._progressed = self._progress + 1, time.monotonic()
         if step is not None:
             self._record["step"] = step
+            self._beat()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -89,6 +95,7 @@ class Heartbeat:
 
     def enter(self, name: str) -> None:
         """From now on the rank is at `name`."""
+        self._trains = name == "train"
         self._set(phase=name)
 
     def saving(self, activity: str | None) -> None:
@@ -99,7 +106,10 @@ class Heartbeat:
     def end(self, code: int, cause: str | None = None) -> None:
         """The last beat: this rank leaves by itself, and is nobody's missing peer."""
         self._ended.set()
-        self._set(ended={"code": code, "cause": cause})
+        self._set(ended={"code": code, "cause": cause and cause[:300]})
+        if self._file is not None:
+            with suppress(OSError):
+                os.fdatasync(self._file)
 
     def culprits(self) -> list[Culprit]:
         """Who does not answer, after a look long enough for every living rank to have beaten; [] if all seem well.
@@ -140,8 +150,8 @@ class Heartbeat:
     def _everybody(self) -> dict[int, dict[str, Any]]:
         records = {}
         for rank in range(len(self._hosts)):
-            with suppress(OSError, ValueError):
-                records[rank] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            if record := _read(self._path(rank)):
+                records[rank] = record
         return records
 
     def _path(self, rank: int) -> Path:
@@ -153,15 +163,21 @@ class Heartbeat:
         self._beat()
 
     def _beat(self) -> None:
-        with self._lock, suppress(OSError):  # a full disk must not end a run that could go on
+        with self._lock:
             self._record["beat"] += 1
             self._record["progress"] = self._progress
-            replace_quickly(self._path(self._rank), json.dumps(self._record).encode())
+            data = json.dumps(self._record).encode().ljust(_RECORD_BYTES)
+            if self._file is not None:
+                with suppress(OSError):  # a full disk must not end a run that could go on
+                    os.pwrite(self._file, data, 0)
 
     def _run(self) -> None:
         while not self._ended.wait(self.interval_s):
             self._beat()
-            if time.monotonic() - self._progressed > self._timeout_s + _BEYOND_S:
+            if self._file is not None:
+                with suppress(OSError):  # other nodes see what has left this one's cache
+                    os.fdatasync(self._file)
+            if self._trains and time.monotonic() - self._progressed > self._timeout_s + _BEYOND_S:
                 self.on_hang()
                 return
 
@@ -170,10 +186,19 @@ def last_steps(directory: Path) -> dict[int, int]:
     """The last step that each rank was seen at; {} without heartbeats."""
     steps = {}
     for path in directory.glob("[0-9]*.json"):
-        with suppress(OSError, ValueError, KeyError):
-            record = json.loads(path.read_text(encoding="utf-8"))
+        if record := _read(path):
             steps[int(record["rank"])] = int(record["step"])
     return steps
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; read again if its writer was in the middle of it."""
+    for _ in range(3):
+        with suppress(OSError, ValueError):
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return record
+        time.sleep(0.001)
+    return None
 
 
 def _culprit(record: dict[str, Any], how: str) -> Culprit:

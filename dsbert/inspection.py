@@ -1,13 +1,21 @@
-"""What a checkpoint holds: topology layer by layer, and bytes measured from its files."""
+"""What a checkpoint holds, topology layer by layer and bytes measured from its files; and which ones a run has."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dsbert.checkpoint import read_state, read_topology, resolve_checkpoint
+from dsbert.auditing import CHECKPOINTS, bytes_below, kind_of, read_latest
+from dsbert.checkpoint import read_manifest, read_state, read_topology, resolve_checkpoint
+from dsbert.checkpoint_audit import ASIDE, NAME, audit_checkpoint
+from dsbert.errors import UserError
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.zero_shards import MOMENTS
@@ -84,3 +92,113 @@ def tensor_bytes(path: Path) -> dict[str, int]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def list_checkpoints(
+    run: Path, quick: bool = False, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+) -> dict[str, Any]:
+    """The checkpoints of a run, oldest first, with those that were moved aside.
+
+    Returns {run, latest, checkpoints: [{name, step, created, age_s, bytes, world, zero_stage, verified, digest, status,
+    problem}]}. created: unix time. verified: whether everything was read and is right; None if quick. status:
+    published, or how it was moved aside: damaged or superseded. What cannot be read off the files is None. Raises
+    UserError if `run` is no run directory.
+    """
+    if kind_of(run) != "run":
+        raise UserError(f"expected a run directory at {run}, found a checkpoint: see `dsbert inspect {run}`")
+    root = run / CHECKPOINTS
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise UserError(f"expected to read {root}, found: {error.strerror}: see to its permissions") from None
+    published = [(int(match[1]), "published", name) for name in names if (match := NAME.fullmatch(name))]
+    aside = [(int(match[1]), match[2], name) for name in names if (match := ASIDE.fullmatch(name))]
+    found = sorted(aside + published, key=lambda one: (one[0], one[1] == "published", one[2]))
+    checkpoints = []
+    for done, (step, status, name) in enumerate(found):
+        if not quick:
+            progress("verify", done, len(found))
+        checkpoints.append(_entry(root / name, step, status, quick))
+    if not quick:
+        progress("verify", len(found), len(found))
+    latest = None
+    with suppress(OSError):
+        latest = read_latest(root)
+    return {"run": str(run), "latest": latest[0] if latest else None, "checkpoints": checkpoints}
+
+
+def _entry(path: Path, step: int, status: str, quick: bool) -> dict[str, Any]:
+    manifest: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    with suppress(Exception):  # whatever stands there: `verified` tells
+        manifest = read_manifest(path)
+    with suppress(Exception):
+        state = read_state(path)
+    problems = [] if quick else audit_checkpoint(path).problems
+    created = manifest.get("created")  # older checkpoints lack it
+    created = created if isinstance(created, int | float) else None
+    return {
+        "name": path.name,
+        "step": step,
+        "created": created,
+        "age_s": None if created is None else time.time() - created,
+        "bytes": bytes_below(path),
+        "world": manifest.get("world_size"),
+        "zero_stage": state.get("zero_stage"),
+        "verified": None if quick else not problems,
+        "digest": manifest.get("topology_digest"),
+        "status": status,
+        "problem": f"{problems[0].file}: {problems[0].problem}" if problems else None,
+    }
+
+
+def checkpoint_table(listing: dict[str, Any]) -> Iterator[str]:
+    """What `list_checkpoints` returned, for people: on a terminal a drawn table, else one of aligned words."""
+    heads = ("name", "age", "MB", "world", "stage", "verified", "status", "digest")
+    rows = [tuple(_cells(entry)) for entry in listing["checkpoints"]]
+    if sys.stdout.isatty():
+        yield _drawn(heads, rows)
+    else:
+        widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+        for row in [heads, *rows]:
+            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for entry in listing["checkpoints"]:
+        if entry["problem"]:
+            yield f"{entry['name']}/{entry['problem']}"
+    yield f"latest: {listing['latest'] or 'none'}"
+
+
+def _drawn(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold", no_wrap=head != "name")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # names are no markup
+    console = Console()
+    with console.capture() as drawn:
+        console.print(table)
+    return drawn.get().rstrip("\n")
+
+
+def _cells(entry: dict[str, Any]) -> Iterator[str]:
+    yield entry["name"]
+    yield "-" if entry["age_s"] is None else _duration(entry["age_s"])
+    yield f"{entry['bytes'] / 1e6:.1f}"
+    yield "-" if entry["world"] is None else str(entry["world"])
+    yield "-" if entry["zero_stage"] is None else str(entry["zero_stage"])
+    yield {True: "yes", False: "NO", None: "-"}[entry["verified"]]
+    yield entry["status"]
+    yield "-" if entry["digest"] is None else str(entry["digest"])[:8]
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

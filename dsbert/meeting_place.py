@@ -83,11 +83,13 @@ def candidate_ports(job_id: str, step_id: str, restart_count: str) -> tuple[int,
 
 
 def until(condition: Callable[[], bool], deadline: float) -> bool:
-    """Ask again and again; False if the deadline passes first."""
+    """Ask again and again, ever more slowly: a thousand ranks may ask one. False if the deadline passes first."""
+    pause_s = POLL_S / 8
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 4 * POLL_S)
     return True
 
 

@@ -13,7 +13,7 @@ from dsbert.checkpoint_writer import Saved
 from dsbert.config import Recipe
 from dsbert.data.prefetch import Prefetcher
 from dsbert.data.stream import Batch
-from dsbert.distributed import all_reduce, assert_replicas_agree, together
+from dsbert.distributed import all_reduce, assert_replicas_agree, gather_json, together
 from dsbert.engine import StepResult
 from dsbert.errors import EXIT_OK, EXIT_REQUEUE, DsbertError
 from dsbert.evaluate import Evaluation, evaluate
@@ -43,7 +43,7 @@ def pretrain(
         with run.failures():
             run.build(resume)
             if _agreed(stop):
-                code = _finish(run, "requeue", EXIT_REQUEUE, stop.name)
+                code = _finish(run, "requeue", EXIT_REQUEUE, stop)
                 return code
             run.restore()
             code = _train(run, stop)
@@ -65,12 +65,12 @@ def _train(run: Run, stop: StopRequest) -> int:
             run.heartbeat.advance(engine.step)
             if not result.busy:
                 _report(run, writer.advance())
-            _after_step(run, result, stop)
-            if result.stop or _due(recipe.checkpoint.every_steps, engine.step, total_steps):
+            stopping = _after_step(run, result, stop)
+            if stopping or _due(recipe.checkpoint.every_steps, engine.step, total_steps):
                 _save(run)
                 saved_step = engine.step
-            if result.stop and engine.step < total_steps:
-                return _finish(run, "requeue", EXIT_REQUEUE, stop.name)
+            if stopping and engine.step < total_steps:
+                return _finish(run, "requeue", EXIT_REQUEUE, stop)
     finally:
         prefetcher.close()
     if saved_step != engine.step:
@@ -78,26 +78,31 @@ def _train(run: Run, stop: StopRequest) -> int:
     return _finish(run, "done", EXIT_OK)
 
 
-def _after_step(run: Run, result: StepResult, stop: StopRequest) -> None:
-    """Mask update, validation and records of the step just taken, where they are due."""
+def _after_step(run: Run, result: StepResult, stop: StopRequest) -> bool:
+    """Mask update, validation and records of the step just taken, where they are due; whether to stop after it."""
     step, recipe = run.engine.step, run.recipe
     with run.heartbeat.phase("update") if run.masks.is_due(step) else nullcontext():
         update = run.masks.maybe_update(step)
         if update and run.world.is_main:
             run.directory.assert_owner(run.attempt)
             run.directory.journal.append(journal_entry(update))
-    validation = _validate(run, stop) if _due(recipe.eval.every_steps, step, recipe.optim.total_steps) else None
+    validation, stopping = None, result.stop
+    if not stopping and _due(recipe.eval.every_steps, step, recipe.optim.total_steps) and _validates(run):
+        validation = _validate(run, stop)
+        stopping = validation is None
     run.reporter.step(StepReport(step, result, run.masks, update, validation))
     if step % recipe.log.every_steps == 0:  # on every rank: one that was left over from another attempt leaves at once
         run.directory.assert_owner(run.attempt)
     if step % _WEIGHT_CHECK_STEPS == 0:
         assert_replicas_agree("the weights", run.engine.replica_digests())
     _assert_not_stuck(run, result)
+    return stopping
 
 
-def _finish(run: Run, outcome: str, code: int, cause: str | None = None) -> int:
+def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) -> int:
     """Leave together: a launcher may kill all ranks as soon as the first has left."""
     _report(run, run.writer.finish())
+    cause = next(filter(None, gather_json(stop and stop.name)), None)
     step = run.engine.step
     run.reporter.say(f"{outcome} at step {step} of {run.recipe.optim.total_steps}: {run.directory.path}")
     run.reporter.close(patient=code == EXIT_OK)
@@ -130,10 +135,13 @@ def _report(run: Run, saved: Saved | None) -> None:
         run.reporter.say(f"saved step {saved.step}: {saved.nbytes / 1e6:.1f} MB in {saved.seconds:.2f} s")
 
 
+def _validates(run: Run) -> bool:
+    return run.held_out is not None and run.recipe.eval.sequences > 0
+
+
 def _validate(run: Run, stop: StopRequest) -> Evaluation | None:
     """On a fixed seeded set of held-out samples, on all ranks; None if a signal cut it short."""
-    if run.held_out is None or not run.recipe.eval.sequences:
-        return None
+    assert run.held_out is not None
 
     def interrupted() -> bool:
         run.heartbeat.advance()

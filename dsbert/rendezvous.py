@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin only since Python 3.11
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -99,6 +99,8 @@ def _find(place: Place, ranks: Ranks, deadline: float, timeout_s: float) -> dist
             if store := candidate.look():
                 store.set_timeout(timedelta(seconds=timeout_s))
                 return store
+            if time.monotonic() > deadline:
+                break
         time.sleep(POLL_S)
     found = ", ".join(f"{candidate.found} at port {candidate.port}" for candidate in candidates)
     raise _missing(ranks, str(place), timeout_s, [0], f"; found {found}")
@@ -113,7 +115,7 @@ class _Candidate:
     identity: str | None
     found: str = _NOTHING
     attempt: Future[dist.TCPStore | None] | None = None
-    back_off_s: float = field(default=POLL_S)
+    back_off_s: float = POLL_S
     next_look: float = 0.0
 
     def look(self) -> dist.TCPStore | None:
@@ -180,6 +182,7 @@ def _confer(store: dist.Store, ranks: Ranks, where: str, deadline: float, timeou
             until(lambda: store.check(told), time.monotonic() + LINGER_S)
     elif not until(lambda: store.check(["meet/verdict"]), deadline):
         missing = [rank for rank, key in enumerate(hosts) if not store.check([key])] or [0]
+        store.set(f"meet/told/{ranks.rank}", "")
         raise _missing(ranks, where, timeout_s, missing)
     verdict = json.loads(store.get("meet/verdict"))
     store.set(f"meet/told/{ranks.rank}", "")

@@ -18,6 +18,7 @@ from dsbert.checkpoint import load_checkpoint
 from dsbert.checkpoint_writer import CheckpointWriter
 from dsbert.config import Recipe
 from dsbert.data.manifest import load_manifest
+from dsbert.data.shards import verify_shards
 from dsbert.data.stream import SampleStream
 from dsbert.distributed import World, gather_json, together
 from dsbert.ds_config import load_ds_config
@@ -73,6 +74,7 @@ class Run:
         Raises the same UserError or CheckpointError on every rank.
         """
         recipe, world = self.recipe, self.world
+        together(lambda: verify_shards(recipe.data.path, (world.rank, world.world_size)))
         # One rank builds the sample indices, the others then find them.
         together(lambda: _open_streams(recipe), only_main=True)
         streams = together(lambda: _open_streams(recipe))
@@ -84,6 +86,7 @@ class Run:
         model, layers = built
         shapes = _layer_shapes(model)
         self.engine = TrainEngine(recipe, model, layers, world)
+        self.engine.on_progress = self.heartbeat.advance
         total_steps = recipe.optim.total_steps
         self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
         self.masks.verify_replicas()

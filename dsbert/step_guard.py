@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsbert.distributed import World, all_reduce
-from dsbert.zero_shards import full_shape, inner_optimizer, loss_scale, reduced_gradients
+from dsbert.zero_shards import full_shape, gradients_are_partitioned, inner_optimizer, loss_scale, reduced_gradients
 
 # DeepSpeed's norms are fp32, and a step whose norm overflows there is one that it refuses.
 _MAX_SQUARE = torch.finfo(torch.float32).max
@@ -26,8 +26,8 @@ _MAX_SQUARE = torch.finfo(torch.float32).max
 @dataclass(frozen=True, eq=False)
 class Verdict:
     """Equal on all ranks. losses: [mlm, nsp] summed over the global batch, float64 on the CPU; grad_norm: of the global
-    gradient before clipping; nonfinite_ranks: those whose own losses or own gradients were not finite. It is empty if
-    each rank's were and only their sum is not."""
+    gradient before clipping; nonfinite_ranks: those whose own losses, or own gradients of matrices, were not finite.
+    The tuple is empty if only the sum over ranks is not finite, or only the gradient of a bias or LayerNorm."""
 
     finite: bool
     nonfinite_ranks: tuple[int, ...]
@@ -38,24 +38,14 @@ class Verdict:
 class StepGuard:
     """Watches what every rank adds to the gradient, and takes the step that must move nothing.
 
-    engine: DeepSpeed's; replicated: every rank holds all reduced gradients (stage 0); overflow_is_seen: DeepSpeed must
-    see an overflow itself (fp16).
+    engine: DeepSpeed's; scaled: its loss scaler must see an overflow itself (fp16).
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        parameters: Iterable[nn.Parameter],
-        world: World,
-        *,
-        replicated: bool,
-        overflow_is_seen: bool,
-    ) -> None:
-        self._engine, self._world = engine, world
-        self._replicated, self._overflow_is_seen = replicated, overflow_is_seen
+    def __init__(self, engine: Any, parameters: Iterable[nn.Parameter], world: World, *, scaled: bool) -> None:
+        self._engine, self._world, self._scaled = engine, world, scaled
         self._contributions: list[Tensor] = []
         self._held = False
-        # Matrices are enough: what spoils the gradient of a bias or a LayerNorm has come through those of matrices.
+        # Only to name a rank. Matrices are enough: what flows back through the layers shows in theirs.
         for param in parameters:
             if len(full_shape(param)) > 1:
                 param.register_hook(self._note)
@@ -67,11 +57,13 @@ class StepGuard:
         own = torch.stack(self._contributions).sum(dtype=torch.float64)
         self._contributions.clear()
         squares = self._squared_norm()
-        own, squares, *summed = torch.cat([torch.stack([own, squares]), losses]).tolist()
+        values = torch.cat([torch.stack([own, squares]), losses]).cpu()
         ranks = self._world.world_size
         shared = torch.zeros(ranks + 3, dtype=torch.float64)
-        shared[self._world.rank] = not math.isfinite(own + sum(summed))
-        shared[ranks:] = torch.tensor([squares / ranks if self._replicated else squares, *summed])
+        shared[self._world.rank] = not bool(values[[0, 2, 3]].isfinite().all())
+        shared[ranks:] = values[1:]
+        if not gradients_are_partitioned(self._engine):
+            shared[ranks] /= ranks
         all_reduce(shared)
         bad = tuple(shared[:ranks].nonzero().flatten().tolist())
         total = float(shared[ranks])
@@ -83,7 +75,7 @@ class StepGuard:
         """Take the step of DeepSpeed's that moves no weight, no moment and not Adam's step count, and that leaves
         nothing of this step's gradients behind."""
         skipped_steps = self._engine.skipped_steps
-        if not self._overflow_is_seen:
+        if not self._scaled:
             for gradient in reduced_gradients(self._engine):
                 gradient.zero_()
         self._held = True

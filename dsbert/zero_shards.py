@@ -172,14 +172,18 @@ def adam_step(engine: Any) -> int:
     return max(steps, default=0)
 
 
+def gradients_are_partitioned(engine: Any) -> bool:
+    """Whether each element of the averaged gradient stands on one rank; else every rank holds all of it."""
+    return hasattr(engine.optimizer, "averaged_gradients")
+
+
 def reduced_gradients(engine: Any) -> list[Tensor]:
-    """After the last backward of a step: this rank's part of the averaged gradient, of any shapes, as live views. At
-    stage 0 every rank holds all of it, later each element stands on one rank."""
+    """After the last backward of a step: what this rank holds of the averaged gradient, as live views of any shape."""
     outer = engine.optimizer
     if hasattr(outer, "averaged_gradients"):
         return [part for parts in outer.averaged_gradients.values() for part in parts or ()]
-    if hasattr(outer, "fp32_groups_gradient_flat_partition"):  # bf16 at stage 1 that accumulates in fp32
-        return list(outer.fp32_groups_gradient_flat_partition)
+    if hasattr(outer, "fp32_groups_gradients_flat"):  # bf16 at stage 1 that accumulates in fp32
+        return list(outer.fp32_groups_gradients_flat)
     members = getattr(outer, "fp16_groups", None) or [group["params"] for group in outer.param_groups]
     return [param.grad for group in members for param in group if param.grad is not None]
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.commands import SMALL, dsbert, dsbert_process
+from tests.fault_rows import FaultTable
 from tests.text import write_corpus
 
 # Two test processes on two cores with two threads each would mostly wait for each other. Set before torch is imported.
@@ -38,3 +40,10 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = dsbert_process(*words)
     assert done.returncode == 0, done.stderr
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def fault_table() -> Iterator[FaultTable]:
+    table = FaultTable()
+    yield table
+    table.write()

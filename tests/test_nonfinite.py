@@ -6,6 +6,7 @@ step counter moved on.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,9 +61,9 @@ class Saboteur:
         return (losses + math.nan if self._fault() == "loss alone" else losses), hits
 
 
-def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -> tuple[list[Any], list[Any]]:
+def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -> tuple[list[Any], list[Any], Any]:
     """Train STEPS steps. take_them: with `faults` in them; else the steps with faults are not taken, only counted.
-    Returns what the rank holds after each step, and what the steps said."""
+    Returns what the rank holds after each step, what the steps said, and the engine."""
     from dsbert import distributed
     from dsbert.engine import TrainEngine
     from dsbert.model import build_model
@@ -77,7 +78,8 @@ def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -
     assert engine.accumulation_steps == accumulation_steps > 1
     saboteur.spoil_gradients_in("sum")
     masks = MaskManager(layers, recipe.sparsity, total_steps=recipe.optim.total_steps, editor=engine, seed=recipe.seed)
-    source, held, said = bench.stream(), [], []
+    source, held = bench.stream(), []
+    said: list[Any] = []
     for step in range(1, STEPS + 1):
         before, applied = bench.held_elements(engine), adam_step(engine.deepspeed_engine)
         if step in faults and not take_them:
@@ -103,7 +105,7 @@ def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -
         assert (counters.global_steps, counters.global_samples) == (STEPS, STEPS * total)
         assert (counters.micro_steps, counters.skipped_steps) == (STEPS * accumulation_steps, len(faults))
     said.append(masks.digest())
-    return held, said
+    return held, said, engine
 
 
 def assert_same_bits(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
@@ -120,17 +122,17 @@ def assert_same_bits(expected: dict[str, Any], found: dict[str, Any], where: str
 
 
 def skip_and_go_on(stage: int, dtype: str, faults: dict[str, str], sections: dict[str, Any]) -> list[Any]:
-    """Every step of a run with faults, against the run that leaves those steps out."""
+    """Every step of a run with faults, against the run that leaves those steps out. faults: JSON's keys are text."""
     from dsbert import distributed
     from tests import workbench as bench
 
     world = distributed.init(60)
-    steps = {int(step): kind for step, kind in faults.items()}  # JSON's keys are text
+    steps = {int(step): kind for step, kind in faults.items()}
     deepspeed = bench.zero_config(stage, dtype)
     deepspeed["overrides"] |= sections.pop("deepspeed", {})
     recipe = bench.recipe(deepspeed=deepspeed, **sections)
-    with_faults, said = train(recipe, world, steps, take_them=True)
-    without, expected = train(recipe, world, steps, take_them=False)
+    with_faults, said, _ = train(recipe, world, steps, take_them=True)
+    without, expected, _ = train(recipe, world, steps, take_them=False)
     for step, (found, truth) in enumerate(zip(with_faults, without, strict=True), start=1):
         assert_same_bits(truth, found, f"after step {step}")
     clean = [what for step, what in enumerate(said, start=1) if step not in steps]
@@ -163,3 +165,70 @@ def test_a_step_that_is_not_finite_is_skipped_everywhere(stage: int, dtype: str)
 def test_regrowth_by_gradient_is_defined_on_a_step_that_is_skipped(stage: int, dtype: str) -> None:
     """All gradients NaN at the first update: the order is that of no gradient at all, which the other run has."""
     check(stage, dtype, {4: "loss"}, sparsity={"regrow": "gradient"})
+
+
+@pytest.mark.exhaustive
+def test_bf16_that_accumulates_in_fp32() -> None:
+    """DeepSpeed has an optimizer of its own for this."""
+    check(1, "bf16", deepspeed={"data_types": {"grad_accum_dtype": "fp32"}})
+
+
+def overflow_in_fp16(stage: int) -> float:
+    """The same faults; returns the loss scale in the end."""
+    from deepspeed.accelerator import get_accelerator
+
+    from dsbert import distributed
+    from dsbert.zero_shards import loss_scaler
+    from tests import workbench as bench
+
+    # Slow on a CPU, but right.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    world = distributed.init(60)
+    deepspeed = bench.zero_config(stage, "fp16")
+    deepspeed["overrides"]["fp16"] |= {"initial_scale_power": 8, "hysteresis": 1}
+    recipe = bench.recipe(deepspeed=deepspeed, sparsity={"group_lasso": 0.1})
+    *_, engine = train(recipe, world, FAULTS, take_them=True)
+    return loss_scaler(engine.deepspeed_engine)["cur_scale"]
+
+
+@pytest.mark.parametrize("stage", [1] + [pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (0, 2, 3)])
+def test_the_loss_scaler_of_fp16_sees_every_overflow(stage: int) -> None:
+    """It halves the scale at each fault but that of the loss alone, which is no overflow."""
+    assert run_distributed(overflow_in_fp16, 2, {"stage": stage}) == [2.0**8 / 2**3] * 2
+
+
+def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
+    import torch
+
+    from dsbert.distributed import World
+    from dsbert.engine import StepResult
+    from dsbert.reporting import Reporter, StepReport
+    from dsbert.run_directory import RunDirectory
+    from dsbert.sparse import MaskManager
+    from tests import workbench as bench
+
+    recipe = bench.recipe(log={"every_steps": 10, "wandb": False})
+    directory, world = RunDirectory(tmp_path), World(0, 1, 0, torch.device("cpu"), "here")
+    masks = MaskManager({}, recipe.sparsity, total_steps=20, editor=None)  # type: ignore[arg-type]
+    reporter = Reporter(recipe, directory, world, {})
+    # As a checkpoint from before skipped steps were counted.
+    reporter.begin(2, {"tokens": 5, "flops": 0, "flops_dense": 0}, 1)
+    in_a_row = []
+    for step in range(3, 11):
+        losses = torch.full((2,), math.nan if step in (4, 6, 7) else 1.0, dtype=torch.float64)
+        result = StepResult(losses, 1, 1, 1, 1.0, 1e-3, stop=False, skipped=step in (4, 6, 7))
+        reporter.step(StepReport(step, result, masks, None, None))
+        in_a_row.append(reporter.totals()["skipped_in_a_row"])
+    reporter.close(patient=False)
+    assert in_a_row == [0, 1, 0, 1, 2, 0, 0, 0]
+    assert reporter.totals()["skipped"] == 3
+    records = [(record["step"], record["skipped"], record["loss"]) for record in directory.metrics.read()]
+    assert records == [(4, 1, None), (6, 1, None), (7, 1, None), (10, 0, 2.0)]
+
+
+def test_how_many_steps_may_be_skipped_is_no_part_of_the_identity() -> None:
+    from tests import workbench as bench
+
+    optim = {"total_steps": 20, "warmup_steps": 2, "lr": 1e-3}
+    assert bench.recipe().optim.max_skipped_steps == 10
+    assert bench.recipe(optim=optim | {"max_skipped_steps": 3}).identity() == bench.recipe().identity()

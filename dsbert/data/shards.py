@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.manifest import ShardEntry, SplitEntry, load_manifest
+from dsbert.data.manifest import SPLITS, ShardEntry, SplitEntry, load_manifest
 from dsbert.errors import UserError
 
 if TYPE_CHECKING:
@@ -189,6 +189,20 @@ class TokenStore:
         pieces = zip(out, owners.tolist(), local.tolist(), lengths.tolist(), columns.tolist(), strict=True)
         for row, owner, start, length, column in pieces:
             row[column : column + length] = self.shards[owner].tokens[start : start + length]
+
+
+def verify_shards(data_dir: str | Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Read shards and compare them with the manifest. share = (k, n): every n-th shard from the k-th on.
+
+    Raises:
+        UserError: a shard is not what was prepared.
+    """
+    splits = load_manifest(data_dir).splits
+    entries = [entry for split in SPLITS for entry in splits[split].shards]
+    for entry in entries[share[0] :: share[1]]:
+        path = Path(data_dir) / entry.file
+        if not path.is_file() or checksum(path) != entry.xxh3:
+            raise UserError(f"expected {path} as it was prepared, found it missing or changed: prepare the data again")
 
 
 def checksum(path: Path) -> str:

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# What pretrain.sbatch and sweep.sbatch share: run one attempt, then decide whether the job goes on, and say why.
+#
+#   time almost up, or `scancel --batch --signal=USR2 JOB`   the ranks save, the job is requeued and resumes
+#   preemption (SLURM sends TERM to the ranks)               the same, within the partition's grace time
+#   a rank was killed, lost a peer or hangs                  requeued: resumes from the newest checkpoint
+#   a node failed                                            SLURM requeues the job itself
+#   three restarts without a newer checkpoint                given up
+#   a mistake, a bug, no valid checkpoint (exit 2, 1, 4)     not requeued: it would only happen again
+#   scancel JOB                                              ends, as asked
+#
+# It needs DSBERT, RECIPE, OVERRIDES, RUN_DIR (on a file system that all nodes share) and OPTIONS of `dsbert pretrain`.
+
+MAX_FRUITLESS=3
+# Seconds that the other ranks may run on once the first has ended: they name the culprit, or finish W&B's upload. This
+# is why there is no --kill-on-bad-exit: it would kill them at once, and srun would report that instead of their code.
+LINGER_S=120
+REPEAT_S=20
+
+restart=${SLURM_RESTART_COUNT:-0}
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    # The job id of one task of an array is the whole array's: signals and requeues must not go there.
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    RUN_DIR=$RUN_DIR-$SLURM_ARRAY_TASK_ID
+fi
+ledger=$RUN_DIR/slurm-restarts
+
+say() {
+    echo "job $job, restart $restart: $*"
+}
+
+newest_checkpoint() {
+    local path newest=none # which sorts before every step
+    for path in "$RUN_DIR"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]; do
+        [[ -d $path ]] && newest=${path##*/}
+    done
+    echo "$newest"
+}
+
+# How many restarts in a row have brought no newer checkpoint. One that was asked for does not count.
+count_fruitless() {
+    local old_job old_newest old_count old_planned
+    fruitless=0
+    newest=$(newest_checkpoint)
+    if ((restart)) && [[ -r $ledger ]] && read -r old_job old_newest old_count old_planned <"$ledger"; then
+        if [[ $old_job == "$SLURM_JOB_ID" && ! $newest > $old_newest ]]; then
+            fruitless=$((old_count + (old_planned ? 0 : 1)))
+        fi
+    fi
+    write_ledger 0
+}
+
+write_ledger() { # $1: 1 if the next restart is one that was asked for
+    mkdir -p "$RUN_DIR" && echo "$SLURM_JOB_ID $newest $fruitless $1" >"$ledger.tmp" && mv "$ledger.tmp" "$ledger"
+}
+
+resolve() {
+    getent ahosts "$1" | awk 'NR == 1 { print $1 }'
+}
+
+# The first node's name is not always known to the others: then its address in SLURM's books, or what it says itself.
+set_master_address() {
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(resolve "$first")
+    [[ $MASTER_ADDR ]] || MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    [[ $MASTER_ADDR && $(resolve "$MASTER_ADDR") ]] ||
+        MASTER_ADDR=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | awk '{ print $1 }')
+    export MASTER_ADDR
+}
+
+# The step is signalled through its srun: that needs neither the controller nor an id, which may be a whole array's. Again
+# and again, for srun drops what comes before its tasks run, and the ranks mind no second one.
+forward() {
+    asked=1
+    if [[ $step && ! $forwarder ]]; then
+        while kill -USR2 "$step" && sleep "$REPEAT_S"; do :; done 2>/dev/null &
+        forwarder=$!
+    fi
+}
+
+run_attempt() {
+    # Since SLURM 22.05 a step does not take over the job's --cpus-per-task.
+    [[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    (
+        trap '' USR2 # would kill an srun that is only starting
+        exec srun --kill-on-bad-exit=0 --wait="$LINGER_S" \
+            "${DSBERT[@]}" pretrain "$RECIPE" "${OVERRIDES[@]}" --run-dir "$RUN_DIR" "${OPTIONS[@]}"
+    ) &
+    step=$!
+    ((asked)) && forward # the signal came before there was a step
+    wait "$step"
+    while kill -0 "$step" 2>/dev/null; do # a trapped signal ends `wait`, not the step
+        wait "$step"
+    done
+    wait "$step" # bash remembers the exit code
+    rc=$?
+    [[ $forwarder ]] && kill "$forwarder"
+}
+
+# How this very start ended, as the ranks recorded it: done, requeue, failed, or nothing. srun alone does not know: it may
+# be killed, it reports the highest of several exit codes, and 0 where it lost a node.
+recorded_outcome() {
+    local status=''
+    [[ -r $RUN_DIR/status.json ]] && status=$(<"$RUN_DIR/status.json")
+    if [[ $status == *"\"job_id\": \"$SLURM_JOB_ID\","* && $status == *"\"restart_count\": $restart,"* &&
+        $status =~ \"outcome\":\ \"([a-z]+)\" ]]; then
+        echo "${BASH_REMATCH[1]}"
+    fi
+}
+
+finish() { # $1: why; $2: the batch script's exit code
+    say "$1"
+    exit "$2"
+}
+
+requeue() { # $1: why; $2: 1 if this was asked for
+    local record
+    record=$(scontrol --oneliner show job "$job" 2>/dev/null)
+    # Preempted, or on a node that SLURM has lost and that runs on, with this shell on it, beside the job's next start.
+    if [[ $record && $record != *" Restarts=$restart "* ]]; then
+        finish "$1, and SLURM has requeued the job already: left to SLURM" 143
+    elif [[ $record && ! $record =~ JobState=(RUNNING|TIMEOUT) ]]; then
+        [[ $record =~ JobState=([A-Z_]+) ]]
+        finish "$1, and for SLURM the job is ${BASH_REMATCH[1]}: left to SLURM" 143
+    fi
+    write_ledger "$2"
+    say "$1: requeued, to go on from $(newest_checkpoint)"
+    scontrol requeue "$job" || say "scontrol requeue failed: left to the site's RequeueExit; else submit again"
+    exit 75 # requeues where the site says RequeueExit=75; a job that is requeued already stays so
+}
+
+asked=0 step='' forwarder=''
+count_fruitless
+trap forward USR2
+trap 'write_ledger 1' TERM # SLURM ends the job, and has sent TERM to the ranks as well: a restart is its own wish
+if ((fruitless > MAX_FRUITLESS)); then
+    finish "given up: $((fruitless - 1)) restarts brought no checkpoint newer than $newest" 1
+fi
+set_master_address
+say "starts on $SLURM_JOB_NODELIST from $newest"
+run_attempt
+trap '' USR2 TERM # of the requeue below, which is counted as what it is
+
+outcome=$(recorded_outcome)
+if ((rc == 75)) || [[ $outcome == requeue ]]; then
+    requeue "saved" 1
+elif [[ $outcome == done ]]; then
+    finish "done" 0
+fi
+case $rc in
+1) finish "not requeued: internal error, exit code 1" 1 ;;
+2) finish "not requeued: the run was refused, exit code 2" 2 ;;
+4) finish "not requeued: no valid checkpoint, exit code 4" 4 ;;
+130) finish "not requeued: interrupted, exit code 130" 130 ;;
+esac
+if ((fruitless >= MAX_FRUITLESS)) && [[ ! $(newest_checkpoint) > $newest ]]; then
+    finish "given up: exit code $rc, and $fruitless restarts brought no checkpoint newer than $newest" "$((rc ? rc : 1))"
+fi
+requeue "a rank or a node failed, exit code $rc" 0

@@ -1,0 +1,320 @@
+"""slurm/*.sbatch on a real SLURM: four nodes on this machine (tools/slurm_sandbox.py), real jobs of `dsbert pretrain`.
+
+Each job is disturbed several times in its life, for a start costs seconds, and must end in the very bytes of a run that
+nobody disturbed. Signals and kills are sent when a step is reached, never after a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
+from tests.helpers import run_distributed
+from tools.slurm_sandbox import Sandbox, install, missing, wait_for
+
+STEPS = 240
+OVERRIDES = (
+    *SMALL, "batch.global_batch=4", "batch.micro_batch=2", f"optim.total_steps={STEPS}", "checkpoint.every_steps=40",
+    "eval.every_steps=80",
+)  # fmt: skip
+START_S = 120.0  # a start takes 8 s on two idle cores
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Sandbox]:
+    """Four nodes of one CPU, so that a rank fills one and a job of the partition `high` preempts what is there."""
+    in_ci = os.environ.get("CI") == "true"
+    if "on the PATH" in missing() and (in_ci or os.environ.get("DSBERT_APT") == "1"):
+        install()
+    if missing():
+        (pytest.fail if in_ci else pytest.skip)(f"no SLURM here: {missing()}, or set DSBERT_APT=1")
+    with Sandbox(nodes=4, cpus=1) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of two ranks that nobody disturbs."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    words = ["pretrain", "demo", "--run-dir", str(run_dir), f"data.path={data}", *OVERRIDES]
+    done = run_distributed(dsbert_on_a_rank, 2, {"words": words})
+    assert [rank[0] for rank in done] == [0, 0], done
+    return last_checkpoint(run_dir)
+
+
+class Job:
+    """A job of `dsbert submit` on the cluster; number: its id, or that of the whole array."""
+
+    def __init__(self, cluster: Sandbox, folder: Path, *words: str, nodes: int = 2) -> None:
+        self.cluster, self.folder = cluster, folder
+        command = [sys.executable, "-m", "dsbert", "submit", "demo", "--nodes", str(nodes), "--time", "30", "--json"]
+        done = cluster.run(*command, "--run-dir", str(folder / "run"), *words, cwd=folder, env=ENVIRONMENT)
+        self.run_dir = folder / "run"
+        self.number = json.loads(done.stdout)["job_id"]
+        self.label = self.number
+
+    def task(self, number: int) -> Job:
+        """One task of an array."""
+        task = object.__new__(Job)
+        task.__dict__ |= self.__dict__ | {"run_dir": self.folder / f"run-{number}", "label": f"{self.number}_{number}"}
+        return task
+
+    def record(self) -> dict[str, str]:
+        words = self.cluster.run("scontrol", "--oneliner", "show", "job", self.label).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def log(self) -> str:
+        return (self.folder / f"demo-{self.label}.log").read_text(errors="replace")
+
+    def verdict(self) -> str:
+        """What the script said last."""
+        return [line for line in self.log().splitlines() if line.startswith(f"job {self.label}, restart ")][-1]
+
+    def steps(self) -> int:
+        try:
+            lines = (self.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return 0
+        return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("\n") else 0
+
+    def wait(self, what: str, condition: Callable[[], bool], seconds: float = START_S) -> None:
+        try:
+            wait_for(condition, seconds, what, step_s=0.05)
+        except TimeoutError as error:
+            log = self.log() if (self.folder / f"demo-{self.label}.log").exists() else "no log"
+            raise AssertionError(f"{error}\n{self.record()}\n{log}\n{self.cluster.logs('slurmctld')}") from None
+
+    def reach(self, step: int, restart: int) -> None:
+        """Wait until this restart has trained up to a step."""
+        self.wait(
+            f"step {step} in restart {restart}",
+            lambda: self.attempt().get("restart_count") == restart and self.steps() >= step,
+        )
+
+    def attempt(self) -> dict[str, Any]:
+        path = self.run_dir / "attempt.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    def requeued(self, restart: int, *, partition: str = "") -> None:
+        """Wait until the job waits to be started for the `restart`th time anew, and let it start at once."""
+        pending = ("PENDING", str(restart))
+        self.wait(f"restart {restart}", lambda: (self.record()["JobState"], self.record()["Restarts"]) == pending)
+        change = [f"Partition={partition}"] if partition else []
+        # SLURM would wait for 6 s, here. A start within the second of the requeue would be refused: credential revoked.
+        self.cluster.run("scontrol", "update", f"JobId={self.label}", "StartTime=now+2", *change)
+
+    def end(self) -> str:
+        """Wait for the end: how SLURM calls it."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait("the end", lambda: self.record()["JobState"] in over)
+        return self.record()["JobState"]
+
+    def ranks(self, *nodes: str) -> dict[int, str]:
+        """Processes that are ranks, by the node that they run on."""
+        return {
+            pid: node
+            for node in nodes or self.cluster.nodes
+            for pid, line in self.cluster.processes(node).items()
+            if line.startswith(f"{sys.executable} -m dsbert pretrain") and f"{self.run_dir} " in line + " "
+        }
+
+    def nodes(self) -> list[str]:
+        return self.cluster.run("scontrol", "show", "hostnames", self.record()["NodeList"]).stdout.split()
+
+    def is_preempted(self) -> None:
+        """By a job that fills the cluster, and is over at once."""
+        nodes = f"--nodes={len(self.cluster.nodes)}"
+        self.cluster.run("sbatch", "--partition=high", nodes, "--output=/dev/null", "--wrap=true")
+
+    def loses_its_nodes(self, noticed: Callable[[list[str]], object]) -> None:
+        """The daemons of its nodes die. What they started stands still until SLURM has noticed and the next attempt has
+        begun elsewhere, and then goes on beside it."""
+        lost, old = self.nodes(), self.attempt()
+        step = f"[{self.record()['JobId']}.0]"
+        restart = int(self.record()["Restarts"])
+        zombies = self.ranks(*lost)
+        assert sorted(zombies.values()) == lost
+        try:
+            for pid in zombies:
+                os.kill(pid, signal.SIGSTOP)
+            for node in lost:
+                self.cluster.kill_daemon(node)
+            noticed(lost)
+            self.requeued(restart + 1)
+            self.wait("the next attempt", lambda: self.attempt()["nonce"] != old["nonce"])
+            for pid in zombies:
+                os.kill(pid, signal.SIGCONT)
+            self.wait("the end of the zombies", lambda: not set(zombies) & set(self.ranks(*lost)))
+            left = rf"restart {restart}: .* and SLURM has requeued the job already: left to SLURM"
+            self.wait("the end of their script", lambda: bool(re.search(left, self.log())))
+        finally:
+            for node in lost:
+                self.cluster.start_node(node)
+        for node in lost:  # they were not killed: they found that another attempt owns the run
+            log = (self.cluster.folder / "log" / f"slurmd-{node}.log").read_text()
+            assert re.findall(rf"{re.escape(step)} task \d .* exited with (.*)\.", log)[-1] == "exit code 3", log
+        assert not set(self.nodes()) & set(lost)
+
+    def assert_saved(self, cause: str, restart: int) -> None:
+        status = self.status()
+        found = (status["outcome"], status["cause"], status["job_id"], status["restart_count"])
+        assert found == ("requeue", cause, self.number, restart)
+        assert f"restart {restart}: saved: requeued, to go on from step_{status['step']:08d}" in self.verdict()
+
+    def assert_done(self, restart: int, attempts: int) -> None:
+        """The last attempt owns the run and has ended it."""
+        assert self.end() == "COMPLETED"
+        assert f"restart {restart}: done" in self.log()
+        status, attempt = self.status(), self.attempt()
+        found = (status["outcome"], status["step"], status["attempt"], status["restart_count"])
+        assert found == ("done", STEPS, attempts, restart)
+        assert (attempt["number"], attempt["job_id"], attempt["restart_count"]) == (attempts, self.number, restart)
+        assert self.record()["Restarts"] == str(restart)
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / f"step_{STEPS:08d}"
+
+
+def assert_equal_to(undisturbed: Path, found: Path) -> None:
+    names = sorted(path.name for path in undisturbed.glob("*.safetensors"))
+    assert len(names) >= 2
+    for name in names:
+        assert (found / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+def test_what_befalls_a_job_leaves_no_trace(cluster: Sandbox, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
+
+    job.reach(20, restart=0)
+    cluster.run("scancel", "--batch", "--signal=USR2", job.label)
+    job.requeued(1, partition="patient")
+    job.assert_saved(cause="SIGUSR2", restart=0)
+
+    job.reach(60, restart=1)
+    job.is_preempted()  # 30 s of grace
+    job.requeued(2, partition="low")
+    job.assert_saved(cause="SIGTERM", restart=1)
+
+    job.reach(100, restart=2)
+    job.is_preempted()  # no grace: at worst, the newest checkpoint is what is left
+    job.requeued(3)
+
+    job.reach(140, restart=3)
+    os.kill(next(iter(job.ranks(job.nodes()[1]))), signal.SIGKILL)
+    job.requeued(4)
+    assert re.search(r"restart 3: a rank or a node failed, exit code (3|137): requeued, to go on from", job.verdict())
+    assert (job.status()["outcome"], job.status()["culprit"]["rank"]) == ("failed", 1)
+
+    job.reach(180, restart=4)
+    job.loses_its_nodes(noticed=lambda lost: cluster.run(
+        "scontrol", "update", f"NodeName={','.join(lost)}", "State=DOWN", "Reason=lost"
+    ))  # fmt: skip
+    job.assert_done(restart=5, attempts=6)
+    assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
+
+
+@pytest.mark.exhaustive
+def test_slurm_notices_lost_nodes_itself(cluster: Sandbox, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
+    job.reach(50, restart=0)
+    job.loses_its_nodes(noticed=lambda lost: None)
+    job.assert_done(restart=1, attempts=2)
+    assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
+
+
+def test_one_task_of_an_array_is_requeued_alone(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("seed=5\nseed=5\n")
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "--sweep", str(tmp_path / "lines"), nodes=1)
+    tasks = [job.task(1), job.task(2)]
+    for task in tasks:
+        task.reach(20, restart=0)
+    # The one whose own id is the whole array's: what goes to a bare id would reach both.
+    (one,) = [task for task in tasks if task.record()["JobId"] == job.number]
+    (other,) = [task for task in tasks if task is not one]
+    cluster.run("scancel", "--batch", "--signal=USR2", one.label)
+    one.requeued(1)
+    assert (one.end(), other.end()) == ("COMPLETED", "COMPLETED")
+    assert (one.record()["Restarts"], other.record()["Restarts"]) == ("1", "0")
+    assert "restart 0: saved: requeued" in one.log()
+    assert "restart 0: done" in other.verdict()
+    assert_equal_to(last_checkpoint(other.run_dir), last_checkpoint(one.run_dir))
+
+
+def test_a_users_mistake_is_not_requeued(cluster: Sandbox, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, f"data.path={tmp_path}/none", *OVERRIDES)
+    assert job.end() == "FAILED"
+    assert (job.record()["ExitCode"], job.record()["Restarts"]) == ("2:0", "0")
+    assert "not requeued: the run was refused, exit code 2" in job.verdict()
+    assert f"{tmp_path}/none" in job.log()
+
+
+def test_it_gives_up_after_three_restarts_without_progress(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
+    for restart in range(4):
+        job.wait("both ranks", lambda: len(job.ranks()) == 2)
+        for pid in job.ranks():
+            os.kill(pid, signal.SIGKILL)
+        if restart < 3:
+            job.requeued(restart + 1)
+    assert job.end() == "FAILED"
+    assert job.record()["Restarts"] == "3"
+    assert "given up: exit code 137, and 3 restarts brought no checkpoint newer than none" in job.verdict()
+
+
+@pytest.mark.exhaustive
+def test_the_time_limit_and_scancel(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    words = ("--time", "1", "--signal-lead", "30")
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "optim.total_steps=100000", *words)
+    job.requeued(1)
+    assert (job.status()["outcome"], job.status()["cause"]) == ("requeue", "SIGUSR2")
+    job.reach(job.status()["step"] + 1, restart=1)
+    cluster.run("scancel", job.label)
+    assert job.end() == "CANCELLED"
+    job.wait("the script's end", lambda: "and for SLURM the job is CANCELLED: left to SLURM" in job.log())
+    assert (job.status()["outcome"], job.record()["Restarts"]) == ("requeue", "1"), "saved, and not started again"
+
+
+def test_the_sandbox_leaves_nothing_behind() -> None:
+    program = [sys.executable, str(Path(__file__).parent.parent / "tools" / "slurm_sandbox.py")]
+    missing() and pytest.skip(missing())
+    before = set(Path("/tmp").glob("slurm-*"))
+    shown = "srun -N2 hostname; cat /etc/hosts; echo $SLURM_CONF; exit 5"
+    done = subprocess.run([*program, "--", "sh", "-c", shown], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 5, done.stderr
+    assert {"n1", "n2"} <= set(done.stdout.split())
+    assert Path("/etc/hosts").read_text() in done.stdout
+    assert set(Path("/tmp").glob("slurm-*")) == before
+
+    tool = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+    assert tool.stdout is not None
+    conf = Path(tool.stdout.readline().strip().removeprefix("export SLURM_CONF="))
+    assert conf.is_file()
+    assert processes_with(str(conf.parent))
+    tool.kill()
+    tool.wait()
+    wait_for(lambda: not processes_with(str(conf.parent)), 10, "the end of all daemons")
+    shutil.rmtree(conf.parent)
+
+
+def processes_with(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found += [line for line in [path.read_text(errors="replace")] if text in line]
+    return found

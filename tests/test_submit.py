@@ -1,0 +1,305 @@
+"""`dsbert submit` and its scripts without a SLURM: what a script holds, how a shell reads it, and what it decides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsbert.submit import _seconds
+from tests.commands import Done, complaint, dsbert
+
+SLURM = Path(__file__).parent.parent / "slurm"
+SCRIPTS = sorted(SLURM.glob("*.sbatch"))
+SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+BASIC = ("submit", "demo", "--nodes", "2", "--time", "24:00:00", "--dry-run")
+RUNNING = "JobId=7 JobState=RUNNING Requeue=1 Restarts=0 BatchFlag=1"
+HOSTILE = [
+    "data.path=it's here",
+    'data.path=a "$(touch pwned)" `touch pwned` ${HOME} \\ !! * ? [a] ; rm -rf x & # no comment',
+    'name="#SBATCH --nodes=99"',
+    "name=ünïcode ☃",
+    "data.path=-n",
+]
+
+
+def script(*words: str) -> str:
+    done = dsbert(*BASIC, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def directives(text: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return {line.partition("=")[0]: line.partition("=")[2] for line in lines}
+
+
+def late_directives(text: str) -> list[str]:
+    """#SBATCH lines that sbatch silently ignores, for a command stands above them."""
+    late, commands = [], False
+    for line in text.splitlines():
+        if line.startswith("#SBATCH"):
+            late += [line] if commands else []
+        elif line.strip() and not line.lstrip().startswith("#"):
+            commands = True
+    return late
+
+
+def shellcheck(text: str) -> None:
+    assert SHELLCHECK, "expected shellcheck: pip install -r requirements-dev.txt"
+    # SC2016 is about a $ in single quotes, which is just what quoting is for.
+    command = [SHELLCHECK, "--exclude=SC2016", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def run_script(text: str, folder: Path, srun: str = "", record: str = "", **environment: str) -> Done:
+    """Run a script where srun and scontrol are shell programs: the words of each srun come back on standard error.
+
+    srun: what the step does; record: what `scontrol show job` says.
+    """
+    fake = folder / "fake"
+    fake.mkdir(exist_ok=True)
+    (fake / "srun").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >&2\nprintf "\\n" >&2\n{srun}\n')
+    (fake / "scontrol").write_text(
+        '#!/bin/sh\ncase "$*" in\n"show hostnames"*) echo localhost ;;\n'
+        f"*'show job'*) echo '{record}' ;;\n*) echo \"scontrol $*\" ;;\nesac\n"
+    )
+    for program in fake.iterdir():
+        program.chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", **environment}
+    done = subprocess.run(
+        ["bash"], input=text, cwd=folder, env={"PATH": f"{fake}:/usr/bin:/bin", **variables}, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def status(outcome: str, job: str = "7", restart: int = 0) -> str:
+    """A shell command that leaves a status.json."""
+    text = json.dumps({"attempt": 1, "job_id": job, "restart_count": restart, "outcome": outcome, "culprit": None})
+    return f"mkdir -p r && echo '{text}' >r/status.json; "
+
+
+def words_of_srun(done: Done) -> list[str]:
+    assert "restart 0: starts on localhost from none" in done.stdout, done.stderr
+    return done.stderr.removesuffix("\0\n").split("\0")
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, SLURM / "job.sh"], ids=lambda path: path.name)
+def test_a_script_is_clean_as_it_stands(path: Path) -> None:
+    assert SHELLCHECK, "expected shellcheck: pip install -r requirements-dev.txt"
+    done = subprocess.run(
+        [SHELLCHECK, "--external-sources", str(path)], cwd=SLURM.parent, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert not late_directives(path.read_text())
+
+
+def test_there_are_three_scripts() -> None:
+    assert [path.name for path in SCRIPTS] == ["prepare.sbatch", "pretrain.sbatch", "sweep.sbatch"]
+
+
+def test_a_directive_behind_a_command_is_found() -> None:
+    good = script()
+    assert not late_directives(good)
+    assert late_directives(good + "\n#SBATCH --mem=1G\n") == ["#SBATCH --mem=1G"]
+    assert late_directives("#!/bin/sh\n  set -e\n#SBATCH -N2\n") == ["#SBATCH -N2"]
+
+
+def test_options_reach_the_script(tmp_path: Path) -> None:
+    text = script(
+        "--partition", "gpu", "--account", "physics", "--qos", "long", "--gpus-per-node", "a100:8", "--cpus-per-task",
+        "6", "--job-name", "two words", "--signal-lead", "600", "--sbatch", "--mem=64G", "--sbatch", "--exclusive",
+        "--setup", "export GREETING=hello", "--timeout", "120", "--run-dir", str(tmp_path / "r"),
+    )  # fmt: skip
+    assert directives(text) == {
+        "job-name": "'two words'", "nodes": "2", "ntasks-per-node": "8", "time": "24:00:00", "output": "%x-%j.log",
+        "open-mode": "append", "requeue": "", "signal": "B:USR2@600", "chdir": str(Path.cwd()), "partition": "gpu",
+        "account": "physics", "qos": "long", "gpus-per-node": "a100:8", "cpus-per-task": "6", "mem": "64G",
+        "exclusive": "",
+    }  # fmt: skip
+    shellcheck(text)
+    seen = words_of_srun(run_script(text, tmp_path))
+    assert seen[-2:] == ["--timeout", "120"]
+    assert "export GREETING=hello" in text
+
+
+def test_defaults() -> None:
+    found = directives(script())
+    assert (found["ntasks-per-node"], found["signal"], found["job-name"]) == ("1", "B:USR2@300", "demo")
+    found = directives(script("--time", "4", "--gpus-per-node", "4", "--ntasks-per-node", "2"))
+    assert (found["ntasks-per-node"], found["signal"]) == ("2", "B:USR2@60"), "a quarter of four minutes"
+
+
+def test_a_shell_reads_hostile_values_as_they_are(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run 'dir' $(touch pwned)"
+    text = script(*HOSTILE, "--run-dir", str(run_dir))
+    assert not late_directives(text)
+    shellcheck(text)
+    seen = words_of_srun(run_script(text, tmp_path))
+    start = seen.index("pretrain")
+    assert seen[start - 3 : start] == [sys.executable, "-m", "dsbert"]
+    assert seen[start + 1 :] == ["demo", *HOSTILE, "--run-dir", str(run_dir)]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_sweep_has_a_line_and_a_run_directory_per_task(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("seed=2 optim.dense_lr=1e-3\n\n# the last one\nseed=3 'data.path=a b'  # with a blank\n")
+    text = script("batch.global_batch=64", "--sweep", str(lines), "--array", "1-2%1", "--run-dir", str(tmp_path / "s"))
+    assert directives(text)["array"] == "1-2%1"
+    assert directives(script("--sweep", str(lines)))["array"] == "1-2"
+    shellcheck(text)
+    assert not late_directives(text)
+    done = run_script(text, tmp_path, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
+    seen = words_of_srun(done)
+    assert seen[seen.index("demo") :] == [
+        "demo", "batch.global_batch=64", "seed=3", "data.path=a b", "--run-dir", str(tmp_path / "s-2"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("srun", "record", "code", "said", "requeued"),
+    [
+        (status("done") + "exit 0", RUNNING, 0, "done", False),
+        ("exit 1", RUNNING, 1, "internal error", False),
+        ("exit 2", RUNNING, 2, "refused", False),
+        ("exit 4", RUNNING, 4, "no valid checkpoint", False),
+        ("exit 130", RUNNING, 130, "interrupted", False),
+        ("exit 75", RUNNING, 75, "saved", True),
+        ("exit 3", RUNNING, 75, "a node failed, exit code 3", True),
+        ("exit 137", RUNNING, 75, "a node failed, exit code 137", True),
+        ("exit 143", RUNNING, 75, "a node failed, exit code 143", True),
+        ("kill -11 $$", RUNNING, 75, "a node failed, exit code 139", True),
+        # What the ranks have recorded counts more than what srun says, if it is of this very start.
+        ("exit 0", RUNNING, 75, "a node failed, exit code 0", True),
+        (status("failed") + "exit 0", RUNNING, 75, "a node failed, exit code 0", True),
+        (status("done") + "exit 137", RUNNING, 0, "done", False),
+        (status("requeue") + "exit 143", RUNNING, 75, "saved", True),
+        (status("requeue", job="77") + "exit 2", RUNNING, 2, "refused", False),
+        (status("requeue", restart=1) + "exit 2", RUNNING, 2, "refused", False),
+        (status("failed") + "exit 2", RUNNING, 2, "refused", False),
+        # scancel: a requeue would bring a job back that somebody has ended.
+        ("exit 75", RUNNING.replace("RUNNING", "CANCELLED"), 143, "CANCELLED: left to SLURM", False),
+        ("exit 75", RUNNING.replace("RUNNING", "PENDING"), 143, "PENDING: left to SLURM", False),
+        ("exit 75", RUNNING.replace("RUNNING", "TIMEOUT"), 75, "saved", True),
+        # This shell is a left-over on a node that SLURM has lost: a requeue would end the job's next start.
+        ("exit 3", RUNNING.replace("Restarts=0", "Restarts=1"), 143, "requeued the job already", False),
+        ("exit 75", "", 75, "saved", True),
+    ],
+)  # fmt: skip
+def test_what_a_script_decides(srun: str, record: str, code: int, said: str, requeued: bool, tmp_path: Path) -> None:
+    done = run_script(script("--run-dir", str(tmp_path / "r")), tmp_path, srun, record)
+    verdict = [line for line in done.stdout.splitlines() if line.startswith("job 7")][-1]
+    assert (done.returncode, said in verdict) == (code, True), done.stdout
+    assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
+    """A life, event by event (x: a crash, s: a save that was asked for, a digit: a crash after that checkpoint), and
+    what became of each: + requeued, - given up."""
+    text = script("--run-dir", str(tmp_path / "r"))
+
+    def fate(life: str) -> str:
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+        found = ""
+        for restart, event in enumerate(life):
+            save = f"mkdir -p r/checkpoints/step_0000000{event}; " if event.isdigit() else ""
+            done = run_script(
+                text, tmp_path, save + ("exit 75" if event == "s" else "exit 137"),
+                RUNNING.replace("Restarts=0", f"Restarts={restart}"), SLURM_RESTART_COUNT=str(restart or ""),
+            )  # fmt: skip
+            found += "+" if "scontrol requeue" in done.stdout else "-"
+            assert ("given up" in done.stdout) == (found[-1] == "-"), done.stdout
+        return found
+
+    assert fate("xxxx") == "+++-"
+    assert fate("xxx1xxxx") == "+++++++-"
+    assert fate("123456") == "++++++"
+    assert fate("ssssss") == "++++++"
+    assert fate("xsxsxx") == "+++++-"
+
+
+def test_a_new_job_on_an_old_run_counts_anew(tmp_path: Path) -> None:
+    text = script("--run-dir", str(tmp_path / "r"))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "slurm-restarts").write_text("6 none 3 0\n")
+    done = run_script(text, tmp_path, "exit 137", RUNNING.replace("Restarts=0", "Restarts=1"), SLURM_RESTART_COUNT="1")
+    assert "scontrol requeue" in done.stdout
+
+
+def test_json_and_nothing_is_written(tmp_path: Path) -> None:
+    done = dsbert(*BASIC, "--json", "--run-dir", str(tmp_path / "r"))
+    found = json.loads(done.stdout)
+    assert (found["job_id"], found["script"], found["run_dir"]) == (None, None, str(tmp_path / "r"))
+    assert found["text"] == script("--run-dir", str(tmp_path / "r"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nosuch.key=1"], "nosuch"),
+        (["optim.total_steps=many"], "many"),
+        (["deepspeed.config=nosuch"], "nosuch"),
+        (["--time", "soon"], "soon"),
+        (["--time", "10", "--signal-lead", "400"], "half of --time"),
+        (["--array", "1-3"], "--sweep"),
+        (["--sweep", "no/such/file"], "no/such/file"),
+        (["--sbatch", "mem=4G"], "mem=4G"),
+        (["--sbatch", "--signal=USR1@3"], "signal"),
+        (["name=two\nlines"], r"two\nlines"),
+        (["--setup", "a\nb"], r"a\nb"),
+        (["--account", "a\n#SBATCH --nodes=9"], "nodes=9"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], said: str) -> None:
+    assert said in complaint(dsbert(*BASIC, *words))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "seed=2 'open\n", "seed=2\nnosuch=1\n"])
+def test_a_wrong_sweep_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text(text)
+    complaint(dsbert(*BASIC, "--sweep", str(tmp_path / "lines")))
+
+
+def _submit_with(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Done:
+    """Submit where sbatch is this shell program."""
+    if program:
+        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return dsbert("submit", "demo", "--nodes", "1", "--time", "60", "--run-dir", str(tmp_path / "r"), "--json")
+
+
+def test_the_job_id_and_the_script_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = _submit_with("echo '41;cluster'", tmp_path, monkeypatch)
+    found = json.loads(done.stdout)
+    assert (found["job_id"], found["script"]) == ("41", str(tmp_path / "r.sbatch"))
+    assert Path(found["script"]).read_text() == found["text"]
+
+
+def test_what_sbatch_complains_of_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = _submit_with("echo 'error: invalid partition' >&2; exit 1", tmp_path, monkeypatch)
+    assert "invalid partition" in complaint(done)
+
+
+def test_no_sbatch_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--dry-run" in complaint(_submit_with("", tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:5", 86405),
+        ("UNLIMITED", float("inf")),
+    ],
+)  # fmt: skip
+def test_slurms_formats_of_time(text: str, seconds: float) -> None:
+    assert _seconds(text) == seconds
