@@ -55,19 +55,16 @@ write_ledger() { # $1: 1 if the next restart is one that was asked for
     mkdir -p "$RUN_DIR" && echo "$SLURM_JOB_ID $newest $fruitless $1" >"$ledger.tmp" && mv "$ledger.tmp" "$ledger"
 }
 
-resolve() {
-    getent ahosts "$1" | awk 'NR == 1 { print $1 }'
-}
-
-# The first node's name is not always known to the others: then its address in SLURM's books, or what it says itself.
+# The first node's address, which the other nodes may know no name for, by its name or by SLURM's books. Not one that means
+# this node only, as 127.0.1.1, which Debian gives to a host's own name: rather none, and dsbert takes the name.
 set_master_address() {
-    local first
+    local first name
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_ADDR=$(resolve "$first")
-    [[ $MASTER_ADDR ]] || MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    [[ $MASTER_ADDR && $(resolve "$MASTER_ADDR") ]] ||
-        MASTER_ADDR=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | awk '{ print $1 }')
-    export MASTER_ADDR
+    for name in "$first" "$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"; do
+        MASTER_ADDR=$(getent ahostsv4 "$name" | awk '$1 !~ /^127\./ { print $1; exit }')
+        [[ $MASTER_ADDR ]] && export MASTER_ADDR && return
+    done
+    unset MASTER_ADDR
 }
 
 # The step is signalled through its srun: that needs neither the controller nor an id, which may be a whole array's. Again
@@ -121,7 +118,7 @@ requeue() { # $1: why; $2: 1 if this was asked for
     # Preempted, or on a node that SLURM has lost and that runs on, with this shell on it, beside the job's next start.
     if [[ $record && $record != *" Restarts=$restart "* ]]; then
         finish "$1, and SLURM has requeued the job already: left to SLURM" 143
-    elif [[ $record && ! $record =~ JobState=(RUNNING|TIMEOUT) ]]; then
+    elif [[ $record && ! $record =~ JobState=RUNNING|Reason=TimeLimit ]]; then # scancel, for one
         [[ $record =~ JobState=([A-Z_]+) ]]
         finish "$1, and for SLURM the job is ${BASH_REMATCH[1]}: left to SLURM" 143
     fi
@@ -146,7 +143,7 @@ trap '' USR2 TERM # of the requeue below, which is counted as what it is
 outcome=$(recorded_outcome)
 if ((rc == 75)) || [[ $outcome == requeue ]]; then
     requeue "saved" 1
-elif [[ $outcome == done ]]; then
+elif [[ $outcome == "done" ]]; then
     finish "done" 0
 fi
 case $rc in

@@ -17,7 +17,7 @@ SLURM = Path(__file__).parent.parent / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
 BASIC = ("submit", "demo", "--nodes", "2", "--time", "24:00:00", "--dry-run")
-RUNNING = "JobId=7 JobState=RUNNING Requeue=1 Restarts=0 BatchFlag=1"
+RUNNING = "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1"
 HOSTILE = [
     "data.path=it's here",
     'data.path=a "$(touch pwned)" `touch pwned` ${HOME} \\ !! * ? [a] ; rm -rf x & # no comment',
@@ -57,25 +57,35 @@ def shellcheck(text: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def run_script(text: str, folder: Path, srun: str = "", record: str = "", **environment: str) -> Done:
-    """Run a script where srun and scontrol are shell programs: the words of each srun come back on standard error.
+def run_script(
+    text: str, folder: Path, srun: str = "", record: str = "", resolved: str = "", books: str = "", **environment: str
+) -> Done:
+    """Run a script where srun, scontrol and getent are shell programs: each srun's words come back on standard error.
 
-    srun: what the step does; record: what `scontrol show job` says.
+    srun: what the step does; record: what `scontrol show job` says; resolved: the address that the node's name stands
+    for; books: the one that SLURM has of it.
     """
     fake = folder / "fake"
-    fake.mkdir(exist_ok=True)
-    (fake / "srun").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >&2\nprintf "\\n" >&2\n{srun}\n')
-    (fake / "scontrol").write_text(
-        '#!/bin/sh\ncase "$*" in\n"show hostnames"*) echo localhost ;;\n'
-        f"*'show job'*) echo '{record}' ;;\n*) echo \"scontrol $*\" ;;\nesac\n"
-    )
-    for program in fake.iterdir():
-        program.chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", **environment}
+    fake.mkdir()
+    programs = {
+        "srun": f'printf "%s\\0" "$@" >&2; printf "\\n" >&2\n{srun}',
+        "getent": f'[ "$2" = n1 ] && set -- - "{resolved}"; [ "$2" ] && echo "$2 STREAM"',
+        "scontrol": f"""case "$*" in
+            "show hostnames"*) echo n1 ;;
+            "show node"*) echo " NodeAddr={books} Port=1" ;;
+            *"show job"*) echo "{record}" ;;
+            *) echo "scontrol $*" ;;
+        esac""",
+    }
+    for name, program in programs.items():
+        (fake / name).write_text(f"#!/bin/sh\n{program}\n")
+        (fake / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", **environment}
     done = subprocess.run(
         ["bash"], input=text, cwd=folder, env={"PATH": f"{fake}:/usr/bin:/bin", **variables}, capture_output=True,
         text=True, timeout=60, check=False,
     )  # fmt: skip
+    shutil.rmtree(fake)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -86,7 +96,7 @@ def status(outcome: str, job: str = "7", restart: int = 0) -> str:
 
 
 def words_of_srun(done: Done) -> list[str]:
-    assert "restart 0: starts on localhost from none" in done.stdout, done.stderr
+    assert "restart 0: starts on n1 from none" in done.stdout, done.stderr
     return done.stderr.removesuffix("\0\n").split("\0")
 
 
@@ -186,9 +196,9 @@ def test_a_sweep_has_a_line_and_a_run_directory_per_task(tmp_path: Path) -> None
         (status("requeue", restart=1) + "exit 2", RUNNING, 2, "refused", False),
         (status("failed") + "exit 2", RUNNING, 2, "refused", False),
         # scancel: a requeue would bring a job back that somebody has ended.
-        ("exit 75", RUNNING.replace("RUNNING", "CANCELLED"), 143, "CANCELLED: left to SLURM", False),
+        ("exit 75", RUNNING.replace("RUNNING", "COMPLETING"), 143, "COMPLETING: left to SLURM", False),
         ("exit 75", RUNNING.replace("RUNNING", "PENDING"), 143, "PENDING: left to SLURM", False),
-        ("exit 75", RUNNING.replace("RUNNING", "TIMEOUT"), 75, "saved", True),
+        ("exit 75", RUNNING.replace("RUNNING Reason=None", "COMPLETING Reason=TimeLimit"), 75, "saved", True),
         # This shell is a left-over on a node that SLURM has lost: a requeue would end the job's next start.
         ("exit 3", RUNNING.replace("Restarts=0", "Restarts=1"), 143, "requeued the job already", False),
         ("exit 75", "", 75, "saved", True),
@@ -199,6 +209,22 @@ def test_what_a_script_decides(srun: str, record: str, code: int, said: str, req
     verdict = [line for line in done.stdout.splitlines() if line.startswith("job 7")][-1]
     assert (done.returncode, said in verdict) == (code, True), done.stdout
     assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+@pytest.mark.parametrize(
+    ("name", "books", "found"),
+    [
+        ("10.0.0.5", "10.0.0.6", "10.0.0.5"),
+        ("127.0.1.1", "10.0.0.6", "10.0.0.6"),
+        ("", "10.0.0.6", "10.0.0.6"),
+        ("127.0.1.1", "127.0.0.1", "none"),
+    ],
+)
+def test_where_the_ranks_meet(name: str, books: str, found: str, tmp_path: Path) -> None:
+    step = 'echo "MASTER_ADDR=${MASTER_ADDR:-none}"'
+    text = script("--run-dir", str(tmp_path / "r"))
+    done = run_script(text, tmp_path, step, resolved=name, books=books, MASTER_ADDR="stale")
+    assert f"MASTER_ADDR={found}\n" in done.stdout
 
 
 def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:

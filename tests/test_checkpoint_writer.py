@@ -1,0 +1,166 @@
+"""Writing in the background, retention, room on the disk: through DeepSpeed, on real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsbert.checkpoint import newest_checkpoint, verify_checkpoint
+from dsbert.errors import DsbertError
+from dsbert.publication import Publisher, Retention
+from tests.helpers import run_distributed
+
+
+def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
+    """Snapshot, 50 steps while a throttled writer works, then compare what is on disk with what was snapshot."""
+    import torch
+
+    from dsbert import distributed
+    from dsbert.checkpoint import load_checkpoint
+    from dsbert.checkpoint_writer import CheckpointWriter
+    from tests import workbench as bench
+
+    world = distributed.init(60)
+    recipe = bench.recipe(optim={"total_steps": 80}, sparsity={"num_updates": 20})
+    source = bench.stream()
+    engine, masks = bench.engine_and_masks(recipe, world)
+
+    def train(steps: int, busy: bool = False) -> list[bool]:
+        said = []
+        for _ in range(steps):
+            said.append(engine.train_step(bench.step_batches(engine, source, engine.step), busy=busy).busy)
+            masks.maybe_update(engine.step)
+        return said
+
+    train(3)
+    companions = Path(directory) / "companions"
+    companions.mkdir(exist_ok=True)
+    (companions / "unigram.npy").write_bytes(b"counts")
+    snapshot = bench.held_elements(engine), masks.digest()
+    root = Path(directory) / "checkpoints"
+    writer = CheckpointWriter(root, companions, attempt="1-test", retention=Retention(2), max_bytes_per_s=1.0)
+    writer.begin(engine, masks, {"totals": {}})
+    said = []
+    for _ in range(50):
+        assert writer.busy, "the writer must still be at work"
+        said += train(1, busy=writer.busy)
+    assert all(said), "the answer of all ranks rides on the step's own message"
+    assert masks.digest() != snapshot[1]
+    assert not list(root.glob("step_*")), "nothing is published before all is written"
+    memory = writer.buffer_bytes
+    saved = writer.finish()  # in a hurry
+    assert saved is not None
+    assert saved.step == 3
+    assert not writer.in_flight
+    files = sorted(root.glob("step_00000003/fragments-*"))
+    assert memory == files[world.rank].stat().st_size, "the snapshot takes as much memory as the file"
+    buffer = writer._buffer._memory.data_ptr()
+    assert writer.save(engine, masks, {"totals": {}}).step == 53
+    assert writer._buffer._memory.data_ptr() == buffer, "the memory is reused"
+
+    engine, masks = bench.engine_and_masks(recipe, world)
+    load_checkpoint(saved.path, engine, masks)
+    assert masks.digest() == snapshot[1]
+    for name, tensors in snapshot[0].items():
+        again = bench.held_elements(engine)[name]
+        for kind, (offset, tensor) in tensors.items():
+            assert torch.equal(tensor, again[kind][1]), (name, kind, offset)
+    return {"digest": masks.digest()}
+
+
+def test_fifty_steps_run_while_a_slow_writer_works(tmp_path: Path) -> None:
+    first, second = run_distributed(fifty_steps_beside_a_slow_writer, 2, {"directory": str(tmp_path)})
+    assert first == second
+    assert (tmp_path / "checkpoints" / "latest").read_text().startswith("step_00000053 ")
+
+
+def _make(root: Path, step: int, content: bytes = b"x") -> Path:
+    """A checkpoint that verifies, made by the publisher's own hand."""
+    import xxhash
+
+    from dsbert.fragments import fragments_name
+
+    publisher = Publisher(root, "1-test", Retention(100), lambda: None)
+    temporary, target = root / f".step_{step:08d}.1-test.tmp", root / f"step_{step:08d}"
+    publisher.make_room(temporary, 100)
+    entries = []
+    for name in (fragments_name(0, 1), "state.json", "topology.safetensors"):
+        (temporary / name).write_bytes(content)
+        entries.append({"file": name, "bytes": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)})
+    manifest = {"kind": "dsbert-checkpoint", "format": 1, "step": step, "world_size": 1}
+    publisher.publish(temporary, target, manifest, entries)
+    assert verify_checkpoint(target) == []
+    return target
+
+
+def _publish(root: Path, step: int, retention: Retention, attempt: str = "2-other") -> None:
+    target = _make(root, step + 1000)  # stands for what the ranks have written
+    temporary = root / f".step_{step:08d}.{attempt}.tmp"
+    os.replace(target, temporary)
+    manifest = json.loads((temporary / "manifest.json").read_text())
+    entries = [{"file": name, **entry} for name, entry in manifest.pop("files").items()]
+    Publisher(root, attempt, retention, lambda: None).publish(
+        temporary, root / f"step_{step:08d}", manifest | {"step": step}, entries
+    )
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_retention_counts_what_verifies_and_keeps_every_nth(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        _make(tmp_path, step)
+    (tmp_path / "step_00000050" / "state.json").write_bytes(b"y")  # damaged: must not count
+    _publish(tmp_path, 60, Retention(keep=2, keep_every_steps=20))
+    kept = [int(name[5:]) for name in _names(tmp_path) if name.startswith("step_")]
+    assert kept == [20, 40, 50, 60], "60 and 40 verify; 50 is newer than the second of them; 20 is an n-th"
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step_00000060"
+
+
+def test_what_stands_in_the_way_is_moved_aside(tmp_path: Path) -> None:
+    _make(tmp_path, 10)
+    (tmp_path / "step_00000010" / "state.json").write_bytes(b"y")
+    _make(tmp_path, 20)
+    _publish(tmp_path, 10, Retention(5))
+    _publish(tmp_path, 20, Retention(5))
+    assert _names(tmp_path) == [
+        "latest",
+        "step_00000010",
+        "step_00000010.damaged-2-other",
+        "step_00000020",
+        "step_00000020.superseded-2-other",
+    ]
+    assert verify_checkpoint(tmp_path / "step_00000010") == []
+
+
+def test_an_attempt_that_lost_the_run_publishes_nothing(tmp_path: Path) -> None:
+    _make(tmp_path, 10)
+    asked = []
+
+    def assert_owner() -> None:
+        asked.append(1)
+        if len(asked) == 2:  # lost while the manifest was written
+            raise DsbertError("another one owns the run")
+
+    publisher = Publisher(tmp_path, "1-old", Retention(1), assert_owner)
+    temporary = tmp_path / ".step_00000020.1-old.tmp"
+    publisher.make_room(temporary, 1)
+    before = (tmp_path / "latest").read_text()
+    with pytest.raises(DsbertError, match="another one"):
+        publisher.publish(temporary, tmp_path / "step_00000020", {"step": 20}, [])
+    assert not (tmp_path / "step_00000020").exists()
+    assert (tmp_path / "latest").read_text() == before
+
+
+def test_room_is_asked_for_before_a_byte_is_written(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    publisher = Publisher(tmp_path / "root", "1-test", Retention(1), lambda: None)
+    with pytest.raises(DsbertError, match=r"expected \d+ bytes free in .*root for a checkpoint, found \d+"):
+        publisher.make_room(tmp_path / "root" / ".step_00000001.1-test.tmp", free)
+    assert _names(tmp_path / "root") == []
