@@ -102,14 +102,13 @@ def verify_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> list[Probl
     try:
         manifest = read_manifest(path)
         entries = [(str(name), int(entry["bytes"]), str(entry["xxh3"])) for name, entry in manifest["files"].items()]
-        needed = {
-            STATE,
-            TOPOLOGY,
-            *(fragments_name(rank, manifest["world_size"]) for rank in range(manifest["world_size"])),
-        }
+        world_size = manifest["world_size"]
+        if not 0 < world_size <= len(entries):
+            raise ValueError(f"a world of {world_size} ranks with {len(entries)} files")
+        needed = {STATE, TOPOLOGY, *(fragments_name(rank, world_size) for rank in range(world_size))}
     except CheckpointError as error:
         return [Problem(MANIFEST, str(error))]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         return [Problem(MANIFEST, f"unreadable: {' '.join(str(error).split())}")]
     problems = [Problem(name, "not in the manifest") for name in sorted(needed - {name for name, *_ in entries})]
     for name, size, expected in entries[share[0] :: share[1]]:
@@ -133,7 +132,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         kind, version = manifest["kind"], manifest["format"]
     except FileNotFoundError:
         raise CheckpointError("missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"unreadable: {' '.join(str(error).split())}") from None
     if (kind, version) != (KIND, FORMAT):
         raise CheckpointError(f"expected {KIND} {FORMAT}, found {kind} {version}")
@@ -144,18 +143,22 @@ def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"expected {path / STATE}, found: {error}") from None
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"expected checkpoint format {FORMAT} in {path / STATE}, found {state.get('format')!r}")
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT:
+        raise CheckpointError(f"expected checkpoint format {FORMAT} in {path / STATE}, found {found!r}")
     return state
 
 
 def read_topology(path: Path) -> dict[str, torch.Tensor]:
-    """The mask manager's state of a checkpoint."""
+    """The mask manager's state of a checkpoint. Raises CheckpointError."""
     from safetensors.torch import load_file
 
-    return load_file(path / TOPOLOGY)
+    try:
+        return load_file(path / TOPOLOGY)
+    except Exception as error:  # safetensors raises its own type, which is not an OSError
+        raise CheckpointError(f"expected safetensors in {path / TOPOLOGY}, found: {error}") from None
 
 
 def fragment_reader(path: Path) -> FragmentReader:

@@ -15,7 +15,7 @@ from typing import Any
 from dsbert.auditing import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.checkpoint import read_manifest, read_state, read_topology, resolve_checkpoint
 from dsbert.checkpoint_audit import ASIDE, NAME, audit_checkpoint
-from dsbert.errors import UserError
+from dsbert.errors import CheckpointError, UserError
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.zero_shards import MOMENTS
@@ -83,10 +83,15 @@ def _measure(path: Path, names: list[str], dense_numel: int, topology: dict[str,
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of every tensor of a safetensors file, from its header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    """Bytes of every tensor of a safetensors file, from its header. Raises CheckpointError if it is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"expected safetensors in {path}, found: {error}") from None
     return {
         name: entry["data_offsets"][1] - entry["data_offsets"][0]
         for name, entry in header.items()

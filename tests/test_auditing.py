@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_damage_of_any_file_names_it(damage: Callable[[Path], object], checkpoin
         copy = tmp_path / "again" / checkpoint.name
         shutil.copytree(checkpoint, copy)
         damage(copy / name)
-        assert {entry["file"] for entry in verify(copy)["problems"]} == {name}
+        assert [entry["file"] for entry in verify(copy)["problems"]] == [name]
         shutil.rmtree(copy)
 
 
@@ -276,6 +277,12 @@ def shorten_piece(tensors: dict[str, Any], index: dict[str, list[int]]) -> None:
         tensors[f"{BIAS}/{kind}"] = tensors[f"{BIAS}/{kind}"][:-1].copy()
 
 
+def drop_first_element(tensors: dict[str, Any], index: dict[str, list[int]]) -> None:
+    index[BIAS] = [1, 31]
+    for kind in KINDS:
+        tensors[f"{BIAS}/{kind}"] = tensors[f"{BIAS}/{kind}"][1:].copy()
+
+
 def drop_moments(tensors: dict[str, Any], index: dict[str, list[int]]) -> None:
     for kind in KINDS[1:]:
         del tensors[f"{BIAS}/{kind}"]
@@ -290,6 +297,7 @@ def add_stranger(tensors: dict[str, Any], index: dict[str, list[int]]) -> None:
     [
         (drop_piece, f"{BIAS}: expected elements 0..32, found them in no file"),
         (shorten_piece, f"{BIAS}: expected elements 31..32, found them in no file"),
+        (drop_first_element, f"{BIAS}: expected elements 0..1, found them in no file"),
         (drop_moments, "expected both moments"),
         (lambda tensors, index: tensors.pop(f"{BIAS}/exp_avg"), "expected master and moments"),
         (lambda tensors, index: tensors.pop(f"{BIAS}/master"), "expected master and moments"),
@@ -305,7 +313,7 @@ def add_stranger(tensors: dict[str, Any], index: dict[str, list[int]]) -> None:
 def test_fragments_that_do_not_fit_are_named(edit: Callable[..., object], problem: str, checkpoint: Path) -> None:
     rank = rank_with(checkpoint, BIAS)
     edit_fragments(checkpoint, rank, edit)
-    if edit is drop_piece:  # in no file at all: any may be named
+    if edit in (drop_piece, drop_first_element):  # before the first piece: any file may be named
         assert any(problem in entry["problem"] for entry in verify(checkpoint)["problems"])
     else:
         assert_found(checkpoint, FRAGMENTS[rank], problem)
@@ -353,6 +361,8 @@ def test_a_stray_file_is_a_note_unless_a_reader_would_take_it(checkpoint: Path) 
     report = verify(checkpoint)
     assert report["ok"]
     assert report["notes"] == [{"file": "tokenizer/stray", "problem": "not in the manifest"}]
+    (checkpoint / "tokenizer" / "stray").rename(checkpoint / os.fsdecode(b"\xff"))
+    assert verify(checkpoint)["notes"][0]["file"] == "\\udcff"  # not UTF-8, yet printable
     shutil.copy(checkpoint / FRAGMENTS[0], checkpoint / "fragments-00002-of-00003.safetensors")
     assert_found(checkpoint, "fragments-00002-of-00003.safetensors", "not in the manifest")
 
@@ -425,12 +435,15 @@ LATEST = "checkpoints/latest"
         (lambda run: (run / LATEST).unlink(), LATEST, "missing: expected it to name step_00000012"),
         (write_over(LATEST, b""), LATEST, "found it empty"),
         (write_over(LATEST, b"\xff\xfe \n"), LATEST, "expected a checkpoint's name and a checksum, found b'"),
+        (write_over(LATEST, b"step_00000012 ?\n"), LATEST, "expected a checkpoint's name and a checksum"),
         (write_over(LATEST, b"step_00000012\n"), LATEST, "expected a checkpoint's name and a checksum"),
         (write_over(LATEST, b"step_00000099 " + b"0" * 32), LATEST, "found step_00000099, which is not there"),
         (write_over(LATEST, b"step_00000012 " + b"0" * 32), LATEST, "step_00000012/manifest.json differs"),
         (lambda run: replace_by_directory(run / LATEST), LATEST, "unreadable: Is a directory"),
         (lambda run: flip_a_bit(run / "checkpoints/step_00000006/unigram.npy"),
          "checkpoints/step_00000006/unigram.npy", "the checksum differs"),
+        (lambda run: replace_by_directory(run / "checkpoints/step_00000006/state.json"),
+         "checkpoints/step_00000006/state.json", "expected a file, found something else"),
         (replace_checkpoint_by_file, "checkpoints/step_00000006", "expected a directory"),
         (lambda run: (run / "checkpoints/step_00000099").mkdir(), "checkpoints/step_00000099/manifest.json", "missing"),
         (lambda run: (run / "checkpoints/step_00000099").symlink_to("/no"), "checkpoints/step_00000099", "expected"),

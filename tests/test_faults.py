@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,9 +272,10 @@ def test_of_two_live_attempts_the_older_one_leaves(
     """As after the death of a slurmd: its tasks live on beside those of the job's next attempt."""
     run_dir = tmp_path / "run"
     words = words_of(run_dir, data)
-    slow = {"words": words, "faults": [fault("from step", "slow", step=4)], "record": None}
-    with started(unlucky_dsbert, 2, slow) as older:
-        _wait_until(lambda: (run_dir / "checkpoints" / "latest").exists())
+    waits = {"words": words, "faults": [fault("step", "wait to be overtaken", step=4)], "record": None}
+    with started(unlucky_dsbert, 2, waits, env={"DSBERT_TEST_RUN": str(run_dir)}) as older:
+        _wait_until(lambda: (run_dir / "metrics.jsonl").exists())
+        _wait_until(lambda: len((run_dir / "metrics.jsonl").read_text().splitlines()) == 4)
         nonce = json.loads((run_dir / "attempt.json").read_text())["nonce"]
         start = time.time()
         newer = attempt(words, timeout=90)
@@ -283,11 +287,51 @@ def test_of_two_live_attempts_the_older_one_leaves(
     assert owner["nonce"] != nonce
     for path in (run_dir / "checkpoints").glob("step_*"):
         published_by = json.loads((path / "manifest.json").read_text())["attempt"]
-        assert path.name == "step_00000003" or published_by == f"2-{owner['nonce']}"
+        assert published_by == f"2-{owner['nonce']}"
     assert status(run_dir)["outcome"] == "done"
     assert final_files(run_dir) == final_files(run)
     row = fault_table.row("21", "two live attempts on one run directory", time.time() - start, (3, 3), None)
     fault_table.identical([row])
+
+
+def test_a_wandb_server_that_never_answers_slows_no_step(
+    run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    """It accepts, and that is all. The run saves, says nothing of W&B but one line, and leaves."""
+    pytest.importorskip("wandb")
+    run_dir = tmp_path / "run"
+    with _mute_server() as (port, connections):
+        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
+        words = words_of(run_dir, data, "log.wandb=true", "optim.total_steps=400", "checkpoint.every_steps=200")
+        faults = [fault("from step", "slow", step=8), fault("step", "SIGTERM", rank=0, step=16)]
+        start = time.time()
+        ended = attempt(words, *faults, env=env)
+    assert [rank.code for rank in ended] == [75, 75], ended[0].stderr
+    assert connections, "W&B has not even tried"
+    assert ended[0].stderr.count("W&B:") <= 1
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    slowest = max(record["step_s"] for record in records[9:])  # half a second of each is sleep; W&B waits for many
+    assert slowest < 3
+    fault_table.row("20", "a W&B server that accepts and never answers", time.time() - start, (75, 75), None)
+
+
+@contextmanager
+def _mute_server() -> Iterator[tuple[int, list[socket.socket]]]:
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connections.append(server.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield server.getsockname()[1], connections
+        finally:
+            for connection in connections:
+                connection.close()
 
 
 def _wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:

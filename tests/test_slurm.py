@@ -145,10 +145,15 @@ class Job:
         """The daemons of its nodes die. What they started stands still until SLURM has noticed and the next attempt has
         begun elsewhere, and then goes on beside it."""
         lost, old = self.nodes(), self.attempt()
-        step = f"[{self.record()['JobId']}.0]"
         restart = int(self.record()["Restarts"])
         zombies = self.ranks(*lost)
         assert sorted(zombies.values()) == lost
+        ends = {pid: rf"task \d \({inner_pid(pid)}\) exited with (.*)\." for pid in zombies}
+
+        def how(pid: int) -> str:
+            log = (self.cluster.folder / "log" / f"slurmd-{zombies[pid]}.log").read_text()
+            return (re.findall(ends[pid], log) or [""])[-1]
+
         try:
             for pid in zombies:
                 os.kill(pid, signal.SIGSTOP)
@@ -159,15 +164,14 @@ class Job:
             self.wait("the next attempt", lambda: self.attempt()["nonce"] != old["nonce"])
             for pid in zombies:
                 os.kill(pid, signal.SIGCONT)
-            self.wait("the end of the zombies", lambda: not set(zombies) & set(self.ranks(*lost)))
+            self.wait("the end of the zombies", lambda: all(how(pid) for pid in zombies))
+            # Nobody killed them: they found that another attempt owns the run.
+            assert {how(pid) for pid in zombies} == {"exit code 3"}
             left = rf"restart {restart}: .* and SLURM has requeued the job already: left to SLURM"
             self.wait("the end of their script", lambda: bool(re.search(left, self.log())))
         finally:
             for node in lost:
                 self.cluster.start_node(node)
-        for node in lost:  # they were not killed: they found that another attempt owns the run
-            log = (self.cluster.folder / "log" / f"slurmd-{node}.log").read_text()
-            assert re.findall(rf"{re.escape(step)} task \d .* exited with (.*)\.", log)[-1] == "exit code 3", log
         assert not set(self.nodes()) & set(lost)
 
     def assert_saved(self, cause: str, restart: int) -> None:
@@ -185,6 +189,11 @@ class Job:
         assert found == ("done", STEPS, attempts, restart)
         assert (attempt["number"], attempt["job_id"], attempt["restart_count"]) == (attempts, self.number, restart)
         assert self.record()["Restarts"] == str(restart)
+
+
+def inner_pid(pid: int) -> str:
+    """A process's id as its own node sees it."""
+    return re.findall(r"^NSpid:.*\s(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]
 
 
 def last_checkpoint(run_dir: Path) -> Path:

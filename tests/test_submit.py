@@ -74,7 +74,7 @@ def run_script(
             "show hostnames"*) echo n1 ;;
             "show node"*) echo " NodeAddr={books} Port=1" ;;
             *"show job"*) echo "{record}" ;;
-            *) echo "scontrol $*" ;;
+            *) echo "scontrol $*" && kill -TERM $PPID ;; # as SLURM does when it requeues
         esac""",
     }
     for name, program in programs.items():
