@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dsbert.errors import EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-_source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
+from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -37,7 +33,7 @@ def app() -> None:
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The data directory to make.")
 @click.option("--vocab-size", type=int, required=True, help="Tokens of the WordPiece vocabulary that is trained.")
 @click.option("--validation", type=float, default=0.05, show_default=True, help="Fraction of the documents held out.")
-@_as_json
+@as_json_option
 def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: float, as_json: bool) -> None:
     """Turn text into a tokenizer and token shards."""
     from dsbert.data.prepare import prepare as run
@@ -45,7 +41,7 @@ def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: floa
 
     with stage_bars() as progress:
         summary = run(source, to, vocab_size, validation, progress)
-    _show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
+    show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
 
 
 @app.command()
@@ -124,7 +120,7 @@ def pretrain(
 @click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
 @click.option("--sbatch", "further", multiple=True, help="Any option of sbatch, as --mem=64G. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print the script; needs no SLURM.")
-@_as_json
+@as_json_option
 def submit(recipe: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
     """Submit a SLURM job that pre-trains RECIPE, and requeues itself until it is done."""
     from dsbert.submit import job_from_options
@@ -136,88 +132,11 @@ def submit(recipe: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool
         return
     if not as_json:
         del result["text"]
-    _show(result, as_json, heading="submitted")
+    show(result, as_json, heading="submitted")
 
 
-@app.command()
-@_source
-@click.option("--text", multiple=True, help="A text file instead of the held-out documents. Repeatable.")
-@_as_json
-def evaluate(source: Path, text: tuple[str, ...], as_json: bool) -> None:
-    """Losses and accuracies on held-out or given text, with the same masks for everyone.
-
-    Losses are in nats per masked token (mlm, unigram) and per sentence pair (nsp).
-    """
-    from dsbert.evaluate import evaluate_checkpoint
-    from dsbert.progress import stage_bars
-
-    with stage_bars() as progress:
-        result = evaluate_checkpoint(source, list(text), lambda done, total: progress("evaluate", done, total))
-    _show(result, as_json, heading=f"{source} at step {result['step']}")
-
-
-@app.command()
-@_source
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The directory to write.")
-@_as_json
-def export(source: Path, to: Path, as_json: bool) -> None:
-    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form."""
-    from dsbert.export import export as run
-
-    _show(run(source, to), as_json, heading=f"exported {source}")
-
-
-@app.command()
-@_source
-@_as_json
-def inspect(source: Path, as_json: bool) -> None:
-    """Topology, density and bytes of a checkpoint."""
-    from dsbert.inspection import inspect_checkpoint
-
-    _show(inspect_checkpoint(source), as_json, heading=str(source))
-
-
-@app.command()
-@_source
-@_as_json
-def verify(source: Path, as_json: bool) -> None:
-    """Read everything, and name every file that is not what it should be: exit code 4."""
-    from dsbert.auditing import audit, report_lines
-    from dsbert.progress import stage_bars
-
-    with stage_bars() as progress:
-        report = audit(source, progress)
-    _show(report, as_json, lines=report_lines)
-    raise SystemExit(EXIT_OK if report["ok"] else EXIT_NO_CHECKPOINT)
-
-
-@app.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--quick", is_flag=True, help="List only; do not read everything to verify it.")
-@_as_json
-def checkpoints(run_dir: Path, quick: bool, as_json: bool) -> None:
-    """The checkpoints of a run, oldest first, and whether they are whole."""
-    from dsbert.inspection import checkpoint_table, list_checkpoints
-    from dsbert.progress import stage_bars
-
-    with stage_bars() as progress:
-        listing = list_checkpoints(run_dir, quick, progress)
-    _show(listing, as_json, lines=checkpoint_table)
-
-
-@app.command()
-@click.argument("both", metavar="A B", nargs=2, type=click.Path(path_type=Path))
-@click.option("--exit-code", is_flag=True, help="Exit with 1 if they differ.")
-@_as_json
-def diff(both: tuple[Path, Path], exit_code: bool, as_json: bool) -> None:
-    """Topology, weights, moments and identity of two checkpoints, or of the newest ones of runs, side by side."""
-    from dsbert.comparison import compare_checkpoints, summary_lines
-    from dsbert.progress import stage_bars
-
-    with stage_bars() as progress:
-        report = compare_checkpoints(*both, progress)
-    _show(report, as_json, lines=summary_lines)
-    raise SystemExit(1 if exit_code and not report["identical"] else EXIT_OK)
+for _command in COMMANDS:
+    app.add_command(_command)
 
 
 def main() -> None:
@@ -246,30 +165,6 @@ def run(argv: list[str]) -> int:
         traceback.print_exc()
         return EXIT_INTERNAL
     return EXIT_OK
-
-
-_Lines = Callable[[dict[str, Any]], Iterable[str]]
-
-
-def _show(values: dict[str, Any], as_json: bool, heading: str = "", lines: _Lines | None = None) -> None:
-    """One JSON document, or what `lines` makes of it for people, or else a heading and a line per entry."""
-    if as_json:
-        from dsbert.jsonl import to_json
-
-        print(to_json(values))
-        return
-    if lines is not None:
-        print("\n".join(lines(values)))
-        return
-    print(heading)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        elif isinstance(value, list):
-            value = "".join(f"\n    {item if isinstance(item, str) else json.dumps(item)}" for item in value)
-        elif isinstance(value, float):
-            value = f"{value:.4f}"
-        print(f"  {name:<14} {value}")
 
 
 def _without_nproc(argv: list[str]) -> list[str]:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dsbert.auditing import CHECKPOINTS, bytes_below, kind_of, read_latest
+from dsbert.auditing.checkpoint import ASIDE, NAME, audit_checkpoint
+from dsbert.auditing.run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.checkpoint import read_manifest, read_state, read_topology, resolve_checkpoint
-from dsbert.checkpoint_audit import ASIDE, NAME, audit_checkpoint
 from dsbert.errors import CheckpointError, UserError
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.topology import combined_digest, unpack_bits

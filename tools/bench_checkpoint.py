@@ -4,7 +4,7 @@
 
 The model is built and given moments, not trained. Saved several times, the first not counted: `snapshot` is what
 training waits for at a save (agreement on weights and topology, and the copy); what follows is written and published
-in the background; `in a hurry` is all of it with somebody waiting, as after a signal. Resume: `verify` reads every byte,
+in the background; `in a hurry`: all of it with somebody waiting, as after a signal. Resume: `verify` reads every byte,
 shared over the ranks, `load` puts it into shards. Medians. The share assumes one save in ten minutes.
 """
 

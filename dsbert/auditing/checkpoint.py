@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dsbert.auditing.content import fragment_problems, state_problems, topology_problems
 from dsbert.checkpoint import (
     MANIFEST,
     STATE,
@@ -24,7 +25,6 @@ from dsbert.checkpoint import (
     step_name,
     verify_checkpoint,
 )
-from dsbert.checkpoint_content import fragment_problems, state_problems, topology_problems
 from dsbert.fragments import fragments_name
 
 NAME = re.compile(r"step_([0-9]{8})")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dsbert.auditing.checkpoint import ASIDE, NAME, Audit, audit_checkpoint
 from dsbert.checkpoint import KIND, LATEST, MANIFEST, STATE, TOPOLOGY, Problem, read_manifest
-from dsbert.checkpoint_audit import ASIDE, NAME, Audit, audit_checkpoint
 from dsbert.durable import checksum
 from dsbert.errors import UserError
 

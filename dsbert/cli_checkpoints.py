@@ -1,0 +1,121 @@
+"""The subcommands that look at checkpoints: evaluate, export, inspect, verify, checkpoints, diff. And how all show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsbert.errors import EXIT_NO_CHECKPOINT, EXIT_OK
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+_source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+_Lines = Callable[[dict[str, Any]], Iterable[str]]
+
+
+@click.command()
+@_source
+@click.option("--text", multiple=True, help="A text file instead of the held-out documents. Repeatable.")
+@as_json_option
+def evaluate(source: Path, text: tuple[str, ...], as_json: bool) -> None:
+    """Losses and accuracies on held-out or given text, with the same masks for everyone.
+
+    Losses are in nats per masked token (mlm, unigram) and per sentence pair (nsp).
+    """
+    from dsbert.evaluate import evaluate_checkpoint
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        result = evaluate_checkpoint(source, list(text), lambda done, total: progress("evaluate", done, total))
+    show(result, as_json, heading=f"{source} at step {result['step']}")
+
+
+@click.command()
+@_source
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@as_json_option
+def export(source: Path, to: Path, as_json: bool) -> None:
+    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form."""
+    from dsbert.export import export as run
+
+    show(run(source, to), as_json, heading=f"exported {source}")
+
+
+@click.command()
+@_source
+@as_json_option
+def inspect(source: Path, as_json: bool) -> None:
+    """Topology, density and bytes of a checkpoint."""
+    from dsbert.inspection import inspect_checkpoint
+
+    show(inspect_checkpoint(source), as_json, heading=str(source))
+
+
+@click.command()
+@_source
+@as_json_option
+def verify(source: Path, as_json: bool) -> None:
+    """Read everything, and name every file that is not what it should be: exit code 4."""
+    from dsbert.auditing.run import audit, report_lines
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        report = audit(source, progress)
+    show(report, as_json, lines=report_lines)
+    raise SystemExit(EXIT_OK if report["ok"] else EXIT_NO_CHECKPOINT)
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--quick", is_flag=True, help="List only; do not read everything to verify it.")
+@as_json_option
+def checkpoints(run_dir: Path, quick: bool, as_json: bool) -> None:
+    """The checkpoints of a run, oldest first, and whether they are whole."""
+    from dsbert.inspection import checkpoint_table, list_checkpoints
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        listing = list_checkpoints(run_dir, quick, progress)
+    show(listing, as_json, lines=checkpoint_table)
+
+
+@click.command()
+@click.argument("both", metavar="A B", nargs=2, type=click.Path(path_type=Path))
+@click.option("--exit-code", is_flag=True, help="Exit with 1 if they differ.")
+@as_json_option
+def diff(both: tuple[Path, Path], exit_code: bool, as_json: bool) -> None:
+    """Topology, weights, moments and identity of two checkpoints, or of the newest ones of runs, side by side."""
+    from dsbert.comparison import compare_checkpoints, summary_lines
+    from dsbert.progress import stage_bars
+
+    with stage_bars() as progress:
+        report = compare_checkpoints(*both, progress)
+    show(report, as_json, lines=summary_lines)
+    raise SystemExit(1 if exit_code and not report["identical"] else EXIT_OK)
+
+
+COMMANDS = (evaluate, export, inspect, verify, checkpoints, diff)
+
+
+def show(values: dict[str, Any], as_json: bool, heading: str = "", lines: _Lines | None = None) -> None:
+    """One JSON document, or what `lines` makes of it for people, or else a heading and a line per entry."""
+    if as_json:
+        from dsbert.jsonl import to_json
+
+        print(to_json(values))
+        return
+    if lines is not None:
+        print("\n".join(lines(values)))
+        return
+    print(heading)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif isinstance(value, list):
+            value = "".join(f"\n    {item if isinstance(item, str) else json.dumps(item)}" for item in value)
+        elif isinstance(value, float):
+            value = f"{value:.4f}"
+        print(f"  {name:<14} {value}")
