@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
     if world.device.type == "cpu":
         # Otherwise built on first use, for minutes, and startup fails where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     chosen = precision(config)
     supported = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
     if chosen in supported and not supported[chosen]():
@@ -58,6 +61,18 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
     if inner_optimizer(engine).state:
         set_adam_step(engine, 0)
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer with every ZeRO stage, and torch.compile decorates functions of it, for which
+    torch imports its whole compiler: three seconds of each start, for an optimizer that dsbert does not use."""
+    compile_function = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda inner: inner)  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compile_function
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, world: World) -> torch.optim.Optimizer:

@@ -38,7 +38,7 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-# How many restarts in a row have brought no newer checkpoint. One that was asked for does not count.
+# How many restarts in a row have brought no newer checkpoint. Those that are SLURM's own wish do not count.
 count_fruitless() {
     local old_job old_newest old_count old_planned
     fruitless=0
@@ -51,7 +51,7 @@ count_fruitless() {
     write_ledger 0
 }
 
-write_ledger() { # $1: 1 if the next restart is one that was asked for
+write_ledger() { # $1: 1 if the next restart is SLURM's own wish
     mkdir -p "$RUN_DIR" && echo "$SLURM_JOB_ID $newest $fruitless $1" >"$ledger.tmp" && mv "$ledger.tmp" "$ledger"
 }
 
@@ -112,7 +112,7 @@ finish() { # $1: why; $2: the batch script's exit code
     exit "$2"
 }
 
-requeue() { # $1: why; $2: 1 if this was asked for
+requeue() { # $1: why; $2: 1 if it is SLURM's own wish
     local record
     record=$(scontrol --oneliner show job "$job" 2>/dev/null)
     # Preempted, or on a node that SLURM has lost and that runs on, with this shell on it, beside the job's next start.
@@ -131,7 +131,7 @@ requeue() { # $1: why; $2: 1 if this was asked for
 asked=0 step='' forwarder=''
 count_fruitless
 trap forward USR2
-trap 'write_ledger 1' TERM # SLURM ends the job, and has sent TERM to the ranks as well: a restart is its own wish
+trap 'write_ledger 1' TERM # SLURM ends the job, and has sent TERM to the ranks as well
 if ((fruitless > MAX_FRUITLESS)); then
     finish "given up: $((fruitless - 1)) restarts brought no checkpoint newer than $newest" 1
 fi
@@ -142,7 +142,7 @@ trap '' USR2 TERM # of the requeue below, which is counted as what it is
 
 outcome=$(recorded_outcome)
 if ((rc == 75)) || [[ $outcome == requeue ]]; then
-    requeue "saved" 1
+    requeue "saved" "$((!asked))" # a time limit too short to get anywhere counts; preemption does not
 elif [[ $outcome == "done" ]]; then
     finish "done" 0
 fi

@@ -483,7 +483,7 @@ def test_what_a_crash_may_leave_is_a_note(harm: Callable[[Path], object], file: 
 
 
 def test_a_checkpoint_that_retention_removes_meanwhile_is_no_damage(copy: Path) -> None:
-    from dsbert import checkpoint_audit
+    from dsbert.auditing import checkpoint as checkpoint_audit
 
     old, read_state = copy / "checkpoints" / "step_00000006", checkpoint_audit.read_state
 

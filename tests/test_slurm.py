@@ -110,13 +110,17 @@ class Job:
     def status(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "status.json").read_text())
 
-    def requeued(self, restart: int, *, partition: str = "") -> None:
-        """Wait until the job waits to be started for the `restart`th time anew, and let it start at once."""
-        pending = ("PENDING", str(restart))
-        self.wait(f"restart {restart}", lambda: (self.record()["JobState"], self.record()["Restarts"]) == pending)
-        change = [f"Partition={partition}"] if partition else []
+    def requeued(self, restart: int, **changes: str) -> None:
+        """Wait until the job waits to be started for the `restart`th time anew, and let it start at once, changed."""
+
+        def waits_or_runs() -> bool:
+            record = self.record()
+            return record["Restarts"] == str(restart) and record["JobState"] in ("PENDING", "RUNNING")
+
+        self.wait(f"restart {restart}", waits_or_runs)
+        words = [f"{name}={value}" for name, value in changes.items()]
         # SLURM would wait for 6 s, here. A start within the second of the requeue would be refused: credential revoked.
-        self.cluster.run("scontrol", "update", f"JobId={self.label}", "StartTime=now+2", *change)
+        self.cluster.run("scontrol", "update", f"JobId={self.label}", "StartTime=now+2", *words, check=bool(words))
 
     def end(self) -> str:
         """Wait for the end: how SLURM calls it."""
@@ -213,12 +217,12 @@ def test_what_befalls_a_job_leaves_no_trace(cluster: Sandbox, data: Path, undist
 
     job.reach(20, restart=0)
     cluster.run("scancel", "--batch", "--signal=USR2", job.label)
-    job.requeued(1, partition="patient")
+    job.requeued(1, Partition="patient")
     job.assert_saved(cause="SIGUSR2", restart=0)
 
     job.reach(60, restart=1)
     job.is_preempted()  # 30 s of grace
-    job.requeued(2, partition="low")
+    job.requeued(2, Partition="low")
     job.assert_saved(cause="SIGTERM", restart=1)
 
     job.reach(100, restart=2)
@@ -240,6 +244,7 @@ def test_what_befalls_a_job_leaves_no_trace(cluster: Sandbox, data: Path, undist
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(600)
 def test_slurm_notices_lost_nodes_itself(cluster: Sandbox, data: Path, undisturbed: Path, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
     job.reach(50, restart=0)
@@ -288,10 +293,11 @@ def test_it_gives_up_after_three_restarts_without_progress(cluster: Sandbox, dat
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(600)
 def test_the_time_limit_and_scancel(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
     words = ("--time", "1", "--signal-lead", "30")
     job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "optim.total_steps=100000", *words)
-    job.requeued(1)
+    job.requeued(1, TimeLimit="30")
     assert (job.status()["outcome"], job.status()["cause"]) == ("requeue", "SIGUSR2")
     job.reach(job.status()["step"] + 1, restart=1)
     cluster.run("scancel", job.label)

@@ -228,8 +228,8 @@ def test_where_the_ranks_meet(name: str, books: str, found: str, tmp_path: Path)
 
 
 def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
-    """A life, event by event (x: a crash, s: a save that was asked for, a digit: a crash after that checkpoint), and
-    what became of each: + requeued, - given up."""
+    """A life, event by event (x: a crash, s: a save when preempted, u: one when time is up, a digit: a crash after
+    that checkpoint), and what became of each: + requeued, - given up."""
     text = script("--run-dir", str(tmp_path / "r"))
 
     def fate(life: str) -> str:
@@ -238,7 +238,7 @@ def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
         for restart, event in enumerate(life):
             save = f"mkdir -p r/checkpoints/step_0000000{event}; " if event.isdigit() else ""
             done = run_script(
-                text, tmp_path, save + ("exit 75" if event == "s" else "exit 137"),
+                text, tmp_path, save + {"s": "exit 75", "u": "kill -USR2 $PPID; exit 75"}.get(event, "exit 137"),
                 RUNNING.replace("Restarts=0", f"Restarts={restart}"), SLURM_RESTART_COUNT=str(restart or ""),
             )  # fmt: skip
             found += "+" if "scontrol requeue" in done.stdout else "-"
@@ -249,6 +249,7 @@ def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
     assert fate("xxx1xxxx") == "+++++++-"
     assert fate("123456") == "++++++"
     assert fate("ssssss") == "++++++"
+    assert fate("uuuuu") == "++++-"
     assert fate("xsxsxx") == "+++++-"
 
 
