@@ -64,8 +64,8 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
 
 
 def _import_muon_uncompiled() -> None:
-    """DeepSpeed imports its Muon optimizer with every ZeRO stage, and torch.compile decorates functions of it, for which
-    torch imports its whole compiler: three seconds of each start, for an optimizer that dsbert does not use."""
+    """DeepSpeed imports its Muon optimizer with every ZeRO stage, where torch.compile decorates functions; for this
+    torch imports its compiler: three seconds of each start, for an optimizer that dsbert does not use."""
     compile_function = torch.compile
     torch.compile = lambda function=None, **options: function or (lambda inner: inner)  # type: ignore[assignment]
     try:

@@ -48,6 +48,7 @@ class Process(Protocol):
 
     def pids(self) -> list[int]: ...
     def poll(self) -> int | None: ...
+    def said_bytes(self) -> int: ...
 
 
 @dataclass
@@ -55,12 +56,14 @@ class Launcher:
     """`dsbert WORDS --nproc N` as a user starts it."""
 
     process: subprocess.Popen[bytes]
+    log: Path
 
     @classmethod
     def start(cls, words: list[str], ranks: int, log: Path) -> Launcher:
         with log.open("ab") as file:
             command = [sys.executable, "-m", "dsbert", *words, "--nproc", str(ranks)]
-            return cls(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            return cls(subprocess.Popen(command, stdout=file, stderr=file, env=environment), log)
 
     def pids(self) -> list[int]:
         with suppress(OSError):
@@ -70,6 +73,9 @@ class Launcher:
 
     def poll(self) -> int | None:
         return self.process.poll()
+
+    def said_bytes(self) -> int:
+        return self.log.stat().st_size
 
 
 @dataclass
@@ -165,8 +171,8 @@ class Chaos:
     def _wait(self, process: Process, hunt: Hunt | None) -> int:
         heard, size = time.monotonic(), -1
         while (code := process.poll()) is None:
-            if (self._folder / "log").stat().st_size != size:
-                heard, size = time.monotonic(), (self._folder / "log").stat().st_size
+            if process.said_bytes() != size:
+                heard, size = time.monotonic(), process.said_bytes()
             if time.monotonic() - heard > _SILENCE_S:
                 for pid in process.pids():
                     with suppress(ProcessLookupError):
