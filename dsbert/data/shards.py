@@ -217,7 +217,7 @@ def checksum(path: Path) -> str:
 
 
 def _view(array: Any) -> NDArray[Any]:
-    """An Arrow array without nulls as numpy, without a copy. (Its own `to_numpy` imports pandas, for most of a second.)"""
+    """An Arrow array without nulls as numpy, not copied. (Its own `to_numpy` imports pandas, for most of a second.)"""
     flat = np.frombuffer(array.buffers()[1], dtype=array.type.to_pandas_dtype())
     return flat[array.offset : array.offset + len(array)]
 
