@@ -136,7 +136,7 @@ class Run:
                 yield
         except LostPeerError as error:
             self.heartbeat.enter("leaving")
-            raise PeerError(self._account_for_lost(str(error))) from error
+            raise PeerError(self._account_for_lost(str(error), self.heartbeat.culprits())) from error
         except Exception as error:
             culprits = [
                 Culprit(rank, self.hosts[rank], self.step, None, "is at fault")
@@ -150,9 +150,8 @@ class Run:
                 error.args = ("; ".join([str(error), *map(str, culprits)]),)
             raise
 
-    def _account_for_lost(self, found: str) -> str:
-        """Find out whose fault it is, record it, and say it."""
-        culprits = self.heartbeat.culprits()
+    def _account_for_lost(self, found: str, culprits: list[Culprit]) -> str:
+        """Record whose fault it is, and say it."""
         named = ", ".join(map(str, culprits[:8])) or "no rank is silent: see to the network between the nodes"
         self.heartbeat.end(EXIT_PEER, found)
         survivors = set(range(self.world.world_size)) - {culprit.rank for culprit in culprits}
@@ -161,7 +160,7 @@ class Run:
         return f"{named}; {found}"
 
     def _record_failure(self, cause: str, culprits: list[Culprit]) -> None:
-        if hasattr(self, "attempt") and self.directory.owns(self.attempt):
+        if hasattr(self, "attempt") and self.directory.owns(self.attempt) and not self.directory.has_ended():
             culprit = None
             if culprits:
                 first = culprits[0]
@@ -172,7 +171,9 @@ class Run:
         """The main thread makes no progress, and its collectives do not end by themselves either."""
         threading.Timer(_LEAVE_S, os._exit, [EXIT_PEER]).start()
         found = f"rank {self.world.rank} on {self.world.host} made no progress for {self.timeout_s:g} s"
-        print(f"dsbert: {self._account_for_lost(found)}", file=sys.stderr, flush=True)
+        own = Culprit(self.world.rank, self.world.host, self.step, None, "lives but does not go on")
+        culprits = self.heartbeat.culprits() or [own]
+        print(f"dsbert: {self._account_for_lost(found, culprits)}", file=sys.stderr, flush=True)
         os._exit(EXIT_PEER)
 
     def _assert_shared(self, run_dir: Path) -> None:

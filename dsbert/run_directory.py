@@ -152,6 +152,14 @@ class RunDirectory:
         except (PeerError, KeyError):
             return False
 
+    def has_ended(self) -> bool:
+        """Whether status.json says already how the attempt ended."""
+        try:
+            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            return status["outcome"] is not None
+        except (OSError, ValueError, KeyError):
+            return False
+
     def set_status(
         self,
         attempt: dict[str, Any],

@@ -218,6 +218,58 @@ def test_resumed_on_2_then_4_3_and_1_ranks_at_stages_1_3_2_and_1(
     fault_table.row("13", what, time.time() - start, (75, 75, 75, 0), None)
 
 
+@pytest.mark.exhaustive
+def test_bf16_on_another_world_stays_close(data: Path, tmp_path: Path) -> None:
+    """The digest agrees up to the first later update (paper, algorithm 1: equal weights give equal decisions)."""
+    words = ["deepspeed.config=zero1_bf16"]
+    for name, stop in (("straight", None), ("resumed", 3)):
+        faults = [] if stop is None else [fault("step", "SIGTERM", rank=0, step=stop)]
+        ended = attempt(words_of(tmp_path / name, data, *words), *faults)
+        assert {rank.code for rank in ended} == {75 if faults else 0}, ended[0].stderr
+    stage = "deepspeed.overrides.zero_optimization.stage=3"
+    ended = attempt(words_of(tmp_path / "resumed", data, *words, stage), world_size=3, timeout=120)
+    assert {rank.code for rank in ended} == {0}, ended[0].stderr
+    before, after = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "resumed")
+    )
+    for old, new in zip(before, after, strict=True):
+        assert new["loss"] == pytest.approx(old["loss"], abs=2e-2)
+    assert [new["topology_digest"] for new in after[:5]] == [old["topology_digest"] for old in before[:5]]
+
+
+def test_the_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:
+    interrupts = [fault(where, "SIGINT", step=step) for where, step in (("step", 3), ("write", 5))]
+    ended = attempt(words_of(tmp_path / "run", data), *interrupts)
+    assert [rank.code for rank in ended] == [130, 130], ended[0].stderr
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000005").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("who", [0, None])
+def test_a_rank_that_lives_but_does_not_go_on(
+    who: int | None, data: Path, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    """Rank 0 alone: the other's collective ends by itself. Both: none waits, and the heartbeats' threads see."""
+    args = {
+        "words": words_of(tmp_path / "run", data),
+        "faults": [fault("step", "hang", rank=who, step=4)],
+        "record": None,
+    }
+    with started(unlucky_dsbert, 2, args) as ranks:
+        ended = wait_for(ranks, set(), 40 + 30)
+    codes = [rank.code for rank in ended]
+    assert codes == [3, 3], ended[0].stderr
+    assert max(rank.seconds for rank in ended) < 10 + 30
+    found = status(tmp_path / "run")
+    assert found["outcome"] == "failed"
+    assert found["culprit"]["rank"] == 0
+    if who == 0:
+        assert "rank 0 on" in ended[1].stderr
+        what = "rank 0 lives but does not go on"
+        fault_table.row("4", what, max(rank.seconds for rank in ended), codes, found["culprit"])
+
+
 def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_step_on_all(
     data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:

@@ -24,10 +24,10 @@ from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
 from tests.helpers import run_distributed
 from tools.slurm_sandbox import Sandbox, install, missing, wait_for
 
-STEPS = 240
+STEPS = 480  # so many that a job which is disturbed five times is not done before the fifth
 OVERRIDES = (
     *SMALL, "batch.global_batch=4", "batch.micro_batch=2", f"optim.total_steps={STEPS}", "checkpoint.every_steps=40",
-    "eval.every_steps=80",
+    "eval.every_steps=160",
 )  # fmt: skip
 START_S = 120.0  # a start takes 8 s on two idle cores
 

@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsbert.checkpoint import LATEST, verify_checkpoint
+from dsbert.auditing.run import audit
+from dsbert.checkpoint import LATEST
 from dsbert.durable import checksum
 
 RECIPE = (
@@ -285,7 +286,7 @@ class LatestWatch:
             self.first_at = self.first_at or time.time()
             name, manifest = named.split()
             path = self._root / name
-            if verify_checkpoint(path) or checksum(path / "manifest.json") != manifest:
+            if not audit(path)["ok"] or checksum(path / "manifest.json") != manifest:
                 self.torn += 1
                 print(f"torn: {named}", file=sys.stderr)
 
