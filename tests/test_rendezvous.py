@@ -22,6 +22,7 @@ from dsbert.errors import DsbertError, UserError
 from dsbert.meeting_place import candidate_ports, find_place, first_node
 from dsbert.ranks import Ranks, ranks_from_environment
 from tests.commands import SMALL
+from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
 
 LAUNCHERS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|(SLURM|PMI|OMPI|MPI|TORCHELASTIC)_.*)$")
@@ -369,7 +370,10 @@ def _mistakes(busy: int, all_busy: str) -> list[tuple[dict[str, str], str, str]]
     ]
 
 
-def test_an_environment_with_something_amiss_gives_one_line(data: Path, tmp_path: Path) -> None:
+def test_an_environment_with_something_amiss_gives_one_line(
+    data: Path, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    start = time.time()
     job, ports = _new_job()
     mistakes = _mistakes(ports[0], job)
     words = [f"data.path={data}", *SMALL]
@@ -384,3 +388,5 @@ def test_an_environment_with_something_amiss_gives_one_line(data: Path, tmp_path
         assert text.count("\n") == 1, (environment, text)
         assert expected in text, (environment, text)
     assert not (tmp_path / "run").exists()
+    what = f"{len(mistakes)} environments: ports busy, no mpi4py, incomplete SLURM or torchrun variables: one line each"
+    fault_table.row("19", what, time.time() - start, [code for code, _ in found], None)
