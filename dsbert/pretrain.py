@@ -100,12 +100,12 @@ def _after_step(run: Run, result: StepResult, stop: StopRequest) -> bool:
 
 
 def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) -> int:
-    """Leave together: a launcher may kill all ranks as soon as the first has left."""
+    """Leave together, status first: a launcher may kill all ranks as soon as one has left. W&B, which may take its
+    time, comes last: nobody waits for it in a collective."""
     _report(run, run.writer.finish())
     cause = next(filter(None, gather_json(stop and stop.name)), None)
     step = run.engine.step
     run.reporter.say(f"{outcome} at step {step} of {run.recipe.optim.total_steps}: {run.directory.path}")
-    run.reporter.close(patient=code == EXIT_OK)
 
     def record() -> None:
         run.directory.assert_owner(run.attempt)
@@ -113,6 +113,7 @@ def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) 
 
     together(record, only_main=True)
     run.heartbeat.end(code)
+    run.reporter.close(patient=code == EXIT_OK)
     return code
 
 
@@ -126,6 +127,7 @@ def _save(run: Run) -> None:
         together(lambda: run.directory.assert_owner(run.attempt), only_main=True)
         if run.world.is_main:
             run.directory.journal.sync()
+            run.directory.metrics.sync()
         run.writer.begin(run.engine, run.masks, run.state | {"totals": run.reporter.totals()})
     run.reporter.waited(time.perf_counter() - start)
 
