@@ -15,7 +15,10 @@ Names with a dot in front belong to a writer at work, or to one that was killed.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +71,12 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def published(root: Path) -> list[Path]:
-    """The checkpoints under their final names, oldest first."""
-    return sorted(root.glob("step_" + "[0-9]" * 8))
+    """The checkpoints under their final names, oldest first. Raises OSError where they cannot be listed."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    return sorted(root / name for name in names if re.fullmatch("step_[0-9]{8}", name))
 
 
 def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[Path | None, list[str]]:
@@ -97,8 +104,13 @@ def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[P
     return None, skipped
 
 
-def verify_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> list[Problem]:
-    """Read everything; what is wrong, or nothing. share = (k, n): of the files, read every n-th from the k-th on."""
+def verify_checkpoint(
+    path: Path, share: tuple[int, int] = (0, 1), count: Callable[[int], object] = lambda nbytes: None
+) -> list[Problem]:
+    """Read everything; what is wrong, or nothing. share = (k, n): of the files, read every n-th from the k-th on.
+
+    count: told the bytes of every piece that was read.
+    """
     try:
         manifest = read_manifest(path)
         entries = [(str(name), int(entry["bytes"]), str(entry["xxh3"])) for name, entry in manifest["files"].items()]
@@ -118,7 +130,7 @@ def verify_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> list[Probl
                 problems.append(Problem(name, "missing"))
             elif file.stat().st_size != size:
                 problems.append(Problem(name, f"expected {size} bytes, found {file.stat().st_size}"))
-            elif checksum(file) != expected:
+            elif checksum(file, count) != expected:
                 problems.append(Problem(name, "the checksum differs"))
         except OSError as error:
             problems.append(Problem(name, f"unreadable: {error.strerror}"))

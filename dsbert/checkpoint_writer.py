@@ -28,7 +28,7 @@ import torch
 from dsbert.checkpoint import FORMAT, KIND, STATE, TOPOLOGY, step_name
 from dsbert.distributed import all_reduce, gather_json, together
 from dsbert.durable import sync_directory, write_and_read_back
-from dsbert.errors import DsbertError
+from dsbert.errors import DsbertError, PeerError
 from dsbert.fragments import FragmentBuffer, fragment_bytes, fragments_name
 from dsbert.publication import Publisher, Retention
 from dsbert.sparse import MaskManager
@@ -53,10 +53,10 @@ class CheckpointWriter:
 
     root: the run's `checkpoints` directory. companions: a directory whose files go into every checkpoint unchanged
     (tokenizer, unigram counts). attempt: goes into the names of what is not yet, or no longer, a checkpoint.
-    assert_owner: raises if this attempt may not write any more. max_bytes_per_s: how fast a
-    rank may write in the background. timeout_s: how long `finish` waits while no rank
-    writes a byte. watch: told what the writer is at, for heartbeats. Memory: a copy of this rank's fragments, held from
-    the first save on.
+    assert_owner: raises if this attempt may not write any more. max_bytes_per_s: how fast a rank may write in the
+    background. timeout_s: how long `finish` waits while no rank writes or reads a byte. watch: told what the writer is
+    at, for heartbeats; alive: called while `finish` waits and something moves. Memory: a copy of this rank's fragments,
+    held from the first save on.
     """
 
     def __init__(
@@ -70,10 +70,12 @@ class CheckpointWriter:
         max_bytes_per_s: float | None = None,
         timeout_s: float = 300.0,
         watch: Callable[[str | None], object] = lambda activity: None,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._root, self._companions, self._attempt = root, companions, attempt
         self._publisher = Publisher(root, attempt, retention, assert_owner)
-        self._watch = watch
+        self._watch, self._alive = watch, alive
+        self._tidying: threading.Thread | None = None
         self._max_bytes_per_s, self._timeout_s = max_bytes_per_s, timeout_s
         self._buffer = FragmentBuffer()
         self._job: _Job | None = None
@@ -145,14 +147,17 @@ class CheckpointWriter:
             raise
         self._job = None
         self._watch(None)
+        if job.rank == 0 and not (self._tidying and self._tidying.is_alive()):  # nobody waits for it
+            self._tidying = threading.Thread(target=self._publisher.remove_old, name="dsbert-retention", daemon=True)
+            self._tidying.start()
         return Saved(job.step, job.target, job.nbytes, time.perf_counter() - job.started)
 
     def finish(self) -> Saved | None:
         """Wait until what is in flight is published. Collective.
 
-        Raises DsbertError on every rank if no rank writes a byte for the timeout; PeerError if a peer is gone.
+        Raises PeerError on every rank if no rank writes or reads a byte for the timeout, or if a peer is gone.
         """
-        saved, written, since = None, -1, time.monotonic()
+        saved, moved, since = None, (-1, False), time.monotonic()
         while self._job is not None:
             job = self._job
             job.hurry.set()
@@ -163,13 +168,19 @@ class CheckpointWriter:
             if not busy:
                 saved = self.advance()
             elif late:
-                raise DsbertError(
+                raise PeerError(
                     f"expected the checkpoint {job.target} to be written, found {busy} ranks that write nothing for "
                     f"{self._timeout_s:g} s: see whether the file system of the run directory answers"
                 )
-            if total != written:
-                written, since = total, time.monotonic()
+            if (total, job.publishing) != moved:
+                moved, since = (total, job.publishing), time.monotonic()
+                self._alive()
         return saved
+
+    def close(self, patience_s: float = 5.0) -> None:
+        """Give the removal of old checkpoints a moment; the next attempt removes what is left of it. Not collective."""
+        if self._tidying:
+            self._tidying.join(patience_s)
 
     def save(self, engine: TrainEngine, masks: MaskManager, state: dict[str, Any]) -> Saved:
         """`begin` and `finish`."""
@@ -189,11 +200,12 @@ class CheckpointWriter:
             xxh3 = write_and_read_back(path, data, job.count, self._max_bytes_per_s, job.hurry)
             entries.append({"file": name, "bytes": len(data), "xxh3": xxh3})
             self._watch("written")
-        sync_directory(job.temporary)
+        for directory in {(job.temporary / name).parent for name in job.files}:
+            sync_directory(directory)
         return entries
 
     def _publish(self, job: _Job, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self._publisher.publish(job.temporary, job.target, job.manifest, entries)
+        self._publisher.publish(job.temporary, job.target, job.manifest, entries, job.count)
         return []
 
 
@@ -215,7 +227,7 @@ class _Job:
         self._failure: Exception | None = None
 
     def count(self, nbytes: int) -> None:
-        """So many more bytes stand in files."""
+        """So many more bytes were written or read."""
         self.written += nbytes
 
     def start(self, work: Callable[[], list[dict[str, Any]]]) -> None:

@@ -10,6 +10,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,6 +61,8 @@ def init(timeout_s: float = 300.0) -> World:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     cuda = torch.cuda.is_available()
     device = _device(local_rank) if cuda else torch.device("cpu")
+    # NCCL's own watchdog would abort the process when a peer is gone, before it is known which: health.py ends it.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     meeting = meet(ranks, timeout_s)
     try:
         dist.init_process_group(
@@ -149,6 +152,22 @@ def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
         raised.ranks = () if everywhere or only_main else (first,)
         raise raised
     return result
+
+
+def patiently(work: Callable[[], object]) -> None:
+    """Run `work` on rank 0, however long it takes: the others ask again and again, so that no collective waits long.
+
+    Raises its DsbertError on every rank.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work) if rank == 0 else None
+        busy = True
+        while busy:
+            if future is not None:
+                wait([future], timeout=0.5)
+            busy = bool(all_reduce(torch.tensor([int(future is not None and not future.done())])))
+    together(lambda: future and future.result(), only_main=True)
 
 
 def assert_replicas_agree(what: str, values: dict[str, int], group: dist.ProcessGroup | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 _CHUNK_BYTES = 1 << 20
+_CHUNKS_A_SYNC = 64
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -37,7 +38,8 @@ def write_and_read_back(
 ) -> str:
     """Write a file durably, compare what the disk gives back, and return its xxh3_128 in hexadecimal.
 
-    count: told the bytes of every piece. max_bytes_per_s: until `hurry` is set, no faster. Raises OSError.
+    count: told the bytes of every piece that was written or read. max_bytes_per_s: until `hurry` is set, no faster.
+    Raises OSError.
     """
     view, hasher = memoryview(data), xxhash.xxh3_128()
     hurry = hurry or threading.Event()
@@ -48,23 +50,27 @@ def write_and_read_back(
             file.write(chunk)
             hasher.update(chunk)
             count(len(chunk))
+            if (first // _CHUNK_BYTES + 1) % _CHUNKS_A_SYNC == 0:  # or the last sync would take long, and show nothing
+                file.flush()
+                os.fdatasync(file.fileno())
             if max_bytes_per_s:
                 hurry.wait(max(0.0, start + (first + len(chunk)) / max_bytes_per_s - time.monotonic()))
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # or the page cache would answer for the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if checksum(path) != hasher.hexdigest():
+    if checksum(path, count) != hasher.hexdigest():
         raise OSError(f"{path} does not read back as it was written")
     return hasher.hexdigest()
 
 
-def checksum(path: Path) -> str:
-    """xxh3_128 of a file, in hexadecimal. Raises OSError."""
+def checksum(path: Path, count: Callable[[int], object] = lambda nbytes: None) -> str:
+    """xxh3_128 of a file, in hexadecimal. count: told the bytes of every piece. Raises OSError."""
     hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
+            count(len(chunk))
     return hasher.hexdigest()
 
 

@@ -23,6 +23,7 @@ from dsbert.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
 _BEYOND_S = 8.0
 _POLL_S = 0.05
 _RECORD_BYTES = 1024
+LEAVING = "leaving"
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Culprit:
 class Heartbeat:
     """This rank's heartbeat, and a look at everybody's. `start` it; a thread does the rest.
 
-    on_hang: called from the thread if this rank, once it trains, makes no progress for longer than a collective may
-    take. (Before that, what takes long is building and loading.)
+    on_hang: called from a thread if this rank, once it trains, makes no progress for longer than a collective may take.
+    (Before that, what takes long is building and loading.)
     """
 
     def __init__(self, directory: Path, rank: int, hosts: list[str], timeout_s: float) -> None:
@@ -75,6 +76,8 @@ class Heartbeat:
             self._file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._beat()
         threading.Thread(target=self._run, name="dsbert-heartbeat", daemon=True).start()
+        # Apart from the beats, which stand still with their file system.
+        threading.Thread(target=self._watch, name="dsbert-watchdog", daemon=True).start()
 
     def advance(self, step: int | None = None) -> None:
         """Progress was made: `step` optimizer steps are taken, or (None; not written) a piece of something longer."""
@@ -97,6 +100,12 @@ class Heartbeat:
         """From now on the rank is at `name`."""
         self._trains = name == "train"
         self._set(phase=name)
+
+    def leave(self) -> None:
+        """A collective has failed: no progress, and nothing to be blamed for."""
+        self._trains = False
+        self._record["phase"] = LEAVING
+        self._beat()
 
     def saving(self, activity: str | None) -> None:
         """What the checkpoint writer is at; for its threads, whose progress is not the rank's."""
@@ -131,7 +140,7 @@ class Heartbeat:
         missing = [
             Culprit(rank, host, None, None, "has not come as far as a heartbeat")
             for rank, host in enumerate(self._hosts)
-            if rank not in now
+            if rank not in now and rank != self._rank
         ]
         others = [record for rank, record in now.items() if rank != self._rank and not record["ended"]]
         silent = [
@@ -143,9 +152,15 @@ class Heartbeat:
 
     def _furthest_behind(self, others: list[dict[str, Any]]) -> list[Culprit]:
         own = self._record["step"], self._progress
-        behind = [record for record in others if (record["step"], record["progress"]) < own]
-        behind.sort(key=lambda record: (record["step"], record["progress"]))
-        return [_culprit(record, "lives but does not go on") for record in behind[:1]]
+        behind = [
+            record for record in others if (record["step"], record["progress"]) < own and record["phase"] != LEAVING
+        ]
+        least = min(((record["step"], record["progress"]) for record in behind), default=own)
+        return [
+            _culprit(record, "lives but does not go on")
+            for record in behind
+            if (record["step"], record["progress"]) == least
+        ]
 
     def _everybody(self) -> dict[int, dict[str, Any]]:
         records = {}
@@ -177,6 +192,9 @@ class Heartbeat:
             if self._file is not None:
                 with suppress(OSError):  # other nodes see what has left this one's cache
                     os.fdatasync(self._file)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.interval_s):
             if self._trains and time.monotonic() - self._progressed > self._timeout_s + _BEYOND_S:
                 self.on_hang()
                 return

@@ -42,15 +42,12 @@ def pretrain(
     try:
         with run.failures():
             run.build(resume)
-            if _agreed(stop):
-                code = _finish(run, "requeue", EXIT_REQUEUE, stop)
-                return code
             run.restore()
-            code = _train(run, stop)
+            code = _finish(run, "requeue", EXIT_REQUEUE, stop) if _agreed(stop) else _train(run, stop)
             return code
     finally:
-        if code is None and hasattr(run, "reporter"):
-            run.reporter.close(patient=False)
+        if code is None:
+            run.close()
 
 
 def _train(run: Run, stop: StopRequest) -> int:
@@ -90,9 +87,9 @@ def _after_step(run: Run, result: StepResult, stop: StopRequest) -> bool:
     if not stopping and _due(recipe.eval.every_steps, step, recipe.optim.total_steps) and _validates(run):
         validation = _validate(run, stop)
         stopping = validation is None
-    run.reporter.step(StepReport(step, result, run.masks, update, validation))
     if step % recipe.log.every_steps == 0:  # on every rank: one that was left over from another attempt leaves at once
         run.directory.assert_owner(run.attempt)
+    run.reporter.step(StepReport(step, result, run.masks, update, validation))
     if step % _WEIGHT_CHECK_STEPS == 0:
         assert_replicas_agree("the weights", run.engine.replica_digests())
     _assert_not_stuck(run, result)
@@ -109,10 +106,14 @@ def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) 
 
     def record() -> None:
         run.directory.assert_owner(run.attempt)
-        run.directory.set_status(run.attempt, outcome, step, cause)
+        try:
+            run.directory.set_status(run.attempt, outcome, step, cause)
+        except OSError as error:  # the checkpoint is there, and the exit code says the same
+            run.reporter.say(f"status.json could not be written: {error}")
 
     together(record, only_main=True)
     run.heartbeat.end(code)
+    run.writer.close()
     run.reporter.close(patient=code == EXIT_OK)
     return code
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,7 @@ class Publisher:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            sync_directory(self._root.parent)
             free = shutil.disk_usage(temporary).free
         except OSError as error:
             raise DsbertError(f"could not make {temporary}: {error.strerror}; earlier checkpoints are intact") from None
@@ -54,24 +57,30 @@ class Publisher:
                 "make room and start again; earlier checkpoints are intact"
             )
 
-    def publish(self, temporary: Path, target: Path, manifest: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    def publish(
+        self,
+        temporary: Path,
+        target: Path,
+        manifest: dict[str, Any],
+        entries: list[dict[str, Any]],
+        count: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
         """Publish what the ranks say they have written. Raises DsbertError or OSError.
 
-        entries: (file, bytes, xxh3) of every file, each read back by the rank that wrote it.
+        entries: (file, bytes, xxh3) of every file, each read back by the rank that wrote it. count: told the bytes of
+        every piece that was read.
         """
         self._assert_owner()
         files = {entry["file"]: {"bytes": entry["bytes"], "xxh3": entry["xxh3"]} for entry in entries}
         text = (json.dumps(manifest | {"files": files}, indent=1) + "\n").encode()
         write_durably(temporary / MANIFEST, text)
         sync_directory(temporary)
-        for name, entry in files.items():  # as rank 0 sees what the others wrote
-            found = (temporary / name).stat().st_size
-            if found != entry["bytes"]:
-                raise DsbertError(f"expected {entry['bytes']} bytes in {temporary / name}, found {found}")
+        _assert_sizes(temporary, files)
         self._assert_owner()
-        _move_aside(target, self._attempt)
+        _move_aside(target, self._attempt, count)
         os.replace(temporary, target)
         sync_directory(self._root)
+        _assert_sizes(target, files)  # once more: nobody can have touched them under this name
         if (target / MANIFEST).read_bytes() != text:
             raise DsbertError(f"expected {target / MANIFEST} as it was written, found something else")
         self._assert_owner()
@@ -80,9 +89,18 @@ class Publisher:
         os.replace(pointer, self._root / LATEST)
         sync_directory(self._root)
         self._verified.add(target.name)
-        self._remove_old(target.name)
+
+    def remove_old(self) -> None:
+        """Remove what retention does not keep. What cannot be removed costs a line on standard error."""
+        try:
+            self._remove_old((self._root / LATEST).read_text().split()[0])
+        except DsbertError:  # another attempt owns the run, and removes what it likes
+            return
+        except (OSError, IndexError) as error:
+            print(f"dsbert: old checkpoints in {self._root} were not removed: {error}", file=sys.stderr, flush=True)
 
     def _remove_old(self, latest: str) -> None:
+        self._assert_owner()
         kept = 0
         for path in reversed(published(self._root)):
             if kept < self._retention.keep:
@@ -91,7 +109,8 @@ class Publisher:
             every = self._retention.keep_every_steps
             if path.name == latest or (every and int(path.name.removeprefix("step_")) % every == 0):
                 continue
-            removed = path.with_name(f".{path.name}.removed")  # a half-removed one must not look like a checkpoint
+            # By another name first: what is half removed must not look like a checkpoint.
+            removed = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
             os.replace(path, removed)
             shutil.rmtree(removed, ignore_errors=True)
 
@@ -101,8 +120,16 @@ class Publisher:
         return path.name in self._verified
 
 
-def _move_aside(target: Path, attempt: str) -> None:
+def _assert_sizes(directory: Path, files: dict[str, Any]) -> None:
+    """As rank 0 sees what the others wrote."""
+    for name, entry in files.items():
+        found = (directory / name).stat().st_size
+        if found != entry["bytes"]:
+            raise DsbertError(f"expected {entry['bytes']} bytes in {directory / name}, found {found}")
+
+
+def _move_aside(target: Path, attempt: str, count: Callable[[int], object]) -> None:
     """What stands where the new checkpoint belongs is kept: under a name that says whether it was whole."""
     if target.exists():
-        kind = "damaged" if verify_checkpoint(target) else "superseded"
+        kind = "damaged" if verify_checkpoint(target, count=count) else "superseded"
         os.replace(target, target.with_name(f"{target.name}.{kind}-{attempt}"))

@@ -47,15 +47,16 @@ class Reporter:
         self._since = (0, 0, 0, 0.0)
         self._waited_s = 0.0
 
-    def begin(self, step: int, totals: dict[str, int], attempt: int) -> None:
+    def begin(self, step: int, totals: dict[str, int], attempt: dict[str, Any]) -> None:
         """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
         self._totals |= totals
+        self._attempt = attempt
         self._since = (step, self._totals["tokens"], self._totals["skipped"], time.perf_counter())
         if not self._main:
             return
         recipe = self._recipe
         for file in (self._directory.metrics, self._directory.journal):
-            file.cut_back(step, attempt)
+            file.cut_back(step, attempt["number"])
         config = recipe.model_dump(mode="json")
         log = recipe.log
         self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
@@ -94,6 +95,7 @@ class Reporter:
         happened = report.update or report.validation or result.stop or result.skipped
         if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
             record = self._record(report)
+            self._directory.assert_owner(self._attempt)
             self._directory.metrics.append(record)
             self._wandb.log(record)
             self._bar.show(record)

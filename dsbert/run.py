@@ -7,7 +7,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dsbert.config import Recipe
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import verify_shards
 from dsbert.data.stream import SampleStream
-from dsbert.distributed import World, gather_json, together
+from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config
 from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
@@ -57,6 +57,7 @@ class Run:
     def __init__(self, recipe: Recipe, run_dir: Path, world: World, timeout_s: float) -> None:
         """Raises UserError on every rank if they differ in recipe, data or configuration, or share no directory."""
         self.recipe, self.world, self.timeout_s = recipe, world, timeout_s
+        self._last_resort = threading.Timer(0, lambda: None)
         self.directory = RunDirectory(run_dir)
         manifest = together(lambda: load_manifest(recipe.data.path))
         assert manifest is not None
@@ -78,7 +79,7 @@ class Run:
         recipe, world = self.recipe, self.world
         together(lambda: verify_shards(recipe.data.path, (world.rank, world.world_size)))
         # One rank builds the sample indices, the others then find them.
-        together(lambda: _open_streams(recipe), only_main=True)
+        patiently(lambda: _open_streams(recipe))
         streams = together(lambda: _open_streams(recipe))
         vocab_size = self._manifest.tokenizer.vocab_size
         built = together(lambda: build_model(recipe, vocab_size, world.device))
@@ -111,6 +112,7 @@ class Run:
             max_bytes_per_s=every.max_mb_per_s * 1e6 if every.max_mb_per_s else None,
             timeout_s=self.timeout_s,
             watch=self.heartbeat.saving,
+            alive=self.heartbeat.advance,
         )
 
     def restore(self) -> None:
@@ -123,7 +125,7 @@ class Run:
                 totals = load_checkpoint(path, self.engine, self.masks)["totals"]
             self.reporter.say(f"resuming from {path}")
         self.heartbeat.advance(self.engine.step)
-        self.reporter.begin(self.engine.step, totals, self.attempt["number"])
+        self.reporter.begin(self.engine.step, totals, self.attempt)
 
     @property
     def step(self) -> int | None:
@@ -137,7 +139,8 @@ class Run:
             with distributed.peer_failures(self.world):
                 yield
         except LostPeerError as error:
-            self.heartbeat.enter("leaving")
+            self._leave_at_last(EXIT_PEER)
+            self.heartbeat.leave()
             if not _watches(self.world.rank):
                 self.heartbeat.end(EXIT_PEER, str(error))
                 raise
@@ -148,6 +151,7 @@ class Run:
                 for rank in (error.ranks if isinstance(error, DsbertError) else (self.world.rank,))
             ]
             code = error.exit_code if isinstance(error, DsbertError) else EXIT_INTERNAL
+            self._leave_at_last(code)
             self.heartbeat.end(code, str(error))
             if self.world.is_main:
                 self._record_failure(str(error), culprits)
@@ -166,16 +170,33 @@ class Run:
         return f"{named}; {found}"
 
     def _record_failure(self, cause: str, culprits: list[Culprit]) -> None:
-        if hasattr(self, "attempt") and self.directory.owns(self.attempt) and not self.directory.has_ended():
+        if (
+            hasattr(self, "attempt")
+            and self.directory.owns(self.attempt)
+            and not self.directory.has_ended(self.attempt)
+        ):
             culprit = None
             if culprits:
                 first = culprits[0]
                 culprit = {"rank": first.rank, "host": first.host, "step": first.step, "phase": first.phase}
-            self.directory.set_status(self.attempt, "failed", self.step, cause, culprit)
+            with suppress(OSError):  # what has failed is said all the same
+                self.directory.set_status(self.attempt, "failed", self.step, cause, culprit)
+
+    def _leave_at_last(self, code: int) -> None:
+        """Whatever hangs on the way out, the rank leaves in bounded time."""
+        self._last_resort = threading.Timer(2.5 * self.heartbeat.interval_s + _LEAVE_S, os._exit, [code])
+        self._last_resort.daemon = True
+        self._last_resort.start()
+
+    def close(self) -> None:
+        """The end of a run that failed, after all that could hang."""
+        if hasattr(self, "reporter"):
+            self.reporter.close(patient=False)
+        self._last_resort.cancel()
 
     def _leave_hung(self) -> None:
         """The main thread makes no progress, and its collectives do not end by themselves either."""
-        threading.Timer(_LEAVE_S, os._exit, [EXIT_PEER]).start()
+        self._leave_at_last(EXIT_PEER)
         found = f"rank {self.world.rank} on {self.world.host} made no progress for {self.timeout_s:g} s"
         own = Culprit(self.world.rank, self.world.host, self.step, None, "lives but does not go on")
         culprits = self.heartbeat.culprits() or [own]

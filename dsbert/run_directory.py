@@ -35,6 +35,7 @@ from dsbert.jsonl import JsonlFile, to_json
 
 _VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _MARK = "shared"
+_LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
 
 
 class RunDirectory:
@@ -74,7 +75,6 @@ class RunDirectory:
         Raises on every rank UserError if the directory holds a run and resume is "never", CheckpointError if resume is
         "must" and nothing valid is there, or if checkpoints are there and none is valid.
         """
-        self._seen = self._names()
         has_some = together(lambda: self._has_checkpoints(resume), only_main=True)
         newest, skipped = newest_checkpoint(self.checkpoints, rank, world_size)
 
@@ -109,7 +109,12 @@ class RunDirectory:
             "checkpoint": checkpoint.name if checkpoint else None,
             "previous": self._previous(),
         }
-        self._clean_up(nonce)
+        # The claim comes first: whatever an attempt that still lives does from now on, it has lost the run.
+        before = [entry["nonce"] for entry in history.read()]
+        history.append(attempt)
+        self._replace("attempt.json", to_json(attempt) + "\n")
+        self.set_status(attempt, None, None)
+        self._clean_up(nonce, before)
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
@@ -118,9 +123,6 @@ class RunDirectory:
         }
         self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self._collect_companions(recipe.data.path)
-        history.append(attempt)
-        self._replace("attempt.json", to_json(attempt) + "\n")
-        self.set_status(attempt, None, None)
         return attempt
 
     def has_changed(self) -> bool:
@@ -152,11 +154,11 @@ class RunDirectory:
         except (PeerError, KeyError):
             return False
 
-    def has_ended(self) -> bool:
-        """Whether status.json says already how the attempt ended."""
+    def has_ended(self, attempt: dict[str, Any]) -> bool:
+        """Whether status.json says already how this attempt ended."""
         try:
             status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-            return status["outcome"] is not None
+            return status["attempt"] == attempt["number"] and status["outcome"] is not None
         except (OSError, ValueError, KeyError):
             return False
 
@@ -192,20 +194,28 @@ class RunDirectory:
             return None
         return {"outcome": None, "step": max(steps.values(), default=None), "cause": "ended without a word"}
 
-    def _clean_up(self, nonce: str) -> None:
-        """Remove what attempts that were killed have left half done, and their heartbeats."""
-        for pattern in (".step_*.tmp", ".step_*.removed", ".latest.*.tmp"):
-            for leftover in self.checkpoints.glob(pattern):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for directory in self.heartbeats(nonce).parent.iterdir():
-            if directory.name != nonce:
-                shutil.rmtree(directory, ignore_errors=True)
+    def _clean_up(self, nonce: str, before: list[str]) -> None:
+        """Remove what attempts that were killed have left half done, and the heartbeats of those before.
+
+        By another name first: an attempt that still lives must not publish a directory that is being emptied.
+        """
+        for leftover in [path for pattern in _LEFT_OVER for path in self.checkpoints.glob(pattern)]:
+            trash = leftover.with_name(f".trash-{nonce}-{leftover.name.lstrip('.')}")
+            with suppress(OSError):
+                os.replace(leftover, trash)
+                shutil.rmtree(trash, ignore_errors=True) if trash.is_dir() else trash.unlink()
+        for old in before:
+            shutil.rmtree(self.heartbeats(old), ignore_errors=True)
 
     def _names(self) -> list[str]:
         return [path.name for path in published(self.checkpoints)]
 
     def _has_checkpoints(self, resume: str) -> bool:
-        has_some = self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*"))
+        self._seen = self._names()
+        try:
+            has_some = any(name.startswith("step_") for name in os.listdir(self.checkpoints))
+        except FileNotFoundError:  # and nothing else: what cannot be read is not empty
+            has_some = False
         if resume == "never" and (has_some or self._has_steps()):
             raise UserError(f"expected no run in {self.path} with --resume never, found one: choose another --run-dir")
         return has_some

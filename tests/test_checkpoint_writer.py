@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -104,9 +106,9 @@ def _publish(root: Path, step: int, retention: Retention, attempt: str = "2-othe
     os.replace(target, temporary)
     manifest = json.loads((temporary / "manifest.json").read_text())
     entries = [{"file": name, **entry} for name, entry in manifest.pop("files").items()]
-    Publisher(root, attempt, retention, lambda: None).publish(
-        temporary, root / f"step_{step:08d}", manifest | {"step": step}, entries
-    )
+    publisher = Publisher(root, attempt, retention, lambda: None)
+    publisher.publish(temporary, root / f"step_{step:08d}", manifest | {"step": step}, entries)
+    publisher.remove_old()
 
 
 def _names(root: Path) -> list[str]:
@@ -164,3 +166,96 @@ def test_room_is_asked_for_before_a_byte_is_written(tmp_path: Path) -> None:
     with pytest.raises(DsbertError, match=r"expected \d+ bytes free in .*root for a checkpoint, found \d+"):
         publisher.make_room(tmp_path / "root" / ".step_00000001.1-test.tmp", free)
     assert _names(tmp_path / "root") == []
+
+
+def test_what_is_being_read_by_others_costs_a_line_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (10, 20):
+        _make(tmp_path, step)
+    publisher = Publisher(tmp_path, "1-test", Retention(1), lambda: None)
+    with mock.patch("os.replace", side_effect=PermissionError(13, "Permission denied")):
+        publisher.remove_old()
+    assert "were not removed" in capsys.readouterr().err
+    publisher.remove_old()
+    assert [name for name in _names(tmp_path) if name.startswith("step_")] == ["step_00000020"]
+
+
+def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> list[float]:
+    """It goes on as long as bytes move; where none does, every rank leaves."""
+    import time
+
+    from dsbert import checkpoint_writer, distributed
+    from dsbert.errors import PeerError
+    from tests import workbench as bench
+
+    world = distributed.init(60)
+    engine, masks = bench.engine_and_masks(bench.recipe(), world)
+    companions = Path(directory) / "companions"
+    companions.mkdir(exist_ok=True)
+    alive: list[float] = []
+    writer = checkpoint_writer.CheckpointWriter(
+        Path(directory) / "checkpoints", companions, attempt="1-test", retention=Retention(2), timeout_s=1.0,
+        alive=lambda: alive.append(time.monotonic()),
+    )  # fmt: skip
+    original = checkpoint_writer.write_and_read_back
+
+    def slow(path: Path, data: Any, count: Any, *more: Any) -> str:
+        for _ in range(10 if world.rank == 1 else 0):
+            time.sleep(0.3)
+            count(1)
+        return original(path, data, count, *more)
+
+    with mock.patch.object(checkpoint_writer, "write_and_read_back", slow):
+        start = time.monotonic()
+        assert writer.save(engine, masks, {"totals": {}}).step == 0
+        took = time.monotonic() - start
+    assert took > 3
+    assert len(alive) >= 8, "heartbeats must hear that the wait goes on"
+
+    def stuck(*_: Any) -> str:
+        time.sleep(1000)
+        return ""
+
+    with mock.patch.object(checkpoint_writer, "write_and_read_back", stuck):
+        engine.step = 1
+        start = time.monotonic()
+        with pytest.raises(PeerError, match="write nothing for 1 s"):
+            writer.save(engine, masks, {"totals": {}})
+        assert time.monotonic() - start < 5
+    return []
+
+
+def test_a_slow_save_is_waited_for_and_a_stuck_one_is_not(tmp_path: Path) -> None:
+    run_distributed(a_save_that_somebody_waits_for_longer_than_the_timeout, 2, {"directory": str(tmp_path)})
+    assert (tmp_path / "checkpoints" / "latest").read_text().startswith("step_00000000 ")
+
+
+def test_an_older_attempt_cannot_publish_what_its_successor_cleans_up(tmp_path: Path) -> None:
+    """Between the successor's claim and its clean-up the older one renames: it finds nothing under the old name."""
+    from dsbert.run_directory import RunDirectory
+
+    directory = RunDirectory(tmp_path)
+    root = directory.checkpoints
+    temporary = root / ".step_00000020.1-old.tmp"
+    _make(root, 10)
+    os.replace(_make(root, 20), temporary)
+    renamed = []
+    rmtree = shutil.rmtree
+
+    def in_the_middle(path: Any, **options: Any) -> None:
+        with suppress(FileNotFoundError):
+            os.replace(temporary, root / "step_00000020")
+            renamed.append(path)
+        rmtree(path, **options)
+
+    with mock.patch("shutil.rmtree", in_the_middle):
+        directory._clean_up("new", [])
+    assert not renamed
+    assert [name for name in _names(root) if name.startswith((".", "step"))] == ["step_00000010"]
+
+
+def test_a_directory_that_cannot_be_listed_is_not_empty(tmp_path: Path) -> None:
+    _make(tmp_path, 10)
+    with mock.patch("os.listdir", side_effect=PermissionError(13, "Permission denied")), pytest.raises(PermissionError):
+        newest_checkpoint(tmp_path)

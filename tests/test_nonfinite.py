@@ -212,7 +212,8 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
     masks = MaskManager({}, recipe.sparsity, total_steps=20, editor=None)  # type: ignore[arg-type]
     reporter = Reporter(recipe, directory, world, {})
     # As a checkpoint from before skipped steps were counted.
-    reporter.begin(2, {"tokens": 5, "flops": 0, "flops_dense": 0}, 1)
+    (tmp_path / "attempt.json").write_text('{"number": 1, "nonce": "ours"}')
+    reporter.begin(2, {"tokens": 5, "flops": 0, "flops_dense": 0}, {"number": 1, "nonce": "ours"})
     in_a_row = []
     for step in range(3, 11):
         losses = torch.full((2,), math.nan if step in (4, 6, 7) else 1.0, dtype=torch.float64)
