@@ -306,6 +306,23 @@ def unlucky_in_another_place(elsewhere: str, words: list[str], **more: Any) -> N
     unlucky_dsbert(words, **more)
 
 
+def test_where_no_checkpoint_is_whole_nothing_starts_from_scratch(run: Path, data: Path, tmp_path: Path) -> None:
+    for rank in attempt([*words_of(tmp_path / "none", data), "--resume", "must"]):
+        assert rank.code == 4, rank.stderr
+        assert "expected a valid checkpoint in" in rank.stderr
+        assert "Traceback" not in rank.stderr
+    shutil.copytree(run, tmp_path / "run")
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    for path in checkpoints:
+        _cut(path / "topology.safetensors")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for rank in attempt(words_of(tmp_path / "run", data)):
+        assert rank.code == 4, rank.stderr
+        assert "found none: remove the directory to start again" in rank.stderr
+    assert sorted((tmp_path / "run" / "checkpoints").glob("step_*")) == checkpoints
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_corrupt_data_shard_is_refused_on_all_ranks(data: Path, tmp_path: Path, fault_table: FaultTable) -> None:
     shutil.copytree(data, tmp_path / "data")
     (shard,) = (tmp_path / "data").glob("train-*.arrow")
