@@ -78,6 +78,8 @@ forward() {
 }
 
 run_attempt() {
+    # Left over in the shell that submitted, they would make every task a run of its own.
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
     # Since SLURM 22.05 a step does not take over the job's --cpus-per-task.
     [[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     (

@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
@@ -30,7 +31,9 @@ def dsbert(*words: str) -> Done:
     """The command in this process, which has imported what is slow."""
     from dsbert import cli
 
-    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+    # A rank leaves its place in the environment, for libraries: this process is to stay none.
+    environment = mock.patch.dict(os.environ)
+    with environment, redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
         code = cli.run(list(words))
     return Done(code, stdout.getvalue(), stderr.getvalue())
 

@@ -31,6 +31,8 @@ OVERRIDES = (
     *SMALL, "batch.global_batch=4", "batch.micro_batch=2", f"optim.total_steps={STEPS}", "checkpoint.every_steps=40",
     "eval.every_steps=160",
 )  # fmt: skip
+# sbatch hands the submitting shell's variables on: these must not make a run of its own of every task.
+_LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 START_S = 120.0  # a start takes 8 s on two idle cores
 
 
@@ -65,7 +67,7 @@ class Job:
     def __init__(self, cluster: Sandbox, folder: Path, *words: str, nodes: int = 2) -> None:
         self.cluster, self.folder = cluster, folder
         command = [sys.executable, "-m", "dsbert", "submit", "demo", "--nodes", str(nodes), "--time", "30", "--json"]
-        done = cluster.run(*command, "--run-dir", str(folder / "run"), *words, cwd=folder, env=ENVIRONMENT)
+        done = cluster.run(*command, "--run-dir", str(folder / "run"), *words, cwd=folder, env=ENVIRONMENT | _LEFT_OVER)
         self.run_dir = folder / "run"
         self.number = json.loads(done.stdout)["job_id"]
         self.label = self.number
