@@ -44,6 +44,7 @@ setup(
     package_dir={"dsbert.ds_configs": "ds_configs", "dsbert.slurm": "slurm"},
     package_data={
         "dsbert": ["recipes/*.yaml"],
+        "dsbert.sparse.kernels.cpu": ["*.cpp", "*.h"],
         "dsbert.ds_configs": ["*.json"],
         "dsbert.slurm": ["*.sbatch", "*.sh"],
     },

@@ -196,6 +196,7 @@ def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict
             tensor.copy_(torch.from_numpy(reader.read(name, kind, shard.offset, shard.numel)))
         for tensor, offset in forward_copies(param):
             tensor.copy_(torch.from_numpy(reader.read(name, "master", offset, tensor.numel())))
+    engine.plan_kernels(state.get("kernels"))
     engine.step = state["step"]
     engine.restore_counters(state["engine"])
     masks.verify_replicas()

@@ -46,12 +46,16 @@ def export(source: Path, to: Path, as_json: bool) -> None:
 
 @click.command()
 @_source
+@click.option("--kernels", is_flag=True, help="Instead: which kernels each layer ran on, and what they gained.")
 @as_json_option
-def inspect(source: Path, as_json: bool) -> None:
+def inspect(source: Path, kernels: bool, as_json: bool) -> None:
     """Topology, density and bytes of a checkpoint."""
-    from dsbert.inspection import inspect_checkpoint
+    from dsbert.inspection import inspect_checkpoint, inspect_kernels, kernel_lines
 
-    show(inspect_checkpoint(source), as_json, heading=str(source))
+    if kernels:
+        show(inspect_kernels(source), as_json, lines=kernel_lines)
+    else:
+        show(inspect_checkpoint(source), as_json, heading=str(source))
 
 
 @click.command()

@@ -71,7 +71,7 @@ class SparsityConfig(_Section):
     regrow: Literal["random", "gradient"] = "random"
     group_lasso: float = Field(0.0, ge=0)
     allow_density_error: bool = False
-    kernels: Literal["auto", "dense", "reference"] = "auto"
+    kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
     @property
     def density(self) -> float:

@@ -23,6 +23,7 @@ from dsbert.model import DeviceBatch, SparseBert
 from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
+from dsbert.sparse.kernel_plan import KernelPlan, plan_kernels
 from dsbert.step_guard import StepGuard
 from dsbert.zero_shards import (
     ParamShard,
@@ -34,6 +35,7 @@ from dsbert.zero_shards import (
     zero_blocks,
 )
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
@@ -91,10 +93,18 @@ class TrainEngine:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         scaled = self.precision == "fp16"
         self._guard = StepGuard(self._engine, self.parameters.values(), world, scaled=scaled)
+        self.kernels: KernelPlan
+        self.plan_kernels(None)
 
     @property
     def deepspeed_engine(self) -> Any:
         return self._engine
+
+    def plan_kernels(self, stored: dict[str, Any] | None) -> None:
+        """Choose the sparse layers' kernels, for all ranks alike; `stored`: a checkpoint's record, to go on with.
+        Collective. Raises UserError on every rank if the recipe asks for kernels that cannot run."""
+        tokens = self.recipe.batch.micro_batch * self.recipe.data.seq_len
+        self.kernels = plan_kernels(self.layers, tokens=tokens, dtype=_DTYPES[self.precision], stored=stored)
 
     def plan(self) -> list[MicroBatch]:
         """This rank's micro-batches of a step. A short rank gets filler rows, so that any world size runs any batch."""

@@ -17,6 +17,7 @@ from dsbert.auditing.run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.checkpoint import read_manifest, read_state, read_topology, resolve_checkpoint
 from dsbert.errors import CheckpointError, UserError
 from dsbert.sparse import BlockTopology
+from dsbert.sparse.kernel_plan import gain_of
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.zero_shards import MOMENTS
 
@@ -59,6 +60,33 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "layers": layers,
         "bytes": _measure(path, list(state["layers"]), positions, tensors),
     }
+
+
+def inspect_kernels(path: Path) -> dict[str, Any]:
+    """Which kernels a checkpoint's run chose: {step, tokens, dtype, device, gain, layers: {name: {product: {backend,
+    ms, speedup}}}}. ms: one call as measured; speedup: times faster than the best dense product; gain: the same of all
+    sparse products together (None where nothing was measured). Raises UserError or CheckpointError."""
+    path = resolve_checkpoint(path)
+    state = read_state(path)
+    plan = state.get("kernels")
+    if plan is None:
+        raise UserError(f"expected a checkpoint that names its kernels, found {path}, written by an older version")
+    return {"step": state["step"], "gain": gain_of(plan)} | plan
+
+
+def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
+    """What `inspect_kernels` returned, for people."""
+    yield f"{report['tokens']} tokens, {report['dtype']}, {report['device']}"
+    rows = [("layer", "product", "backend", "ms", "times dense")]
+    for name, products in report["layers"].items():
+        for product, row in products.items():
+            ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
+            rows.append((name, product, row["backend"], ms, "-" if row["ms"] is None else f"{row['speedup']:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    if report["gain"] is not None:
+        yield f"all sparse products together: {report['gain']:.1f} times the best dense ones"
 
 
 def _measure(path: Path, names: list[str], dense_numel: int, topology: dict[str, Any]) -> dict[str, int]:

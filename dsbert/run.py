@@ -124,6 +124,8 @@ class Run:
             with self.heartbeat.phase("load"):
                 totals = load_checkpoint(path, self.engine, self.masks)["totals"]
             self.reporter.say(f"resuming from {path}")
+        for line in self.engine.kernels.lines():
+            self.reporter.say(line)
         self.heartbeat.advance(self.engine.step)
         self.reporter.begin(self.engine.step, totals, self.attempt)
 

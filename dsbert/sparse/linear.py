@@ -5,13 +5,13 @@ Shapes: K active blocks, B block size, T tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from dsbert.sparse.kernels import BACKENDS, Backend, KernelIndex
+from dsbert.sparse.kernels import ops
+from dsbert.sparse.kernels.dispatch import KERNELS, Choice, choose
+from dsbert.sparse.kernels.index import KernelIndex, order_size
 from dsbert.sparse.topology import BlockTopology, topology_digest
 
 
@@ -19,11 +19,15 @@ class BlockSparseLinear(nn.Module):
     """y = x W^T + b with W [out, in] given by `blocks` [K, B, B] standing at `rows`, `cols` (int32 [K]).
 
     The dense weight is in no parameter, gradient or optimizer state. `set_topology` re-points slots in place: shapes,
-    parameters and optimizer state keep their identity. Raises ValueError for an unknown kernel backend.
+    parameters and optimizer state keep their identity. kernels: a name of `KERNELS`; which backends that means for the
+    three products is `choice`, measured on the first call unless it was set before (see kernels/dispatch.py).
+    activation "gelu" has the layer return gelu(y), the exact one, from the same kernel where the backend can.
+    Raises ValueError for unknown kernels, KernelError where the kernels asked for cannot run.
     """
 
     rows: Tensor
     cols: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -35,18 +39,23 @@ class BlockSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kernels not in BACKENDS:
-            raise ValueError(f"expected kernels in {sorted(BACKENDS)}, found {kernels!r}")
+        if kernels not in KERNELS:
+            raise ValueError(f"expected kernels in {sorted(KERNELS)}, found {kernels!r}")
         self.out_features, self.in_features = self.shape = topology.shape
         self.block_size = topology.block_size
         self.num_active = topology.num_active
-        self.backend: Backend = BACKENDS[kernels]
+        self.kernels = kernels
+        self.choice: Choice | None = None
+        self.activation: str | None = None
         size = (self.num_active, self.block_size, self.block_size)
         self.blocks = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
-        buffer_device = None if device is None or torch.device(device).type == "meta" else device
+        buffer_device = "cpu" if device is None or torch.device(device).type == "meta" else device
         self.register_buffer("rows", topology.rows.clone().to(buffer_device))
         self.register_buffer("cols", topology.cols.clone().to(buffer_device))
+        order = torch.empty(order_size(*self.shape, self.block_size, self.num_active), dtype=torch.int32)
+        self.register_buffer("order", order.to(buffer_device), persistent=False)
+        self.index.rebuild_()
         # fp32 [out, in] while the gradient with respect to the DENSE weight is being collected, else None.
         self.dense_gradient: Tensor | None = None
         self.reset_parameters()
@@ -73,6 +82,11 @@ class BlockSparseLinear(nn.Module):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
+    @property
+    def index(self) -> KernelIndex:
+        """What the kernels read, as live views."""
+        return KernelIndex(self.shape, self.block_size, self.rows, self.cols, self.order)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         blocks: Tensor = self.blocks
@@ -81,9 +95,20 @@ class BlockSparseLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, blocks = x.to(dtype), blocks.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        index = KernelIndex(self.shape, self.block_size, self.rows, self.cols)
         flat = x.reshape(-1, self.in_features)
-        y: Tensor = _BlockSparseMatmul.apply(flat, blocks, bias, index, self.backend, self.dense_gradient)
+        if self.choice is None:
+            self.choice = choose(self.index, self.kernels, tokens=flat.shape[0], dtype=blocks.dtype).choice
+        arguments = (flat, blocks, bias, self.rows, self.cols, self.order, self.shape, ",".join(self.choice))
+        y: Tensor
+        if self.dense_gradient is not None:
+            y = ops.linear(*arguments)
+            if y.requires_grad:
+                y.register_hook(_Collector(self.dense_gradient, flat.detach()))
+            y = y if self.activation is None else functional.gelu(y)
+        elif self.activation is None:
+            y = ops.linear(*arguments)
+        else:
+            y, _ = ops.linear_gelu(*arguments)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -103,10 +128,13 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(f"expected shape, B, K = {(self.shape, self.block_size, self.num_active)}, found {found}")
         self.rows.copy_(topology.rows)
         self.cols.copy_(topology.cols)
+        self.index.rebuild_()
 
     def digest(self) -> int:
-        """64-bit digest of the buffers that the kernels read, in slot order."""
-        return topology_digest(self.shape, self.block_size, self.rows, self.cols)
+        """64-bit digest of the buffers that the kernels read, in slot order. Where their order says something else than
+        the coordinates, it is no topology's."""
+        digest = topology_digest(self.shape, self.block_size, self.rows, self.cols)
+        return digest if self.index.is_consistent() else digest ^ 1
 
     def extra_repr(self) -> str:
         density = self.num_active * self.block_size**2 / (self.in_features * self.out_features)
@@ -124,30 +152,12 @@ def dense_weight(shape: tuple[int, int], blocks: Tensor, rows: Tensor, cols: Ten
     return dense.transpose(1, 2).reshape(shape)
 
 
-class _BlockSparseMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        blocks: Tensor,
-        bias: Tensor | None,
-        index: KernelIndex,
-        backend: Backend,
-        dense_gradient: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, blocks)
-        ctx.index, ctx.backend, ctx.dense_gradient, ctx.has_bias = index, backend, dense_gradient, bias is not None
-        return backend.forward(x, blocks, index, bias)
+class _Collector:
+    """Adds dY^T X to the dense gradient: summed over micro-batches here; the norm is taken only after the sum over
+    ranks as well."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, blocks = ctx.saved_tensors
-        needs_x, needs_blocks, needs_bias = ctx.needs_input_grad[:3]
-        if ctx.dense_gradient is not None:
-            # Summed over micro-batches here; the norm is taken only after the sum over ranks as well.
-            ctx.dense_gradient.addmm_(dy.t().to(torch.float32), x.to(torch.float32))
-        dx = ctx.backend.dgrad(dy, blocks, ctx.index) if needs_x else None
-        dw = ctx.backend.wgrad(dy, x, ctx.index) if needs_blocks else None
-        db = dy.sum(0) if ctx.has_bias and needs_bias else None
-        return dx, dw, db, None, None, None
+    def __init__(self, dense_gradient: Tensor, x: Tensor) -> None:
+        self._dense_gradient, self._x = dense_gradient, x
+
+    def __call__(self, dy: Tensor) -> None:
+        self._dense_gradient.addmm_(dy.t().to(torch.float32), self._x.to(torch.float32))

@@ -10,7 +10,14 @@ from dsbert.sparse.kernels.dense import scratch_bytes
 from dsbert.sparse.linear import dense_weight
 from tests.sparse.toys import densify
 
-BACKENDS = ("dense", "reference")
+BACKENDS = ("dense", "reference", "cpu")
+EXACT = ("dense", "reference")  # compute in float64, too
+CASES = [
+    (backend, dtype)
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    if backend in EXACT or dtype != torch.float64
+]
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128)
 SHAPES = ((128, 256), (256, 128), (128, 128), (12, 20), (48, 16))
 # Largest error allowed, as a share of the largest entry of the float64 result.
@@ -77,9 +84,8 @@ def inputs(layer, *sizes, seed=1):
     return x, torch.randn(*sizes, layer.out_features, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_dense_layer(backend, block_size, dtype):
     shapes = [shape for shape in SHAPES if divides(shape, block_size)]
     # Block by block in the expectation: thousands of 1 x 1 blocks only where the matrix is small.
@@ -90,9 +96,8 @@ def test_equals_the_dense_layer(backend, block_size, dtype):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_dense_layer_everywhere(backend, density, dtype):
     shapes = [*SHAPES, (4, 4), (1, 1), (384, 128), (128, 512)]
     for shape, block_size, bias, tokens in itertools.product(shapes, BLOCK_SIZES, (True, False), (1, 33)):
@@ -147,7 +152,7 @@ def test_empty_block_rows_and_columns(backend):
     assert not found["dx"][:, 8:12].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 def test_gradcheck(backend):
     for bias in (True, False):
         layer = make((8, 12), 4, backend, density=0.5, dtype=torch.float64, bias=bias)
@@ -285,7 +290,12 @@ def test_only_the_blocks_are_kept():
         "blocks": (38, 16, 16),
         "bias": (128,),
     }
-    assert {name: tuple(value.shape) for name, value in layer.named_buffers()} == {"rows": (38,), "cols": (38,)}
+    assert {name: tuple(value.shape) for name, value in layer.named_buffers()} == {
+        "rows": (38,),
+        "cols": (38,),
+        "order": (8 + 1 + 38 + 16 + 1 + 38,),
+    }
+    assert set(layer.state_dict()) == {"blocks", "bias", "rows", "cols"}
     assert "block_size=16, num_active=38, density=0.2969" in repr(layer)
 
 
@@ -297,5 +307,7 @@ def test_initial_weights():
 
 
 def test_refuses_unknown_kernels():
-    with pytest.raises(ValueError, match=r"expected kernels in \['auto', 'dense', 'reference'\], found 'fast'"):
+    with pytest.raises(
+        ValueError, match=r"expected kernels in \['auto', 'cpu', 'dense', 'reference', 'triton'\], found 'fast'"
+    ):
         BlockSparseLinear(BlockTopology.random((16, 16), 4, 0.5, DrawKey(0, "init", 0, "x")), kernels="fast")

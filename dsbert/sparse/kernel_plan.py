@@ -1,0 +1,131 @@
+"""Which kernels a whole model runs on: the same on every rank, kept from checkpoint to checkpoint.
+
+Another kernel means other bits, so rank 0 chooses for all, and a resumed run goes on with what it began with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsbert.distributed import gather_json, patiently
+from dsbert.sparse.kernels.backends import BACKENDS
+from dsbert.sparse.kernels.dispatch import KERNELS, PRODUCTS, Choice, choose
+from dsbert.sparse.linear import BlockSparseLinear
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """record: what the checkpoint keeps, {"tokens", "dtype", "device", "layers": {name: {product: {"backend", "ms",
+    "speedup"}}}}; ms is of one call as measured (None: nothing was), speedup against the best dense product.
+    notes: lines that a user should read."""
+
+    record: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    def lines(self) -> Iterator[str]:
+        """What the log says: the notes, then which backend computes what, and what it gains."""
+        yield from self.notes
+        if not self.record["layers"]:
+            return
+        parts = []
+        for product in PRODUCTS:
+            rows = [row[product] for row in self.record["layers"].values()]
+            names = ", ".join(f"{name} x {count}" for name, count in Counter(row["backend"] for row in rows).items())
+            gains = [row["speedup"] for row in rows if row["speedup"] is not None]
+            gain = f" ({min(gains):.1f} to {max(gains):.1f} times dense)" if gains else ""
+            parts.append(f"{product} {names}{gain}")
+        yield "kernels: " + "; ".join(parts)
+
+
+def plan_kernels(
+    layers: dict[str, BlockSparseLinear],
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    stored: dict[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> KernelPlan:
+    """Set every layer's `choice`, the same on all ranks: what `stored` (a plan's record) says where that can run and
+    fits the layer's `kernels`, else what rank 0 measures for products of `tokens` tokens in `dtype`. Collective.
+
+    Raises UserError on every rank if kernels were asked for that cannot run.
+    """
+    found: list[KernelPlan] = []
+
+    def work() -> None:
+        found.append(_plan(layers, tokens, dtype, (stored or {}).get("layers", {})))
+
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        work()
+        answer = None
+    else:
+        patiently(work)
+        answer = gather_json([found[0].record, found[0].notes] if found else None, group)[0]
+    plan = found[0] if answer is None else KernelPlan(answer[0], tuple(answer[1]))
+    for name, layer in layers.items():
+        layer.choice = Choice(*(plan.record["layers"][name][product]["backend"] for product in PRODUCTS))
+    return plan
+
+
+def _plan(layers: dict[str, BlockSparseLinear], tokens: int, dtype: torch.dtype, stored: dict[str, Any]) -> KernelPlan:
+    rows: dict[str, Any] = {}
+    changed: Counter[str] = Counter()
+    device = torch.device("cpu")
+    for name, layer in layers.items():
+        device = layer.rows.device
+        reason = _why_not_stored(stored[name], layer, dtype) if name in stored else "nothing is stored"
+        if reason is None:
+            rows[name] = stored[name]
+            continue
+        if name in stored:
+            changed[reason] += 1
+        decision = choose(layer.index, layer.kernels, tokens=tokens, dtype=dtype)
+        gains = decision.gains()
+        rows[name] = {}
+        for product, backend in zip(PRODUCTS, decision.choice, strict=True):
+            ms, speedup = gains.get(product, (None, None))
+            rows[name][product] = {"backend": backend, "ms": ms, "speedup": speedup}
+    notes = [f"{count} layers go on with other kernels than before: {reason}" for reason, count in changed.items()]
+    record = {"tokens": tokens, "dtype": str(dtype), "device": _device_name(device), "layers": rows}
+    return KernelPlan(record, (*_missing(layers, device, dtype), *notes))
+
+
+def _why_not_stored(row: dict[str, Any], layer: BlockSparseLinear, dtype: torch.dtype) -> str | None:
+    for product in PRODUCTS:
+        name = row[product]["backend"]
+        if name not in BACKENDS:
+            return f"this version has no kernels {name!r}"
+        if name not in KERNELS[layer.kernels]:
+            return f"the recipe asks for {layer.kernels}"
+        reason = BACKENDS[name].why_not(layer.rows.device, dtype, layer.block_size)
+        if reason:
+            return reason
+    return None
+
+
+def _missing(layers: dict[str, BlockSparseLinear], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the kernels made for this device cannot be had, where they cannot."""
+    own = "triton" if device.type == "cuda" else "cpu"
+    sizes = {layer.block_size for layer in layers.values() if layer.kernels == "auto"}
+    reasons = {BACKENDS[own].why_not(device, dtype, size) for size in sizes} - {None}
+    return [f"the {own} kernels cannot be used, sparse products run through torch: {reason}" for reason in reasons]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def gain_of(plan: dict[str, Any]) -> float | None:
+    """How many times faster than the best dense products those of a plan's record are, all layers together."""
+    rows = [row[product] for row in plan["layers"].values() for product in PRODUCTS]
+    if not rows or any(row["ms"] is None for row in rows):
+        return None
+    dense_ms: float = sum(row["ms"] * row["speedup"] for row in rows)
+    sparse_ms: float = sum(row["ms"] for row in rows)
+    return dense_ms / sparse_ms

@@ -1,0 +1,70 @@
+// The three products of a block-sparse linear layer on a CPU, and the derivative of GELU: what Python calls.
+//
+// T tokens, K active blocks, B block size. A weight [out, in] is cut into groups of B rows and B columns. Sums run in the
+// order of blocks, or of tokens, however many threads there are: equal input gives equal bits.
+#include "elements.h"
+#include "gelu.h"
+#include "panels.h"
+
+namespace dsbert {
+
+// dx = dy times gelu'(x), element by element.
+template <class T>
+void gelu_gradient(const void* dy, const void* x, void* dx, int64_t count, int threads) {
+  typedef typename T::Raw Raw;
+  const Raw *dy_ = static_cast<const Raw*>(dy), *x_ = static_cast<const Raw*>(x);
+  Raw* dx_ = static_cast<Raw*>(dx);
+  const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < whole; i += LANES) T::set(dx_ + i, T::get(dy_ + i) * gelu_derivative(T::get(x_ + i)));
+  if (whole < count) {
+    Raw a[LANES] = {}, b[LANES] = {}, c[LANES];
+    std::copy(dy_ + whole, dy_ + count, a);
+    std::copy(x_ + whole, x_ + count, b);
+    T::set(c, T::get(a) * gelu_derivative(T::get(b)));
+    std::copy(c, c + (count - whole), dx_ + whole);
+  }
+}
+
+}  // namespace dsbert
+
+#if defined(__AVX512BF16__) || defined(DSBERT_PAIRS)
+typedef dsbert::PairDot BF16Dot;
+#else
+typedef dsbert::FloatDot BF16Dot;
+#endif
+
+// dtype: 0 fp32, 1 bf16, 2 fp16. Strides count elements. Everything has been checked by the caller.
+extern "C" {
+
+void dsbert_product(int dtype, const void* x, int64_t ldx, const void* blocks, const void* bias, void* y,
+                    void* activated, const int32_t* ptr, const int32_t* slots, const int32_t* groups, int64_t tokens,
+                    int64_t out_groups, int64_t in_groups, int B, int transpose, int threads) {
+  using namespace dsbert;
+  const Product p{x,      ldx,        blocks,    bias, y,              activated, ptr, slots, groups,
+                  tokens, out_groups, in_groups, B,    transpose != 0, threads};
+  const bool small = B % PANEL != 0;
+  if (dtype == 0) small ? small_product<F32>(p) : product<F32, FloatDot>(p);
+  if (dtype == 1) small ? small_product<BF16>(p) : product<BF16, BF16Dot>(p);
+  if (dtype == 2) small ? small_product<F16>(p) : product<F16, FloatDot>(p);
+}
+
+void dsbert_gradient(int dtype, const void* dy, int64_t lddy, const void* x, int64_t ldx, void* dw, const int32_t* rows,
+                     const int32_t* cols, const int32_t* slots, int64_t active, int64_t tokens, int64_t out_groups,
+                     int64_t in_groups, int B, int threads) {
+  using namespace dsbert;
+  const Gradient g{dy, lddy, x, ldx, dw, rows, cols, slots, active, tokens, out_groups, in_groups, B, threads};
+  const bool small = B % PANEL != 0;
+  if (dtype == 0) small ? small_gradient<F32>(g) : gradient<F32, FloatDot>(g);
+  if (dtype == 1) small ? small_gradient<BF16>(g) : gradient<BF16, BF16Dot>(g);
+  if (dtype == 2) small ? small_gradient<F16>(g) : gradient<F16, FloatDot>(g);
+}
+
+void dsbert_gelu_gradient(int dtype, const void* dy, const void* x, void* dx, int64_t count, int threads) {
+  using namespace dsbert;
+  if (dtype == 0) gelu_gradient<F32>(dy, x, dx, count, threads);
+  if (dtype == 1) gelu_gradient<BF16>(dy, x, dx, count, threads);
+  if (dtype == 2) gelu_gradient<F16>(dy, x, dx, count, threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,142 @@
+"""Compile the CPU kernels on first use, for the instruction set of this machine, and load them.
+
+The compiled library is kept in the cache directory under a name that says what it was made from, so that another
+source, compiler or machine never meets it. `DSBERT_CPU_ISA` asks for another instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import xxhash
+
+from dsbert.sparse.kernels.cache import cache_directory
+
+SOURCES = ("block_sparse.cpp", "arguments.h", "elements.h", "gelu.h", "packing.h", "panels.h", "vectors.h")
+# Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
+ISA_FLAGS = {
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "plain": "",
+}
+_NEEDS = {
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "plain": set(),
+}
+_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-w"]
+
+
+class BuildError(Exception):
+    """The kernels cannot be had here; the message is one line."""
+
+
+def instruction_set() -> str:
+    """The best of ISA_FLAGS that this machine has, or what DSBERT_CPU_ISA asks for. Raises BuildError for a name that
+    is none."""
+    asked = os.environ.get("DSBERT_CPU_ISA")
+    if asked:
+        if asked not in ISA_FLAGS:
+            raise BuildError(f"expected DSBERT_CPU_ISA to be one of {', '.join(ISA_FLAGS)}, found {asked!r}")
+        return asked
+    found = _cpu_flags()
+    return next(name for name in ISA_FLAGS if _NEEDS[name] <= found)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+        return set(line.partition(":")[2].split())
+    except OSError:  # not Linux: what torch has found, without the rarer extensions
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"AVX512": _NEEDS["avx512"] | _NEEDS["avx2"], "AVX2": _NEEDS["avx2"]}.get(capability, set())
+
+
+def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> Path:
+    """The shared library for `isa` in `directory`, compiled unless it is there. Raises BuildError, one line."""
+    compiler = shlex_which(os.environ.get("CXX")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: install g++, or set CXX")
+    here = Path(__file__).parent
+    flags = [*_FLAGS, *ISA_FLAGS[isa].split(), *extra]
+    openmp = _openmp_of_torch()
+    made_from = [*flags, compiler, _version(compiler), openmp or "", platform.machine()]
+    hasher = xxhash.xxh3_64("\0".join(made_from).encode())
+    for name in SOURCES:
+        hasher.update((here / name).read_bytes())
+    library = directory / f"block_sparse-{isa}-{hasher.hexdigest()}.so"
+    if library.is_file():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    # Under a name of its own first: several ranks may compile at once.
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
+    os.close(handle)
+    command = [compiler, *flags, str(here / SOURCES[0]), "-o", temporary]
+    # One pool of threads, torch's: a second one would fight with it for the cores. Whoever comes first in the command
+    # provides the symbols, and the compiler's own OpenMP is dropped as not needed.
+    command += ["-Wl,--as-needed", openmp] if openmp else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise BuildError(f"{compiler} failed: {(lines or ['no message'])[0].strip()}")
+        os.replace(temporary, library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler} could not be run: {error}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def shlex_which(command: str | None) -> str | None:
+    """The executable that CXX names, if it is there."""
+    return shutil.which(command) if command else None
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{compiler} could not be run: {error}") from None
+
+
+def _openmp_of_torch() -> str | None:
+    """The GNU OpenMP library that torch has loaded, if it is one."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    paths = (line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line)
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The kernels for this machine, compiled on the first call ever (seconds). Raises BuildError, one line."""
+    library = compile_library(instruction_set(), cache_directory())
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"{library} could not be loaded: {error}") from None
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.dsbert_product.argtypes = [
+        number, pointer, size, *[pointer] * 7, size, size, size, number, number, number,
+    ]  # fmt: skip
+    loaded.dsbert_gradient.argtypes = [
+        number, pointer, size, pointer, size, *[pointer] * 4, size, size, size, size, number, number,
+    ]  # fmt: skip
+    loaded.dsbert_gelu_gradient.argtypes = [number, pointer, pointer, pointer, size, number]
+    for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient"):
+        getattr(loaded, name).restype = None
+    return loaded

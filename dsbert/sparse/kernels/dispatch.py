@@ -1,0 +1,223 @@
+"""Which backend computes which product: measured on first use, and remembered on disk.
+
+A choice depends on product, shape, block size, active blocks, tokens, dtype and device. Timings are kept in the cache
+directory, in a file for this hardware, this number of threads and these versions; what they mean is decided anew each
+time, by `decide`, so that the rule can change without measuring again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+import dsbert
+from dsbert.errors import UserError
+from dsbert.sparse.kernels.backends import BACKENDS, DENSE
+from dsbert.sparse.kernels.cache import cache_directory
+from dsbert.sparse.kernels.index import Backend, KernelIndex
+
+PRODUCTS = ("forward", "dgrad", "wgrad")
+# The names that a recipe may give, and what each leaves to measure.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "auto": ("triton", "cpu", "reference", *DENSE),
+    "reference": ("reference",),
+    "cpu": ("cpu",),
+    "triton": ("triton",),
+    "dense": DENSE,
+}
+# Sparse must be so much faster than the best dense product before it is chosen.
+_ADVANTAGE = 1.05
+# More tokens than this take longer to measure and change no ranking.
+_MOST_TOKENS = {"cpu": 512, "cuda": 16384}
+_REPEATS, _BUDGET_S, _HOPELESS = 5, 0.02, 3.0
+
+Timings = dict[str, dict[str, float]]  # product -> backend -> milliseconds
+
+
+class Choice(NamedTuple):
+    """The names of the backends of the three products."""
+
+    forward: str
+    dgrad: str
+    wgrad: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """choice, and the timings it rests on: {} where there was nothing to choose from."""
+
+    choice: Choice
+    timings: Timings
+
+    def gains(self) -> dict[str, tuple[float, float]]:
+        """product -> (milliseconds, times faster than the best dense product), for what was measured."""
+        found = {}
+        for product, name in zip(PRODUCTS, self.choice, strict=True):
+            ms = self.timings.get(product, {})
+            dense = [ms[other] for other in DENSE if other in ms]
+            if name in ms and dense:
+                found[product] = (ms[name], min(dense) / ms[name])
+        return found
+
+
+def candidates(kernels: str, device: torch.device, dtype: torch.dtype, block_size: int) -> tuple[str, ...]:
+    """The backends that `kernels` leaves to measure there. Raises UserError, one line, if none of them can run."""
+    named = KERNELS[kernels]
+    reasons = {name: BACKENDS[name].why_not(device, dtype, block_size) for name in named}
+    able = tuple(name for name, reason in reasons.items() if reason is None)
+    if not able:
+        reason = next(iter(reasons.values()))
+        raise UserError(f"expected sparsity.kernels that can run here, found {kernels}: {reason}; choose auto")
+    if kernels == "auto" and device.type == "cuda":
+        return tuple(name for name in able if name != "reference")  # only a yardstick there
+    return able
+
+
+def decide(timings: dict[str, float]) -> str:
+    """The backend to use, from milliseconds by backend: the fastest sparse one if it is at least 5 % faster than the
+    best dense one, scatter included, else the best dense one."""
+    dense = {name: ms for name, ms in timings.items() if name in DENSE}
+    sparse = {name: ms for name, ms in timings.items() if name not in DENSE}
+    if not dense or not sparse:
+        return min(timings, key=lambda name: timings[name])
+    best_dense, best_sparse = min(dense, key=lambda name: dense[name]), min(sparse, key=lambda name: sparse[name])
+    return best_sparse if sparse[best_sparse] * _ADVANTAGE <= dense[best_dense] else best_dense
+
+
+def choose(index: KernelIndex, kernels: str, *, tokens: int, dtype: torch.dtype) -> Decision:
+    """The choice for one layer; measures what no process on this hardware has measured before. Raises UserError."""
+    device = index.rows.device
+    names = candidates(kernels, device, dtype, index.block_size)
+    if len(names) == 1:
+        return Decision(Choice(names[0], names[0], names[0]), {})
+    most = _MOST_TOKENS.get(device.type, 512)
+    measured_tokens = min(most, 1 << max(tokens - 1, 0).bit_length())
+    out_features, in_features = index.shape
+    key = f"{out_features}x{in_features}/B{index.block_size}/K{index.num_active}/T{measured_tokens}/{dtype}"
+    table = _Table(device)
+    timings = table.read(key)
+    missing = [name for name in names if any(name not in timings.get(product, {}) for product in PRODUCTS)]
+    if missing:
+        for product, ms in _measure(index, names, measured_tokens, dtype).items():
+            timings.setdefault(product, {}).update(ms)
+        table.write(key, timings)
+    kept = {product: {name: timings[product][name] for name in names} for product in PRODUCTS}
+    return Decision(Choice(*(decide(kept[product]) for product in PRODUCTS)), kept)
+
+
+@torch.no_grad()
+def _measure(index: KernelIndex, names: tuple[str, ...], tokens: int, dtype: torch.dtype) -> Timings:
+    """Milliseconds of every product and backend, on random numbers, on the topology of `index`."""
+    device, size = index.rows.device, index.block_size
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    x, dy = random(tokens, index.shape[1]), random(tokens, index.shape[0])
+    blocks, bias = random(index.num_active, size, size), random(index.shape[0])
+
+    def calls(backend: Backend) -> dict[str, Callable[[], object]]:
+        return {
+            "forward": lambda: backend.forward(x, blocks, index, bias),
+            "dgrad": lambda: backend.dgrad(dy, blocks, index),
+            "wgrad": lambda: backend.wgrad(dy, x, index),
+        }
+
+    found: Timings = {product: {} for product in PRODUCTS}
+    for name in names:
+        for product, call in calls(BACKENDS[name]).items():
+            fastest = min(found[product].values(), default=float("inf"))
+            found[product][name] = _milliseconds(call, device, fastest)
+    return found
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device, fastest: float) -> float:
+    """Median of a few warm calls; of one, where that shows that another backend is out of reach."""
+    call()
+    seconds: list[float] = []
+    start = time.perf_counter()
+    while not seconds or (len(seconds) < _REPEATS and time.perf_counter() - start < _BUDGET_S):
+        _synchronize(device)
+        before = time.perf_counter()
+        call()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - before)
+        if 1e3 * seconds[0] > _HOPELESS * fastest:
+            break
+    return 1e3 * statistics.median(seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Table:
+    """The timings of this hardware and these versions: in memory, and in a file that other processes share."""
+
+    _memory: dict[tuple[Path, str], Timings] = {}  # noqa: RUF012
+
+    def __init__(self, device: torch.device) -> None:
+        self._about = {"hardware": _hardware(device), "versions": _versions()}
+        name = xxhash.xxh3_64_hexdigest(json.dumps(self._about).encode())
+        self._path = cache_directory() / f"timings-{name}.json"
+
+    def read(self, key: str) -> Timings:
+        known = self._memory.get((self._path, key))
+        return {product: dict(ms) for product, ms in (known or self._file().get(key, {})).items()}
+
+    def write(self, key: str, timings: Timings) -> None:
+        self._memory[self._path, key] = timings
+        with suppress(OSError):  # without a cache, the next process measures again
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self._about | {"milliseconds": self._file() | {key: timings}}, indent=1)
+            handle, temporary = tempfile.mkstemp(dir=self._path.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, self._path)
+
+    def _file(self) -> dict[str, Timings]:
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))["milliseconds"]
+            return {
+                str(key): {product: {str(n): float(ms) for n, ms in row.items()} for product, row in timings.items()}
+                for key, timings in found.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or a torn one: measure
+            return {}
+
+
+@functools.cache
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        wanted = ("model name", "cpu family", "model\t", "flags")
+        model = " ".join(line.partition(":")[2].strip() for line in lines[:40] if line.startswith(wanted))
+    return f"{model} {torch.get_num_threads()} threads {os.environ.get('DSBERT_CPU_ISA', '')}"
+
+
+@functools.cache
+def _versions() -> str:
+    hasher = xxhash.xxh3_64()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h"):
+            hasher.update(path.read_bytes())
+    return f"dsbert {dsbert.__version__} torch {torch.__version__} kernels {hasher.hexdigest()}"

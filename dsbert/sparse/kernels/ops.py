@@ -1,0 +1,127 @@
+"""The block-sparse linear layer as torch operators: autograd, fake tensors, torch.compile.
+
+`kernels` names the backends of the three products, "forward,dgrad,wgrad". Shapes: T tokens, K active blocks, B block
+size; shape = (out, in).
+"""
+
+# No `from __future__ import annotations`: torch reads the types of what it registers.
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsbert.sparse.kernels.backends import BACKENDS
+from dsbert.sparse.kernels.index import KernelIndex
+
+# Defined piece by piece: torch.library.custom_op would import torch's compiler, three seconds of every start.
+_library = torch.library.Library("dsbert", "DEF")
+_INDEX = "Tensor rows, Tensor cols, Tensor order, SymInt[] shape"
+_ARGUMENTS = f"Tensor x, Tensor blocks, Tensor? bias, {_INDEX}, str kernels"
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register what is decorated as the operator of the schema on every device; it becomes that operator."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        _library.define(schema)
+        name = schema.partition("(")[0]
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.dsbert, name).default
+
+    return register
+
+
+def _index(blocks: Tensor, rows: Tensor, cols: Tensor, order: Tensor, shape: Sequence[int]) -> KernelIndex:
+    return KernelIndex((shape[0], shape[1]), blocks.shape[1], rows, cols, order)
+
+
+@_operator(f"linear({_ARGUMENTS}) -> Tensor")
+def linear(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+    """X W^T + b: [T, out]."""
+    backend = BACKENDS[kernels.split(",")[0]]
+    return backend.forward(x, blocks, _index(blocks, rows, cols, order, shape), bias)
+
+
+@_operator(f"linear_gelu({_ARGUMENTS}) -> (Tensor, Tensor)")
+def linear_gelu(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+    """(gelu(Y), Y) of Y = X W^T + b: [T, out] each."""
+    backend = BACKENDS[kernels.split(",")[0]]
+    index = _index(blocks, rows, cols, order, shape)
+    if backend.forward_gelu is not None:
+        return backend.forward_gelu(x, blocks, index, bias)
+    y = backend.forward(x, blocks, index, bias)
+    return torch.nn.functional.gelu(y), y
+
+
+@_operator(f"dgrad(Tensor dy, Tensor blocks, {_INDEX}, str kernels) -> Tensor")
+def dgrad(dy, blocks, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+    """dY W: [T, in]."""
+    return BACKENDS[kernels.split(",")[1]].dgrad(dy, blocks, _index(blocks, rows, cols, order, shape))
+
+
+@_operator(f"wgrad(Tensor dy, Tensor x, {_INDEX}, int block_size, str kernels) -> Tensor")
+def wgrad(dy, x, rows, cols, order, shape, block_size, kernels):  # type: ignore[no-untyped-def]
+    """dY^T X at the active blocks: [K, B, B]."""
+    index = KernelIndex((shape[0], shape[1]), block_size, rows, cols, order)
+    return BACKENDS[kernels.split(",")[2]].wgrad(dy, x, index)
+
+
+@_operator("gelu_gradient(Tensor dy, Tensor x, str kernels) -> Tensor")
+def gelu_gradient(dy, x, kernels):  # type: ignore[no-untyped-def]
+    """dY gelu'(X), of the exact GELU."""
+    if kernels.split(",")[0] == "cpu":
+        from dsbert.sparse.kernels import cpu
+
+        return cpu.gelu_gradient(dy, x)
+    return torch.ops.aten.gelu_backward(dy, x)
+
+
+@torch.library.register_fake("dsbert::linear", lib=_library)
+def _(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], shape[0])
+
+
+@torch.library.register_fake("dsbert::linear_gelu", lib=_library)
+def _(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], shape[0]), x.new_empty(x.shape[0], shape[0])
+
+
+@torch.library.register_fake("dsbert::dgrad", lib=_library)
+def _(dy, blocks, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[0], shape[1])
+
+
+@torch.library.register_fake("dsbert::wgrad", lib=_library)
+def _(dy, x, rows, cols, order, shape, block_size, kernels):  # type: ignore[no-untyped-def]
+    return x.new_empty(rows.shape[0], block_size, block_size)
+
+
+@torch.library.register_fake("dsbert::gelu_gradient", lib=_library)
+def _(dy, x, kernels):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, blocks, bias, rows, cols, order, shape, kernels = inputs
+    activated_from = (output[1],) if isinstance(output, tuple) else ()
+    ctx.save_for_backward(x, blocks, rows, cols, order, *activated_from)
+    ctx.has_bias, ctx.shape, ctx.kernels = bias is not None, shape, kernels
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, blocks, *index = ctx.saved_tensors[:5]
+    needs_x, needs_blocks, needs_bias = ctx.needs_input_grad[:3]
+    dx = dgrad(dy, blocks, *index, ctx.shape, ctx.kernels) if needs_x else None
+    dw = wgrad(dy, x, *index, ctx.shape, blocks.shape[1], ctx.kernels) if needs_blocks else None
+    db = dy.sum(0) if ctx.has_bias and needs_bias else None
+    return dx, dw, db, None, None, None, None, None
+
+
+def _gelu_gradients(ctx: Any, d_activated: Tensor, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    own = gelu_gradient(d_activated, ctx.saved_tensors[5], ctx.kernels)
+    return _gradients(ctx, own if dy is None else own + dy)
+
+
+torch.library.register_autograd("dsbert::linear", _gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd("dsbert::linear_gelu", _gelu_gradients, setup_context=_save, lib=_library)
