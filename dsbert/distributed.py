@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsbert.errors import DsbertError, LostPeerError, PeerError, UserError
+from dsbert.malloc import keep_freed_pages
 from dsbert.meeting_place import one_line
 from dsbert.ranks import Ranks, ranks_from_environment
 from dsbert.rendezvous import meet
@@ -61,6 +62,8 @@ def init(timeout_s: float = 300.0) -> World:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     cuda = torch.cuda.is_available()
     device = _device(local_rank) if cuda else torch.device("cpu")
+    if not cuda:
+        keep_freed_pages()
     # NCCL's own watchdog would abort the process when a peer is gone, before it is known which: health.py ends it.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     meeting = meet(ranks, timeout_s)

@@ -89,5 +89,5 @@ def _optimizer(recipe: Recipe, model: nn.Module, world: World) -> torch.optim.Op
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=True if world.device.type == "cuda" else None,
+        fused=True,  # on a CPU as well: one pass over weights and moments instead of ten
     )

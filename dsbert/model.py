@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertForPreTraining
 
+from dsbert.bert_layers import fuse_gelu_, lighten_
 from dsbert.config import Recipe
 from dsbert.data.stream import Batch
 from dsbert.errors import UserError
@@ -47,6 +48,7 @@ class SparseBert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         whole = BertForPreTraining(config)
+        lighten_(whole)
         self.config = config
         self.bert = whole.bert
         self.cls = whole.cls
@@ -104,6 +106,7 @@ def build_model(
     outside = [name for name in layers if ".encoder." not in name]
     if outside:
         raise UserError(f"expected sparsity.modules to match linear layers of the encoder only, found {outside[0]}")
+    fuse_gelu_(model)
     _materialize_(model, torch.device(device), recipe.model.initializer_std, recipe.seed)
     return model, layers
 

@@ -18,10 +18,11 @@ FLOORS = [
     {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison"},
     {"auditing"},
     {"model", "engine", "checkpoint", "checkpoint_writer", "publication", "submit"},
+    {"bert_layers"},
     {"data", "ds_engine", "step_guard", "fragments", "zero_shards", "metrics", "ds_config", "stopping", "health"},
     {"sparse"},
     {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
-    {"launch", "ranks", "errors", "progress", "durable"},
+    {"launch", "ranks", "errors", "progress", "durable", "malloc"},
 ]
 
 
@@ -59,7 +60,7 @@ def named(path: Path) -> str:
         ("deepspeed", {"dsbert.ds_engine", "dsbert.zero_shards", "dsbert.checkpoint"}),
         ("mpi4py", {"dsbert.meeting_place"}),
         ("wandb", {"dsbert.metrics"}),
-        ("transformers", {"dsbert.model", "dsbert.export"}),
+        ("transformers", {"dsbert.bert_layers", "dsbert.model", "dsbert.export"}),
         ("pickle", set()),
         ("typer", set()),
     ],

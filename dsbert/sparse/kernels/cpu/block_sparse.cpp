@@ -1,7 +1,8 @@
-// The three products of a block-sparse linear layer on a CPU, and the derivative of GELU: what Python calls.
+// The three products of a block-sparse linear layer on a CPU, the derivative of GELU, and dropout: what Python calls.
 //
 // T tokens, K active blocks, B block size. A weight [out, in] is cut into groups of B rows and B columns. Sums run in the
 // order of blocks, or of tokens, however many threads there are: equal input gives equal bits.
+#include "dropout.h"
 #include "elements.h"
 #include "gelu.h"
 #include "panels.h"
@@ -65,6 +66,15 @@ void dsbert_gelu_gradient(int dtype, const void* dy, const void* x, void* dx, in
   if (dtype == 0) gelu_gradient<F32>(dy, x, dx, count, threads);
   if (dtype == 1) gelu_gradient<BF16>(dy, x, dx, count, threads);
   if (dtype == 2) gelu_gradient<F16>(dy, x, dx, count, threads);
+}
+
+void dsbert_dropout(int dtype, const void* x, const void* added, void* y, int64_t count, uint64_t seed, double p,
+                    int threads) {
+  using namespace dsbert;
+  const Dropout d{x, added, y, count, seed, p, threads};
+  if (dtype == 0) dropout<F32>(d);
+  if (dtype == 1) dropout<BF16>(d);
+  if (dtype == 2) dropout<F16>(d);
 }
 
 }  // extern "C"

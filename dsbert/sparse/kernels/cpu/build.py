@@ -20,7 +20,7 @@ import xxhash
 
 from dsbert.sparse.kernels.cache import cache_directory
 
-SOURCES = ("block_sparse.cpp", "arguments.h", "elements.h", "gelu.h", "packing.h", "panels.h", "vectors.h")
+SOURCES = ("block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "packing.h", "panels.h", "vectors.h")
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
 ISA_FLAGS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma -mf16c",
@@ -137,6 +137,9 @@ def load() -> ctypes.CDLL:
         number, pointer, size, pointer, size, *[pointer] * 4, size, size, size, size, number, number,
     ]  # fmt: skip
     loaded.dsbert_gelu_gradient.argtypes = [number, pointer, pointer, pointer, size, number]
-    for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient"):
+    loaded.dsbert_dropout.argtypes = [
+        number, pointer, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number,
+    ]  # fmt: skip
+    for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient", "dsbert_dropout"):
         getattr(loaded, name).restype = None
     return loaded

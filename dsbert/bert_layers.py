@@ -1,0 +1,114 @@
+"""What of BERT is neither a product nor a loss: dropout, attention and GELU, so that they cost little beside the products.
+
+torch draws dropout masks on a CPU number by number, keeps them, and takes attention apart into a dozen passes as soon as
+there is dropout: together a fifth of a step. Elsewhere, and where dsbert's CPU kernels cannot be had, torch's own run.
+Shapes: b sequences, h heads, S positions, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, BertForPreTraining
+from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.bert.modeling_bert import BertIntermediate
+
+from dsbert.sparse import BlockSparseLinear
+from dsbert.sparse.kernels import cpu
+
+ATTENTION = "dsbert"
+
+_library = torch.library.Library("dsbert", "FRAGMENT")
+_library.define("dropout(Tensor x, Tensor seed, float p) -> Tensor")
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return cpu.dropout(x, p, int(seed))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """What fell in forward falls here: the same draw on the gradient."""
+    return torch.ops.dsbert.dropout(dy, ctx.saved_tensors[0], ctx.p), None, None
+
+
+_library.impl("dropout", _dropout, "CPU")
+torch.library.register_fake(
+    "dsbert::dropout",
+    lambda x, seed, p: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lib=_library,
+)
+torch.library.register_autograd("dsbert::dropout", _gradient, setup_context=_save, lib=_library)
+
+
+def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """torch's dropout. On a CPU the mask is a hash of a seed, drawn from torch's generator, and the position: none is
+    kept for backward."""
+    if not training or not p or cpu.BACKEND.why_not(x.device, x.dtype, 1) is not None:
+        return functional.dropout(x, p, training)
+    seed = torch.empty((), dtype=torch.int64).random_()
+    return torch.ops.dsbert.dropout(x, seed, p)  # type: ignore[no-any-return]
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by `drop`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p, self.training)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen."""
+    if not dropout or query.device.type != "cpu":
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    sequences, heads, positions, size = query.shape
+    q, k, v = (tensor.reshape(sequences * heads, -1, size) for tensor in (query, key, value))
+    scores = torch.bmm(q * (size**-0.5 if scaling is None else scaling), k.transpose(1, 2))
+    if attention_mask is not None:
+        # Finite, so that a sequence of nothing but padding has shares, too.
+        hidden = torch.zeros(attention_mask.shape, dtype=scores.dtype)
+        hidden.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+        scores.view(sequences, heads, positions, -1).add_(hidden)
+    shares = drop(torch.softmax(scores, -1), dropout)
+    return torch.bmm(shares, v).view(sequences, heads, positions, size).transpose(1, 2), None
+
+
+def lighten_(model: BertForPreTraining) -> None:
+    """Have a BERT use what stands here, in place: names of modules and parameters stay."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Dropout:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Dropout(module.p))
+    model.set_attn_implementation(ATTENTION)
+
+
+def fuse_gelu_(model: nn.Module) -> None:
+    """Leave the activation of every FFN whose first layer is sparse to that layer's kernel, in place."""
+    for module in model.modules():
+        if isinstance(module, BertIntermediate) and isinstance(module.dense, BlockSparseLinear):
+            assert isinstance(module.intermediate_act_fn, GELUActivation)
+            module.dense.activation = "gelu"
+            module.intermediate_act_fn = nn.Identity()
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
