@@ -56,7 +56,7 @@ def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
     if not training or not p or cpu.BACKEND.why_not(x.device, x.dtype, 1) is not None:
         return functional.dropout(x, p, training)
     seed = torch.empty((), dtype=torch.int64).random_()
-    return torch.ops.dsbert.dropout(x, seed, p)  # type: ignore[no-any-return]
+    return torch.ops.dsbert.dropout(x, seed, p)
 
 
 class Dropout(nn.Dropout):

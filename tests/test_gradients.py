@@ -56,7 +56,10 @@ def expected() -> dict[str, Any]:
         linear = torch.nn.Linear(layer.in_features, layer.out_features)
         linear.weight.data, linear.bias = layer.to_dense(), layer.bias
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        owner = model.get_submodule(parent)
+        setattr(owner, child, linear)
+        if layer.activation == "gelu":  # which the sparse layer applies itself
+            owner.intermediate_act_fn = torch.nn.GELU()
         linears[name] = linear
     batch = bench.stream().batch(0, BATCH)
     losses, _ = model(DeviceBatch.of(batch, torch.device("cpu")))

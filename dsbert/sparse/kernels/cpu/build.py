@@ -78,10 +78,13 @@ def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> P
     library = directory / f"block_sparse-{isa}-{hasher.hexdigest()}.so"
     if library.is_file():
         return library
-    directory.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own first: several ranks may compile at once.
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
-    os.close(handle)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own first: several ranks may compile at once.
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
+        os.close(handle)
+    except OSError as error:
+        raise BuildError(f"the cache {directory} cannot be written: {error.strerror}; set DSBERT_CACHE") from None
     command = [compiler, *flags, str(here / SOURCES[0]), "-o", temporary]
     # One pool of threads, torch's: a second one would fight with it for the cores. Whoever comes first in the command
     # provides the symbols, and the compiler's own OpenMP is dropped as not needed.

@@ -1,0 +1,234 @@
+"""The C++ kernels beyond what every backend must do (test_linear.py): instruction sets, threads, GELU, dropout, no
+compiler. Everything against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsbert.sparse import BlockTopology, DrawKey
+from dsbert.sparse.kernels import cpu
+from dsbert.sparse.kernels.cpu import build
+from dsbert.sparse.kernels.index import KernelIndex
+from tests.sparse.toys import densify
+
+DTYPES = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # largest Frobenius error allowed
+ABLE = [name for name in build.ISA_FLAGS if build._NEEDS[name] <= build._cpu_flags()]
+
+
+def topologies(shape: tuple[int, int], size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random, one block, full, one column, one row: rows and cols."""
+    num_rows, num_cols = shape[0] // size, shape[1] // size
+    drawn = BlockTopology.random(shape, size, 0.3, DrawKey(3, "init", 0, "x"))
+    order = torch.randperm(drawn.num_active, generator=torch.Generator().manual_seed(3))
+    every = torch.arange(num_rows * num_cols)
+    found = {
+        "random": (drawn.rows[order], drawn.cols[order]),
+        "one block": (torch.tensor([num_rows - 1]), torch.tensor([0])),
+        "full": (every // num_cols, every % num_cols),
+        "one column": (torch.arange(num_rows), torch.full((num_rows,), num_cols - 1)),
+        "one row": (torch.zeros(num_cols, dtype=torch.int32), torch.arange(num_cols)),
+    }
+    return {name: (rows.int(), cols.int()) for name, (rows, cols) in found.items()}
+
+
+def check_products(shape: tuple[int, int], size: int, dtype: torch.dtype, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(size + tokens)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    for name, (rows, cols) in topologies(shape, size).items():
+        index = KernelIndex.of(shape, size, rows, cols)
+        x, dy, bias = random(tokens, shape[1]), random(tokens, shape[0]), random(shape[0])
+        blocks = random(len(rows), size, size)
+        weight = densify(shape, blocks.double(), rows, cols)
+        y = x.double() @ weight.t() + bias.double()
+        dense_gradient = (dy.double().t() @ x.double()).view(shape[0] // size, size, shape[1] // size, size)
+        activated, before = cpu.BACKEND.forward_gelu(x, blocks, index, bias)
+        found = {
+            "forward": (cpu.BACKEND.forward(x, blocks, index, bias), y),
+            "before": (before, y),
+            "gelu": (activated, functional.gelu(before.double())),
+            "dgrad": (cpu.BACKEND.dgrad(dy, blocks, index), dy.double() @ weight),
+            "wgrad": (cpu.BACKEND.wgrad(dy, x, index), dense_gradient.transpose(1, 2)[rows.long(), cols.long()]),
+        }
+        for product, (result, exact) in found.items():
+            error = (result.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+            assert error < DTYPES[dtype], (name, product, float(error))
+        wide = torch.zeros(tokens, shape[1] + 3, dtype=dtype)
+        wide[:, 3:] = x  # rows further apart than they are long
+        assert torch.equal(cpu.BACKEND.forward(wide[:, 3:], blocks, index, bias), found["forward"][0])
+        assert torch.equal(cpu.BACKEND.wgrad(dy, wide[:, 3:], index), found["wgrad"][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 4, 8, 16, 32, 64, 128])
+def test_products_on_adversarial_topologies(size: int, dtype: torch.dtype) -> None:
+    shape = (12, 20) if size == 1 else (size * 3, size * 5)
+    for tokens in (1, 7, 101):
+        check_products(shape, size, dtype, tokens)
+
+
+@pytest.mark.parametrize("size", [4, 16, 32])
+@pytest.mark.parametrize("isa", [*ABLE[1:], "pairs"])
+def test_products_on_every_instruction_set(
+    isa: str, size: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this machine can execute below its best; and the layout of the bf16 pairs of AVX-512, whose instruction is
+    replaced by arithmetic where it is missing."""
+    folder = tmp_path_factory.getbasetemp() / "isas"
+    extra = ("-DDSBERT_PAIRS",) if isa == "pairs" else ()
+    library = build.compile_library(ABLE[0] if isa == "pairs" else isa, folder, extra)
+    monkeypatch.setattr(build, "compile_library", lambda *_: library)
+    build.load.cache_clear()
+    try:
+        assert build.load()._name == str(library)
+        for dtype in DTYPES:
+            for tokens in (1, 50, 131):
+                check_products((size * 3, size * 5), size, dtype, tokens)
+    finally:
+        build.load.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "avx2" not in ABLE, reason="needs an x86 assembler")
+@pytest.mark.parametrize(("isa", "wanted"), [("avx512", "zmm"), ("avx512_bf16", "vdpbf16ps")])
+def test_compiles_for_avx512(isa: str, wanted: str, tmp_path: Path) -> None:
+    library = build.compile_library(isa, tmp_path)
+    code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    products = [line for line in code.splitlines() if wanted in line and ("vfmadd" in line or "vdpbf16ps" in line)]
+    assert len(products) > 100
+    # Sums that did not fit into the registers would be stored and loaded between the products.
+    assert not [line for line in products if "(%rsp" in line]
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 64])
+def test_the_same_bits_for_any_number_of_threads(size: int) -> None:
+    shape = (256, 384) if size > 1 else (48, 64)
+    drawn = BlockTopology.random(shape, size, 0.2, DrawKey(5, "init", 0, "x"))
+    index = KernelIndex.of(shape, size, drawn.rows, drawn.cols)
+    x, dy, blocks = torch.randn(301, shape[1]), torch.randn(301, shape[0]), torch.randn(drawn.num_active, size, size)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            found.append(
+                [
+                    cpu.BACKEND.forward(x, blocks, index, None),
+                    cpu.BACKEND.dgrad(dy, blocks, index),
+                    cpu.BACKEND.wgrad(dy, x, index),
+                    cpu.dropout(x, 0.3, 5),
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_gelu_and_its_derivative_everywhere() -> None:
+    x = torch.cat([torch.linspace(-14, 14, 20001), torch.tensor([0.0, -0.0, 1e-30, 40.0, -40.0, 1e30, -1e30])])
+    exact = x.double().requires_grad_()
+    functional.gelu(exact).sum().backward()
+    found = cpu.gelu_gradient(torch.ones_like(x), x)
+    assert (found.double() - exact.grad).abs().max() < 4e-7
+    index = KernelIndex.of((16, 16), 16, torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    padded = torch.zeros(-(-len(x) // 16) * 16)
+    padded[: len(x)] = x
+    activated, before = cpu.BACKEND.forward_gelu(padded.view(-1, 16), torch.eye(16)[None], index, None)
+    assert torch.equal(before.flatten()[: len(x)], x)
+    error = (activated.flatten()[: len(x)].double() - functional.gelu(x.double())).abs()
+    assert (error <= 3e-7 * x.double().abs().clamp(min=1e-30)).all()
+    infinite = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    assert torch.equal(cpu.gelu_gradient(torch.ones(2), infinite[:2]), torch.tensor([1.0, 0.0]))
+    assert cpu.gelu_gradient(torch.ones(1), infinite[2:]).isnan().all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_falls_as_it_should(p: float) -> None:
+    count = 1 << 20
+    x = torch.ones(count)
+    masks = [cpu.dropout(x, p, seed) == 0 for seed in (1, 2, 1 << 32, (1 << 32) + 1, 2**63 - 1)]
+    deviation = (p * (1 - p) / count) ** 0.5
+    for mask in masks:
+        assert abs(mask.double().mean().item() - p) < 5 * deviation
+        for shift in (1, 2, 3, 8, 64, 768, 1024):  # neighbours in a row and in a column
+            both = (mask[shift:] & mask[:-shift]).double().mean().item()
+            assert abs(both - p * p) < 6 * deviation, shift
+    for one in range(len(masks)):
+        for other in range(one):
+            assert abs((masks[one] & masks[other]).double().mean().item() - p * p) < 6 * deviation
+    kept = cpu.dropout(x, p, 1)[~masks[0]]
+    assert torch.allclose(kept, torch.full_like(kept, 1 / (1 - p)))
+    assert torch.equal(cpu.dropout(x[:777], p, 1), cpu.dropout(x, p, 1)[:777])
+    residual = torch.randn(777)
+    assert torch.equal(cpu.dropout(x[:777], p, 1, residual), residual + cpu.dropout(x[:777], p, 1))
+
+
+WITHOUT_COMPILER = """
+import os, torch
+os.environ["PATH"], os.environ["CXX"] = "", ""
+from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
+from dsbert.sparse.kernel_plan import plan_kernels
+layer = BlockSparseLinear(BlockTopology.random((64, 64), 16, 0.3, DrawKey(0, "init", 0, "x")))
+plan = plan_kernels({"layer": layer}, tokens=32, dtype=torch.float32)
+assert "cpu" not in layer.choice, layer.choice
+layer(torch.randn(32, 64)).sum().backward()
+print(*plan.notes, sep="\\n")
+"""
+
+
+def test_without_a_compiler_torch_computes_and_one_line_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER],
+        env={"DSBERT_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "the cpu kernels cannot be used, sparse products run through torch: "
+        "no C++ compiler was found: install g++, or set CXX"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"CXX": "false"}, "could not be run|failed"),
+        ({"DSBERT_CPU_ISA": "vax"}, "expected DSBERT_CPU_ISA to be one of avx512_bf16, avx512, avx2, plain, found 'vax'"),
+        ({"DSBERT_CACHE": "/proc/nowhere"}, "/proc/nowhere"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DSBERT_CACHE", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    build.load.cache_clear()
+    try:
+        reason = cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16)
+    finally:
+        build.load.cache_clear()
+    assert reason is not None
+    assert "\n" not in reason
+    assert re.search(says, reason)
+
+
+def test_shares_the_threads_of_torch() -> None:
+    """A second OpenMP runtime would be a second pool of threads that fights for the cores."""
+    build.load()
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}) <= 1
+    assert isinstance(build.load(), ctypes.CDLL)

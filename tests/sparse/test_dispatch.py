@@ -1,0 +1,174 @@
+"""Which backend computes what: the rule on recorded timings, the cache, plans that ranks share and checkpoints keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsbert.errors import UserError
+from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
+from dsbert.sparse.kernel_plan import gain_of, plan_kernels
+from dsbert.sparse.kernels import dispatch
+from dsbert.sparse.kernels.backends import BACKENDS, DENSE
+from dsbert.sparse.kernels.dispatch import Choice, choose, decide
+
+# Milliseconds of BERT-Base's products at density 0.1, on one core of an AVX2 machine.
+RECORDED = {
+    "768x768 B16 forward": ({"cpu": 1.05, "reference": 9.8, "dense": 8.1, "dense_onednn": 8.6}, "cpu"),
+    "768x768 B16 bf16": ({"cpu": 1.0, "reference": 31.0, "dense": 82.0, "dense_fp32": 9.1}, "cpu"),
+    "no compiler": ({"reference": 9.8, "dense": 8.1, "dense_onednn": 8.6}, "dense"),
+    "small model, no compiler": ({"reference": 0.30, "dense": 0.47, "dense_onednn": 0.52}, "reference"),
+    "exactly 5 % faster": ({"cpu": 1.0, "dense": 1.05}, "cpu"),
+    "not quite 5 % faster": ({"cpu": 1.0, "dense": 1.0499}, "dense"),
+    "faster than one dense product, not than the best": ({"cpu": 1.0, "dense": 5.0, "dense_onednn": 1.02}, "dense_onednn"),
+    "dense only": ({"dense": 2.0, "dense_onednn": 1.0}, "dense_onednn"),
+    "sparse only": ({"cpu": 2.0, "reference": 1.0}, "reference"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_sparse_only_where_it_is_at_least_5_percent_faster(name: str) -> None:
+    timings, expected = RECORDED[name]
+    assert decide(timings) == expected
+
+
+def layer(kernels: str = "auto", size: int = 16, shape: tuple[int, int] = (64, 96)) -> BlockSparseLinear:
+    return BlockSparseLinear(BlockTopology.random(shape, size, 0.3, DrawKey(0, "init", 0, "x")), kernels=kernels)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DSBERT_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch._Table, "_memory", {})
+    return tmp_path
+
+
+def test_measured_once_and_remembered_on_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = layer().index
+    first = choose(index, "auto", tokens=32, dtype=torch.float32)
+    assert set(first.timings) == {"forward", "dgrad", "wgrad"}
+    assert {"cpu", "reference", "dense", "dense_onednn"} == set(first.timings["forward"])
+    assert first.choice == Choice(*(decide(first.timings[product]) for product in dispatch.PRODUCTS))
+    (path,) = cache.glob("timings-*.json")
+    recorded = json.loads(path.read_text())
+    assert recorded["hardware"]
+    assert "torch" in recorded["versions"]
+
+    def forbidden(*_: object) -> dispatch.Timings:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(dispatch, "_measure", forbidden)
+    dispatch._Table._memory.clear()  # as in another process
+    assert choose(index, "auto", tokens=32, dtype=torch.float32) == first
+    assert choose(index, "auto", tokens=20, dtype=torch.float32) == first  # the same power of two
+    with pytest.raises(AssertionError, match="measured again"):
+        choose(index, "auto", tokens=33, dtype=torch.float32)
+    path.write_text("{")  # torn: it is measured again
+    dispatch._Table._memory.clear()
+    with pytest.raises(AssertionError, match="measured again"):
+        choose(index, "auto", tokens=32, dtype=torch.float32)
+
+
+def test_what_the_file_says_decides(cache: Path) -> None:
+    index = layer().index
+    choose(index, "auto", tokens=32, dtype=torch.float32)
+    (path,) = cache.glob("timings-*.json")
+    recorded = json.loads(path.read_text())
+    for timings in recorded["milliseconds"].values():
+        timings["forward"] = {"cpu": 2.0, "reference": 3.0, "dense": 1.0, "dense_onednn": 4.0}
+        timings["dgrad"] = {"cpu": 1.0, "reference": 3.0, "dense": 3.0, "dense_onednn": 2.0}
+        timings["wgrad"] = {"cpu": 2.0, "reference": 1.0, "dense": 3.0, "dense_onednn": 4.0}
+    path.write_text(json.dumps(recorded))
+    dispatch._Table._memory.clear()
+    decision = choose(index, "auto", tokens=32, dtype=torch.float32)
+    assert decision.choice == ("dense", "cpu", "reference")
+    assert decision.gains() == {"forward": (1.0, 1.0), "dgrad": (1.0, 2.0), "wgrad": (1.0, 3.0)}
+    assert choose(index, "dense", tokens=32, dtype=torch.float32).choice == ("dense", "dense_onednn", "dense")
+    plan = plan_kernels({"layer": layer()}, tokens=32, dtype=torch.float32)
+    assert gain_of(plan.record) == pytest.approx((1.0 + 2.0 + 3.0) / 3)
+    assert list(plan.lines()) == [
+        "kernels: forward dense x 1 (1.0 to 1.0 times dense); dgrad cpu x 1 (2.0 to 2.0 times dense); "
+        "wgrad reference x 1 (3.0 to 3.0 times dense)"
+    ]
+
+
+def test_a_recipe_may_name_the_kernels(cache: Path) -> None:
+    for name in ("cpu", "reference"):
+        plan = plan_kernels({"layer": (made := layer(name))}, tokens=32, dtype=torch.float32)
+        assert made.choice == (name,) * 3
+        assert plan.record["layers"]["layer"]["forward"] == {"backend": name, "ms": None, "speedup": None}
+    assert not list(cache.glob("timings-*"))  # nothing was left to measure
+    assert set(choose(layer().index, "dense", tokens=8, dtype=torch.bfloat16).choice) <= set(DENSE)
+    with pytest.raises(UserError, match=r"found triton: .*; choose auto$") as error:
+        plan_kernels({"layer": layer("triton")}, tokens=32, dtype=torch.float32)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"do not compute in torch.float64; choose auto"):
+        layer("cpu")(torch.zeros(1, 96))
+        made = layer("cpu").double()
+        made(torch.zeros(1, 96, dtype=torch.float64))
+
+
+def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {"first": layer(), "second": layer()}
+    fresh = plan_kernels(layers, tokens=32, dtype=torch.float32)
+    stored = json.loads(json.dumps(fresh.record))
+    for product in dispatch.PRODUCTS:
+        stored["layers"]["second"][product]["backend"] = "reference"
+    again = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored)
+    assert again.record == stored
+    assert not again.notes
+    assert layers["second"].choice == ("reference",) * 3
+    for product in dispatch.PRODUCTS:
+        stored["layers"]["second"][product]["backend"] = "triton"
+    moved = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored)
+    assert moved.record == fresh.record
+    (note,) = moved.notes
+    assert note.startswith("1 layers go on with other kernels than before: ")
+    stored["layers"]["second"]["forward"]["backend"] = "abacus"
+    (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored).notes
+    assert note.endswith("this version has no kernels 'abacus'")
+    named = {"first": layer("reference"), "second": layer("reference")}
+    (note,) = plan_kernels(named, tokens=32, dtype=torch.float32, stored=fresh.record).notes
+    assert note == "2 layers go on with other kernels than before: the recipe asks for reference"
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "dense", "reference"])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_torch_accepts_the_operators(kernels: str, gelu: bool) -> None:
+    from dsbert.sparse.kernels import ops
+
+    made = layer(kernels)
+    made(torch.zeros(2, 96))
+    assert made.choice is not None
+    x = torch.randn(7, 96, requires_grad=True)
+    index = (made.rows, made.cols, made.order, list(made.shape), ",".join(made.choice))
+    op = ops.linear_gelu if gelu else ops.linear
+    torch.library.opcheck(op, (x, made.blocks, made.bias, *index))
+    torch.library.opcheck(op, (x[:0], made.blocks, None, *index))
+    if not gelu:
+        dy, blocks, plain = torch.randn(7, 64), made.blocks.detach(), x.detach()
+        torch.library.opcheck(ops.dgrad, (dy, blocks, *index))
+        torch.library.opcheck(ops.wgrad, (dy, plain, *index[:4], made.block_size, index[4]))
+        torch.library.opcheck(ops.gelu_gradient, (dy, dy, index[4]))
+
+
+def test_torch_compile_gives_the_same() -> None:
+    made = torch.nn.Sequential(layer("cpu"), torch.nn.GELU(), layer("cpu", shape=(96, 64)))
+    x = torch.randn(9, 96)
+    made(x)
+    results = []
+    for run in (made, torch.compile(made, backend="aot_eager", fullgraph=True)):
+        made.zero_grad()
+        given = x.clone().requires_grad_()
+        y = run(given)
+        y.square().sum().backward()
+        results.append([y.detach(), given.grad, *(parameter.grad.clone() for parameter in made.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_every_backend_is_registered() -> None:
+    assert set(BACKENDS) == {name for names in dispatch.KERNELS.values() for name in names}
