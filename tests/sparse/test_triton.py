@@ -166,3 +166,12 @@ def test_the_script_for_a_card_says_that_there_is_none(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "bench_card: expected a CUDA device, found none; --dry-run needs none\n"
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_card(tmp_path: Path) -> None:
+    """Every kernel against float64 in every dtype, and the times of one layer shape."""
+    done = bench_card("--out", str(tmp_path), "--quick", "--tokens", "2048")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(row["rel_error"] < 8e-3 for row in json.loads((tmp_path / "records.json").read_text()))

@@ -8,7 +8,9 @@ of the largest entry of the float64 result}} as JSON.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +23,7 @@ from dsbert.sparse.kernels.triton_gpu import dgrad, forward, forward_gelu, wgrad
 from dsbert.sparse.kernels.triton_gpu.configs import LinearConfig, WgradConfig, forget_measured, set_config
 from tests.sparse.toys import densify
 
+MAP_NORESERVE = 0x4000  # Linux; mmap has no name for it before Python 3.13
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Rows and columns of the active blocks, in slot order (which is no order), on a grid of 3 x 4.
@@ -38,9 +41,23 @@ def inputs(topology: str, block_size: int, dtype: torch.dtype, num_tokens: int) 
     rows, cols = (torch.tensor(part, dtype=torch.int32) for part in TOPOLOGIES[topology])
     shape = (GRID[0] * block_size, GRID[1] * block_size)
     generator = torch.Generator().manual_seed(block_size + num_tokens)
+    where = KernelIndex.of(shape, block_size, rows, cols)
+    index = KernelIndex(shape, block_size, *(guarded(part) for part in (rows, cols, where.order)))
     sizes = ((num_tokens, shape[1]), (num_tokens, shape[0]), (len(rows), block_size, block_size), (shape[0],))
-    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
-    return KernelIndex.of(shape, block_size, rows, cols), tensors
+    return index, [guarded(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy that ends where a page begins that nobody may touch: who reads beyond it does not live to tell."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor
+    whole_pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole_pages + mmap.PAGESIZE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + whole_pages), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=whole_pages - size)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -90,6 +107,15 @@ def surrounded(tensor: Tensor) -> Tensor:
     return view
 
 
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same values in rows 2^24 apart: later tiles begin beyond 2^31. Only what is touched takes memory."""
+    stride = 1 << 24
+    size = tensor.shape[0] * stride * tensor.element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    whole = torch.frombuffer(mmap.mmap(-1, size, flags), dtype=tensor.dtype)
+    return whole.as_strided(tuple(tensor.shape), (stride, 1)).copy_(tensor)
+
+
 def cases() -> Iterator[tuple[str, dict[str, float]]]:
     for block_size in (16, 32, 64, 128):
         for dtype in DTYPES:
@@ -102,6 +128,8 @@ def cases() -> Iterator[tuple[str, dict[str, float]]]:
         for block_size, num_tokens in ((16, 33), (64, 1)):
             index, (x, dy, blocks, _) = inputs(topology, block_size, torch.float32, num_tokens)
             yield f"fp32 B={block_size} {topology}, no bias", errors(index, x, dy, blocks, None)
+    index, (x, dy, blocks, bias) = inputs("scattered", 32, torch.float16, 140)
+    yield "fp16 rows far apart", errors(index, far_apart(x), far_apart(dy), blocks, bias)
     index, (x, dy, blocks, bias) = inputs("scattered", 32, torch.float32, 0)
     yield "fp32 no tokens", errors(index, x, dy, blocks, bias)
     index, (x, dy, blocks, bias) = inputs("scattered", 16, torch.float32, 20)

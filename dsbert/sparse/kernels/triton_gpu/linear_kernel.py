@@ -12,19 +12,22 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Not specialised: one machine code for all numbers of tokens and all layers of a block size.
+@triton.jit(do_not_specialize=["num_tokens", "num_lines", "line_begin", "slots_begin"])
 def linear_kernel(
-    x_ptr, values_ptr, line_ptr, slots_ptr, places_ptr, bias_ptr, y_ptr, gelu_ptr,
-    num_tokens, num_lines, x_stride, y_stride,
+    x_ptr, values_ptr, order_ptr, places_ptr, bias_ptr, y_ptr, gelu_ptr,
+    num_tokens, num_lines, line_begin, slots_begin, x_stride, y_stride,
     B: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, LINES: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     CACHE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Y[tile, line] for LINES lines; groups of lines run fastest, so that neighbours read one tile of X from L2.
 
+    line_begin and slots_begin say where in `KernelIndex.order` the pointers and the slots of these lines begin.
     TRANSPOSED: the inner dimension is the rows of a block (dgrad). UPCAST: multiply in fp32, for the interpreter, which
     multiplies the bits of bf16.
     """
+    line_ptr, slots_ptr = order_ptr + line_begin, order_ptr + slots_begin
     groups = tl.cdiv(num_lines, LINES)
     first_token = (tl.program_id(0) // groups) * TOKENS
     first_line = (tl.program_id(0) % groups) * LINES

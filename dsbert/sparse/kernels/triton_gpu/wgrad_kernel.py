@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Not specialised: one machine code for all numbers of tokens and most layers of a block size.
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_part", "num_chunks", "num_rows", "num_active"])
 def wgrad_kernel(
-    dy_ptr, x_ptr, row_ptr, slots_ptr, cols_ptr, out_ptr,
+    dy_ptr, x_ptr, order_ptr, cols_ptr, out_ptr,
     num_tokens, tokens_per_part, num_chunks, num_rows, num_active, dy_stride, x_stride,
     B: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     CACHE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -25,6 +26,7 @@ def wgrad_kernel(
     leave at once. ROWS is R rounded up to a power of two. UPCAST: see linear_kernel.
     """
     PER_CHUNK: tl.constexpr = WIDTH // B
+    row_ptr, slots_ptr = order_ptr, order_ptr + num_rows + 1  # as KernelIndex.order has them
     chunk = tl.program_id(0) % num_chunks
     part = tl.program_id(0) // num_chunks
     row, begin, length = _find_chunk(row_ptr, num_rows, chunk, PER_CHUNK, ROWS)
@@ -79,7 +81,7 @@ def _find_chunk(row_ptr, num_rows, chunk, PER_CHUNK: tl.constexpr, ROWS: tl.cons
     return row, begin, tl.minimum(length, PER_CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, SIZE: tl.constexpr):
     """out[i] = sum over parts of parts[part, i], in fp32, rounded once."""
     where = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
