@@ -36,7 +36,7 @@ def wgrad_kernel(
         inside = gathered // B < length
         slot = tl.load(slots_ptr + begin + gathered // B, mask=inside, other=0)
         col = tl.load(cols_ptr + slot, mask=inside, other=0)
-        column = tl.max_contiguous(tl.multiple_of(col * B + gathered % B, B), B)
+        column = col * B + gathered % B
         first_token = part * tokens_per_part
         stop = tl.minimum(first_token + tokens_per_part, num_tokens)
         tokens = tl.arange(0, DEPTH)
@@ -56,8 +56,7 @@ def wgrad_kernel(
             x_ptr += DEPTH * x_stride
             dy_ptr += DEPTH * dy_stride
         out_ptr += part.to(tl.int64) * num_active * (B * B)
-        inner = tl.max_contiguous(tl.multiple_of(slot * (B * B) + gathered % B, B), B)
-        where = inner[:, None] + outer[None, :] * B
+        where = (slot * (B * B) + gathered % B)[:, None] + outer[None, :] * B
         tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
