@@ -62,7 +62,7 @@ def compile_kernel(kernel: Any, arch: int, types: dict[str, str], constants: dic
 def compile_linear(key: Key, config: LinearConfig, dtype: str, gelu: bool = False) -> Any:
     product, block_size, _, arch = key
     types = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr", "gelu_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("line_ptr", "slots_ptr", "places_ptr"), "*i32")
+    types |= dict.fromkeys(("order_ptr", "places_ptr"), "*i32")
     constants = {
         "B": block_size, "TOKENS": config.tokens, "DEPTH": config.depth, "LINES": config.lines,
         "TRANSPOSED": product == "dgrad", "HAS_BIAS": product == "forward", "GELU": gelu,
@@ -74,7 +74,7 @@ def compile_linear(key: Key, config: LinearConfig, dtype: str, gelu: bool = Fals
 def compile_wgrad(key: Key, config: WgradConfig, dtype: str, rows: int = 256) -> Any:
     _, block_size, _, arch = key
     types = dict.fromkeys(("dy_ptr", "x_ptr"), f"*{dtype}") | {"out_ptr": "*fp32"}
-    types |= dict.fromkeys(("row_ptr", "slots_ptr", "cols_ptr"), "*i32")
+    types |= dict.fromkeys(("order_ptr", "cols_ptr"), "*i32")
     constants = {
         "B": block_size, "WIDTH": config.width, "DEPTH": config.depth, "ROWS": rows,
         "CACHE": config.cache, "PRECISION": PRECISION, "UPCAST": False,

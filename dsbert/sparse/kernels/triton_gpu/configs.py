@@ -7,6 +7,7 @@ differently on two ranks: other tiles mean other bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -103,6 +104,7 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "float" if dtype == torch.float32 else "half"
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """The column of the table for a device."""
     if device.type != "cuda":

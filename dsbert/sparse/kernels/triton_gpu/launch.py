@@ -9,10 +9,10 @@ Shapes: T tokens, K active blocks, B block size, R x C block rows and columns of
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import cast
 
 import torch
-import triton
 from torch import Tensor
 
 from dsbert.sparse.kernels.index import KernelIndex
@@ -25,6 +25,8 @@ from dsbert.sparse.kernels.triton_gpu.wgrad_kernel import sum_parts_kernel, wgra
 # for TF32 is not asked: a sparse layer must not lose digits because a dense one may.
 PRECISION = "tf32x3"
 SUM_SIZE = 1024
+_NOTHING = nullcontext()
+_INTERPRETING = interpreting()
 # What a card has where the interpreter stands in for one.
 _INTERPRETED_PROCESSORS = 4
 
@@ -66,14 +68,14 @@ def wgrad(dy: Tensor, x: Tensor, index: KernelIndex) -> Tensor:
     dy, x = _rows_in_place(dy), _rows_in_place(x)
     with _on(x.device):
         wgrad_kernel[(num_chunks * parts,)](
-            dy, x, index.row_ptr, index.row_slots, index.cols, target,
+            dy, x, index.order, index.cols, target,
             num_tokens, tokens_per_part, num_chunks, num_rows, num_active, dy.stride(0), x.stride(0),
-            B=size, WIDTH=config.width, DEPTH=config.depth, ROWS=triton.next_power_of_2(num_rows),
-            CACHE=config.cache, PRECISION=PRECISION, UPCAST=interpreting(),
+            B=size, WIDTH=config.width, DEPTH=config.depth, ROWS=1 << (num_rows - 1).bit_length(),
+            CACHE=config.cache, PRECISION=PRECISION, UPCAST=_INTERPRETING,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if parts > 1:
-            grid = (triton.cdiv(out.numel(), SUM_SIZE),)
+            grid = (_cdiv(out.numel(), SUM_SIZE),)
             sum_parts_kernel[grid](target, out, parts, out.numel(), SIZE=SUM_SIZE, num_warps=4)
     return out
 
@@ -83,24 +85,31 @@ def _linear(
 ) -> None:
     """y = x W^T + bias, or x W for dgrad, and its GELU if asked for."""
     forwards = product == "forward"
-    line_ptr, slots = (index.row_ptr, index.row_slots) if forwards else (index.col_ptr, index.col_slots)
-    num_lines = index.grid[0 if forwards else 1]
     size = index.block_size
+    num_rows, num_cols = index.grid
+    num_lines = num_rows if forwards else num_cols
+    # Where the row or the column order begins in index.order.
+    line_begin = 0 if forwards else num_rows + 1 + index.num_active
     config = cast(LinearConfig, config_of(product, size, x.dtype, x.device))
-    num_programs = triton.cdiv(x.shape[0], config.tokens) * triton.cdiv(num_lines, config.lines)
+    num_programs = _cdiv(x.shape[0], config.tokens) * _cdiv(num_lines, config.lines)
     if not num_programs:
         return
     x = _rows_in_place(x)
     with _on(x.device):
         linear_kernel[(num_programs,)](
-            x, blocks.contiguous(), line_ptr, slots, index.cols if forwards else index.rows,
+            x, blocks.contiguous(), index.order, index.cols if forwards else index.rows,
             y if bias is None else bias.contiguous(), y, y if gelu is None else gelu,
-            x.shape[0], num_lines, x.stride(0), y.stride(0),
+            x.shape[0], num_lines, line_begin, line_begin + num_lines + 1, x.stride(0), y.stride(0),
             B=size, TOKENS=config.tokens, DEPTH=config.depth, LINES=config.lines,
             TRANSPOSED=not forwards, HAS_BIAS=bias is not None, GELU=gelu is not None,
-            CACHE=config.cache, PRECISION=PRECISION, UPCAST=interpreting(),
+            CACHE=config.cache, PRECISION=PRECISION, UPCAST=_INTERPRETING,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+
+
+def _cdiv(amount: int, size: int) -> int:
+    """Rounded up. triton's own is made for kernels, and takes microseconds on the host."""
+    return -(-amount // size)
 
 
 def _rows_in_place(x: Tensor) -> Tensor:
@@ -111,11 +120,12 @@ def _rows_in_place(x: Tensor) -> Tensor:
 def _split(num_tokens: int, num_chunks: int, config: WgradConfig, device: torch.device) -> tuple[int, int]:
     """(parts, tokens per part), a multiple of the tile: a function of shapes and card only, so that sums repeat."""
     wanted = max(1, _num_processors(device) * config.programs // num_chunks)
-    steps = max(1, triton.cdiv(num_tokens, config.depth))
-    steps_per_part = triton.cdiv(steps, min(wanted, steps))
-    return triton.cdiv(steps, steps_per_part), steps_per_part * config.depth
+    steps = max(1, _cdiv(num_tokens, config.depth))
+    steps_per_part = _cdiv(steps, min(wanted, steps))
+    return _cdiv(steps, steps_per_part), steps_per_part * config.depth
 
 
+@cache
 def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
@@ -124,4 +134,6 @@ def _num_processors(device: torch.device) -> int:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)

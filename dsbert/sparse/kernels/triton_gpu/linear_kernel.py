@@ -12,19 +12,22 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Not specialised: one machine code for all numbers of tokens and all layers of a block size.
+@triton.jit(do_not_specialize=["num_tokens", "num_lines", "line_begin", "slots_begin"])
 def linear_kernel(
-    x_ptr, values_ptr, line_ptr, slots_ptr, places_ptr, bias_ptr, y_ptr, gelu_ptr,
-    num_tokens, num_lines, x_stride, y_stride,
+    x_ptr, values_ptr, order_ptr, places_ptr, bias_ptr, y_ptr, gelu_ptr,
+    num_tokens, num_lines, line_begin, slots_begin, x_stride, y_stride,
     B: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, LINES: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     CACHE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Y[tile, line] for LINES lines; groups of lines run fastest, so that neighbours read one tile of X from L2.
 
+    line_begin and slots_begin say where in `KernelIndex.order` the pointers and the slots of these lines begin.
     TRANSPOSED: the inner dimension is the rows of a block (dgrad). UPCAST: multiply in fp32, for the interpreter, which
     multiplies the bits of bf16.
     """
+    line_ptr, slots_ptr = order_ptr + line_begin, order_ptr + slots_begin
     groups = tl.cdiv(num_lines, LINES)
     first_token = (tl.program_id(0) // groups) * TOKENS
     first_line = (tl.program_id(0) % groups) * LINES
@@ -51,7 +54,6 @@ def _line(
     CACHE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The sum over the active blocks of one line, fp32 [TOKENS, B]; zeros where the line is empty."""
-    RUN: tl.constexpr = min(B, DEPTH)  # consecutive columns of X that one block gives to a tile
     begin = tl.load(line_ptr + line)
     length = tl.load(line_ptr + line + 1) - begin
     tokens = tl.arange(0, TOKENS)
@@ -64,7 +66,7 @@ def _line(
     slot, place = _slot_and_place(slots_ptr + begin, places_ptr, length, 0, B, DEPTH)
     for step in range(0, length * B, DEPTH):
         within = (step + inner) % B
-        column = tl.max_contiguous(tl.multiple_of(place * B + within, RUN), RUN)
+        column = place * B + within
         x_mask = here[:, None]
         value_mask = outer[None, :] < B
         if B < DEPTH:
@@ -75,8 +77,7 @@ def _line(
         if TRANSPOSED:
             value = (slot * (B * B) + within * B)[:, None] + outer[None, :]
         else:
-            run = tl.max_contiguous(tl.multiple_of(slot * (B * B) + within, RUN), RUN)
-            value = run[:, None] + outer[None, :] * B
+            value = (slot * (B * B) + within)[:, None] + outer[None, :] * B
         w = tl.load(values_ptr + value, mask=value_mask, other=0.0)
         slot, place = _slot_and_place(slots_ptr + begin, places_ptr, length, step + DEPTH, B, DEPTH)
         if UPCAST:
@@ -87,7 +88,11 @@ def _line(
 
 @triton.jit
 def _slot_and_place(slots_ptr, places_ptr, length, step, B: tl.constexpr, DEPTH: tl.constexpr):
-    """The slot and the block column of X behind each of DEPTH inner values; one of each where a block fills a tile."""
+    """The slot and the block column of X behind each of DEPTH inner values; one of each where a block fills a tile.
+
+    Looked up per value, by a number that is visibly the same for B values in a row: from that the compiler sees that
+    gathered columns come in runs, and copies 16 bytes at a time.
+    """
     if B < DEPTH:
         nth = (step + tl.arange(0, DEPTH)) // B
     else:

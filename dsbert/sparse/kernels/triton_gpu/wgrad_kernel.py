@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Not specialised: one machine code for all numbers of tokens and most layers of a block size.
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_part", "num_chunks", "num_rows", "num_active"])
 def wgrad_kernel(
-    dy_ptr, x_ptr, row_ptr, slots_ptr, cols_ptr, out_ptr,
+    dy_ptr, x_ptr, order_ptr, cols_ptr, out_ptr,
     num_tokens, tokens_per_part, num_chunks, num_rows, num_active, dy_stride, x_stride,
     B: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     CACHE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -25,6 +26,7 @@ def wgrad_kernel(
     leave at once. ROWS is R rounded up to a power of two. UPCAST: see linear_kernel.
     """
     PER_CHUNK: tl.constexpr = WIDTH // B
+    row_ptr, slots_ptr = order_ptr, order_ptr + num_rows + 1  # as KernelIndex.order has them
     chunk = tl.program_id(0) % num_chunks
     part = tl.program_id(0) // num_chunks
     row, begin, length = _find_chunk(row_ptr, num_rows, chunk, PER_CHUNK, ROWS)
@@ -34,7 +36,7 @@ def wgrad_kernel(
         inside = gathered // B < length
         slot = tl.load(slots_ptr + begin + gathered // B, mask=inside, other=0)
         col = tl.load(cols_ptr + slot, mask=inside, other=0)
-        column = tl.max_contiguous(tl.multiple_of(col * B + gathered % B, B), B)
+        column = col * B + gathered % B
         first_token = part * tokens_per_part
         stop = tl.minimum(first_token + tokens_per_part, num_tokens)
         tokens = tl.arange(0, DEPTH)
@@ -54,8 +56,7 @@ def wgrad_kernel(
             x_ptr += DEPTH * x_stride
             dy_ptr += DEPTH * dy_stride
         out_ptr += part.to(tl.int64) * num_active * (B * B)
-        inner = tl.max_contiguous(tl.multiple_of(slot * (B * B) + gathered % B, B), B)
-        where = inner[:, None] + outer[None, :] * B
+        where = (slot * (B * B) + gathered % B)[:, None] + outer[None, :] * B
         tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -79,7 +80,7 @@ def _find_chunk(row_ptr, num_rows, chunk, PER_CHUNK: tl.constexpr, ROWS: tl.cons
     return row, begin, tl.minimum(length, PER_CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, SIZE: tl.constexpr):
     """out[i] = sum over parts of parts[part, i], in fp32, rounded once."""
     where = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
