@@ -56,8 +56,9 @@ class SparsityConfig(_Section):
     """Which weights are sparse, how, and how the pattern moves (paper, algorithm 1).
 
     sparsity = 1 - density. modules: patterns (fnmatch) over the names of the nn.Linear modules to replace.
-    group_lasso: lambda of the decoupled Group Lasso, 0 = off. allow_density_error: accept a weight so small that whole
-    blocks miss the density by more than a quarter.
+    group_lasso: lambda of the decoupled Group Lasso, 0 = off. balance: "rows" keeps as many blocks in every block row,
+    for speed; the paper leaves that to chance. allow_density_error: accept a weight so small that whole blocks miss the
+    density by more than a quarter. kernels: what computes the products, see sparse/kernels/dispatch.py.
     """
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
@@ -70,6 +71,7 @@ class SparsityConfig(_Section):
     prune_score: Literal["l1", "l2", "linf"] = "l1"
     regrow: Literal["random", "gradient"] = "random"
     group_lasso: float = Field(0.0, ge=0)
+    balance: Literal["none", "rows"] = "none"
     allow_density_error: bool = False
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
@@ -198,6 +200,8 @@ class Recipe(_Section):
         everything = self.model_dump(mode="json")
         kept = {key: everything[key] for key in ("model", "sparsity", "data", "seed", "optim")}
         del kept["sparsity"]["kernels"], kept["data"]["path"], kept["optim"]["max_skipped_steps"]
+        if self.sparsity.balance == "none":
+            del kept["sparsity"]["balance"]  # runs that began before there was a choice
         return kept | {"global_batch": self.batch.global_batch}
 
 

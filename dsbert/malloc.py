@@ -12,9 +12,9 @@ _NEVER = -1
 def keep_freed_pages() -> None:
     """Have freed memory stay with the process for the next step.
 
-    glibc gives large tensors back to the system when they are freed, and every page of the next one is then fetched and
-    cleared again: 130,000 faults, a tenth of the time of a BERT-Base step of 8 x 128. Peak memory grows by a few percent.
-    Elsewhere than under glibc nothing happens.
+    glibc gives large tensors back to the system when they are freed, and every page of the next one is then fetched
+    and cleared again: 130,000 faults, a tenth of the time of a BERT-Base step of 8 x 128. Peak memory grows by a few
+    percent. Elsewhere than under glibc nothing happens.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -197,6 +197,22 @@ def test_inspect(run: Path) -> None:
     assert sizes["checkpoint"] > sizes["encoder_weights"] + sizes["encoder_optimizer"]
 
 
+def test_inspect_kernels(run: Path) -> None:
+    report = json.loads(dsbert("inspect", str(run), "--kernels", "--json").stdout)
+    assert {"step", "tokens", "dtype", "device", "gain", "layers"} <= report.keys()
+    assert (report["dtype"], report["device"]) == ("torch.float32", "cpu")
+    assert "bert.encoder.layer.0.attention.self.query" in report["layers"]
+    for products in report["layers"].values():
+        assert products.keys() == {"forward", "dgrad", "wgrad"}
+        for row in products.values():
+            assert row.keys() == {"backend", "ms", "speedup"}
+            assert row["ms"] > 0
+            assert row["speedup"] >= 1 if row["backend"].startswith("dense") else row["speedup"] >= 1.05
+    text = dsbert("inspect", str(run), "--kernels").stdout
+    assert "bert.encoder.layer.0.attention.self.query  forward" in text
+    assert f"all sparse products together: {report['gain']:.1f} times the best dense ones" in text
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

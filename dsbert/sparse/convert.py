@@ -35,7 +35,7 @@ def sparsify_(model: nn.Module, config: SparsityConfig, *, seed: int = 0) -> dic
     for name, linear in found.items():
         key = DrawKey(seed, "init", 0, name)
         shape = (linear.out_features, linear.in_features)
-        topology = BlockTopology.random(shape, config.block_size, config.density, key)
+        topology = BlockTopology.random(shape, config.block_size, config.density, key, config.balance)
         layers[name] = BlockSparseLinear.from_linear(linear, topology, kernels=config.kernels)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[name])
@@ -47,7 +47,7 @@ def _check_density(name: str, shape: tuple[int, int], config: SparsityConfig) ->
         num_rows, num_cols = grid(shape, config.block_size)
     except ValueError as error:
         raise ValueError(f"sparsity.block_size for {name}: {error}") from None
-    actual = num_active_blocks(shape, config.block_size, config.density) / (num_rows * num_cols)
+    actual = num_active_blocks(shape, config.block_size, config.density, config.balance) / (num_rows * num_cols)
     if abs(actual / config.density - 1.0) > 0.25 + 1e-9 and not config.allow_density_error:
         raise ValueError(
             f"expected density {config.density:.4g} in {name}, found {actual:.4g} as the nearest that "

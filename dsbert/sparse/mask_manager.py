@@ -21,7 +21,7 @@ from dsbert.sparse.block_editor import BlockEditor
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.flat_blocks import PRUNE_SCORES
 from dsbert.sparse.linear import BlockSparseLinear
-from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
+from dsbert.sparse.regrow import prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest, pack_bits, unpack_bits
 
@@ -67,7 +67,7 @@ class MaskManager:
         self._seed = seed
         self._group = group
         self._score = PRUNE_SCORES[config.prune_score]
-        self._rule = REGROW_RULES[config.regrow]
+        self._rule = config.regrow
         dynamic = config.pattern == "dynamic" and layers
         self._schedule = (
             UpdateSchedule(total_steps, config.num_updates, config.max_prune_ratio, config.schedule)
@@ -165,7 +165,9 @@ class MaskManager:
         for name, topology in self.topologies.items():
             key = DrawKey(self._seed, "regrow", number, name)
             count = schedule.num_pruned(step, topology.num_active)
-            updates[name] = prune_and_regrow(topology, scores[name], count, key, self._rule, gradient_norms.get(name))
+            updates[name] = prune_and_regrow(
+                topology, scores[name], count, key, self._rule, gradient_norms.get(name), self.config.balance
+            )
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0
         for name, update in updates.items():

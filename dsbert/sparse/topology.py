@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from dsbert.sparse.balance import blocks_per_row, draw_in_rows
 from dsbert.sparse.draw import DrawKey, draw_positions
 
 
@@ -57,11 +58,18 @@ class BlockTopology:
             raise ValueError(f"expected {self.num_active} distinct blocks, found {distinct}")
 
     @classmethod
-    def random(cls, shape: tuple[int, int], block_size: int, density: float, key: DrawKey) -> BlockTopology:
-        """`density` of the blocks, uniform without replacement (paper, algorithm 1); slots in row-major order."""
+    def random(
+        cls, shape: tuple[int, int], block_size: int, density: float, key: DrawKey, balance: str = "none"
+    ) -> BlockTopology:
+        """`density` of the blocks, uniform without replacement (paper, algorithm 1), or as many in every row if balance
+        is "rows"; slots in row-major order."""
         num_rows, num_cols = grid(shape, block_size)
-        eligible = torch.ones(num_rows * num_cols, dtype=torch.bool)
-        positions = draw_positions(key, eligible, num_active_blocks(shape, block_size, density))
+        eligible = torch.ones(num_rows, num_cols, dtype=torch.bool)
+        if balance == "rows":
+            quotas = torch.full((num_rows,), blocks_per_row(num_cols, density))
+            positions = draw_in_rows(key, eligible, quotas)
+        else:
+            positions = draw_positions(key, eligible.flatten(), num_active_blocks(shape, block_size, density))
         return cls(shape, block_size, (positions // num_cols).int(), (positions % num_cols).int())
 
     @property
@@ -132,9 +140,11 @@ def grid(shape: tuple[int, int], block_size: int) -> tuple[int, int]:
     return shape[0] // block_size, shape[1] // block_size
 
 
-def num_active_blocks(shape: tuple[int, int], block_size: int, density: float) -> int:
-    """K = max(1, round(density R C))."""
+def num_active_blocks(shape: tuple[int, int], block_size: int, density: float, balance: str = "none") -> int:
+    """K = max(1, round(density R C)); with balance "rows" R max(1, round(density C))."""
     num_rows, num_cols = grid(shape, block_size)
+    if balance == "rows":
+        return num_rows * blocks_per_row(num_cols, density)
     return min(num_rows * num_cols, max(1, round(density * num_rows * num_cols)))
 
 

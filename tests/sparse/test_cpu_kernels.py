@@ -205,7 +205,10 @@ def test_without_a_compiler_torch_computes_and_one_line_says_so(tmp_path: Path) 
     ("environment", "says"),
     [
         ({"CXX": "false"}, "could not be run|failed"),
-        ({"DSBERT_CPU_ISA": "vax"}, "expected DSBERT_CPU_ISA to be one of avx512_bf16, avx512, avx2, plain, found 'vax'"),
+        (
+            {"DSBERT_CPU_ISA": "vax"},
+            "expected DSBERT_CPU_ISA to be one of avx512_bf16, avx512, avx2, plain, found 'vax'",
+        ),
         ({"DSBERT_CACHE": "/proc/nowhere"}, "/proc/nowhere"),
     ],
 )

@@ -23,7 +23,10 @@ RECORDED = {
     "small model, no compiler": ({"reference": 0.30, "dense": 0.47, "dense_onednn": 0.52}, "reference"),
     "exactly 5 % faster": ({"cpu": 1.0, "dense": 1.05}, "cpu"),
     "not quite 5 % faster": ({"cpu": 1.0, "dense": 1.0499}, "dense"),
-    "faster than one dense product, not than the best": ({"cpu": 1.0, "dense": 5.0, "dense_onednn": 1.02}, "dense_onednn"),
+    "faster than one dense product, not than the best": (
+        {"cpu": 1.0, "dense": 5.0, "dense_onednn": 1.02},
+        "dense_onednn",
+    ),
     "dense only": ({"dense": 2.0, "dense_onednn": 1.0}, "dense_onednn"),
     "sparse only": ({"cpu": 2.0, "reference": 1.0}, "reference"),
 }
@@ -106,9 +109,7 @@ def test_a_recipe_may_name_the_kernels(cache: Path) -> None:
         plan_kernels({"layer": layer("triton")}, tokens=32, dtype=torch.float32)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"do not compute in torch.float64; choose auto"):
-        layer("cpu")(torch.zeros(1, 96))
-        made = layer("cpu").double()
-        made(torch.zeros(1, 96, dtype=torch.float64))
+        layer("cpu").double()(torch.zeros(1, 96, dtype=torch.float64))
 
 
 def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

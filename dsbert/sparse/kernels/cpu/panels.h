@@ -78,7 +78,8 @@ void panels(const Product& p, int64_t row, int offset, const typename D::Element
 int64_t tile_tokens(int64_t tokens, int64_t features, int threads) {
   int64_t most = std::max<int64_t>(TOKENS, TILE_FLOATS / features / TOKENS * TOKENS);
   int64_t tiles = ((tokens + most - 1) / most + threads - 1) / threads * threads;
-  int64_t tile = (tokens + tiles - 1) / std::max<int64_t>(tiles, 1);
+  if (!tiles) return TOKENS;  // no tokens at all
+  int64_t tile = (tokens + tiles - 1) / tiles;
   return (tile + TOKENS - 1) / TOKENS * TOKENS;
 }
 
