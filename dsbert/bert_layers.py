@@ -1,8 +1,8 @@
 """What of BERT is neither a product nor a loss, so that it costs little beside the products: dropout, attention, GELU.
 
 torch draws dropout masks on a CPU number by number, keeps them, and takes attention apart into a dozen passes as soon
-as there is dropout: together a fifth of a step. Elsewhere, and where dsbert's CPU kernels cannot be had, torch's own run.
-Shapes: b sequences, h heads, S positions, d head size.
+as there is dropout: together a fifth of a step. Elsewhere than on a CPU, and where dsbert's kernels for it cannot be
+had, torch's own run. Shapes: b sequences, h heads, S positions, d head size.
 """
 
 from __future__ import annotations

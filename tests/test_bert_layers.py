@@ -1,0 +1,109 @@
+"""Dropout, attention and the fused GELU against torch's and transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import BertForPreTraining
+
+from dsbert import bert_layers
+from dsbert.bert_layers import attention, drop
+from dsbert.model import DeviceBatch, bert_config, build_model
+from tests import workbench as bench
+
+
+def operands(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    """q, k, v [3, 2, 10, 8] as transformers hands them over, and what is seen [3, 1, 10, 10]: all, a part, nothing."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, 10, 2, 8).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    seen = torch.tensor([[True] * 10, [True] * 6 + [False] * 4, [False] * 10])
+    return tensors, seen[:, None, None, :].expand(3, 1, 10, 10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_attention_with_dropout_is_attention(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bert_layers, "drop", lambda x, p, training=True: x)  # nothing falls
+    tensors, seen = operands(dtype)
+    found, none = attention(torch.nn.Identity(), *tensors, seen, dropout=0.1, scaling=0.3)
+    assert none is None
+    assert found.shape == (3, 10, 2, 8)
+    weights = torch.randn(found.shape).to(dtype)
+    gradients = torch.autograd.grad((found * weights).sum(), tensors)
+    # Where nothing may be seen, every value has the same share.
+    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    visible = seen | ~seen.any(-1, keepdim=True)
+    exact = functional.scaled_dot_product_attention(*doubles, visible, scale=0.3).transpose(1, 2)
+    exact[:2].mul(weights[:2].double()).sum().backward()
+    assert (found[:2].double() - exact[:2]).abs().max() < tolerance
+    assert found.isfinite().all()
+    for gradient, tensor in zip(gradients, doubles, strict=True):
+        assert tensor.grad is not None
+        assert (gradient[:2].double() - tensor.grad[:2]).abs().max() < 4 * tolerance
+        assert gradient.isfinite().all()
+
+
+def test_attention_drops_shares() -> None:
+    tensors, seen = operands()
+    exact, _ = attention(torch.nn.Identity(), *tensors, seen, scaling=0.3)
+    torch.manual_seed(1)
+    mean = sum(attention(torch.nn.Identity(), *tensors, seen, dropout=0.5, scaling=0.3)[0] for _ in range(3000)) / 3000
+    assert (mean[:2] - exact[:2]).abs().max() < 0.15
+    assert (mean[:2] - exact[:2]).abs().mean() < 0.02
+
+
+def test_dropout_draws_the_same_mask_in_backward_and_after_the_same_seed() -> None:
+    x = torch.randn(33, 47, requires_grad=True)
+    torch.manual_seed(3)
+    first = drop(x, 0.3)
+    second = drop(x, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(first, drop(x, 0.3))
+    assert not torch.equal(first, second)
+    first.backward(torch.full_like(first, 2.0))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.where(first == 0, 0.0, 2.0 / 0.7))
+    assert drop(x, 0.3, training=False) is x
+    assert drop(x, 0.0) is x or torch.equal(drop(x, 0.0), x)
+    seed = torch.tensor(5)
+    torch.library.opcheck(torch.ops.dsbert.dropout.default, (x.detach().requires_grad_(), seed, 0.3))
+
+
+def test_without_the_kernels_torch_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(100, 100, dtype=torch.float64)  # which they do not compute
+    torch.manual_seed(0)
+    expected = functional.dropout(x, 0.3)
+    torch.manual_seed(0)
+    assert torch.equal(drop(x, 0.3), expected)
+
+
+def outputs(model: Any, batch: DeviceBatch) -> Tensor:
+    found: Tensor = model.bert(
+        batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
+    ).last_hidden_state
+    return found
+
+
+@pytest.mark.parametrize("pattern", ["dense", "static"])
+def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
+    """In eval mode, and while training without dropout; with sparse layers, GELU comes out of their kernel."""
+    recipe = bench.recipe(sparsity={"pattern": pattern}, model={"dropout": 0.0})
+    model, layers = build_model(recipe, bench.VOCAB_SIZE)
+    assert any(layer.activation == "gelu" for layer in layers.values()) == (pattern == "static")
+    twin = BertForPreTraining(bert_config(recipe, bench.VOCAB_SIZE))
+    weights = dict(model.state_dict())
+    for name, layer in layers.items():
+        weights[f"{name}.weight"] = layer.to_dense()
+        for part in ("blocks", "rows", "cols"):
+            del weights[f"{name}.{part}"]
+    twin.load_state_dict(weights, strict=False)
+    batch = DeviceBatch.of(bench.stream().batch(0, 4), torch.device("cpu"))
+    for training in (False, True):
+        model.train(training)
+        twin.train(training)
+        torch.testing.assert_close(outputs(model, batch), outputs(twin, batch), rtol=1e-4, atol=1e-5)
