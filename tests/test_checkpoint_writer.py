@@ -250,7 +250,7 @@ def test_an_older_attempt_cannot_publish_what_its_successor_cleans_up(tmp_path: 
         rmtree(path, **options)
 
     with mock.patch("shutil.rmtree", in_the_middle):
-        directory._clean_up("new", [])
+        directory._clean_up("new", set())
     assert not renamed
     assert [name for name in _names(root) if name.startswith((".", "step"))] == ["step_00000010"]
 

@@ -321,6 +321,34 @@ def test_where_no_checkpoint_is_whole_nothing_starts_from_scratch(run: Path, dat
         assert "found none: remove the directory to start again" in rank.stderr
     assert sorted((tmp_path / "run" / "checkpoints").glob("step_*")) == checkpoints
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    for path in checkpoints:  # as a site that purges old files may leave it
+        shutil.rmtree(path)
+    assert status(tmp_path / "run")["step"] == 12, "there is something to be lost"
+    for rank in attempt(words_of(tmp_path / "run", data)):
+        assert rank.code == 4, rank.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 300 + b"\n", b"[]\n", b"null\n", b"{}\n", b"[" * 200_000 + b"\n"])
+def test_damaged_records_do_not_hold_up_the_next_attempt(damage: bytes, data: Path, tmp_path: Path) -> None:
+    """What is needed to go on stands in the checkpoints; the records beside them are for people."""
+    from dsbert.run_directory import RunDirectory
+    from tests.workbench import recipe
+
+    directory, small = RunDirectory(tmp_path), recipe(data={"path": str(data)})
+    for nonce in ("first", "second"):
+        directory.share(nonce)
+        directory.open_attempt(small, {}, None, nonce, 1)
+    for name in ("attempts.jsonl", "attempt.json", "status.json"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() * (name == "attempts.jsonl") + damage)
+    directory.share("third")
+    third = directory.open_attempt(small, {}, None, "third", 1)
+    assert (third["number"], third["previous"]) == (3, None)
+    assert directory.owns(third)
+    assert not directory.has_ended(third)
+    directory.set_status(third, "failed", 5)
+    assert directory.has_ended(third)
+    assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["third"]
 
 
 def test_a_corrupt_data_shard_is_refused_on_all_ranks(data: Path, tmp_path: Path, fault_table: FaultTable) -> None:
