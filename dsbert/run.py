@@ -136,7 +136,7 @@ class Run:
     def failures(self) -> Iterator[None]:
         """Account for what goes wrong inside: in heartbeats, in status.json, and by a culprit in the message."""
         try:
-            with distributed.peer_failures(self.world):
+            with self._overtaking(), distributed.peer_failures(self.world):
                 yield
         except LostPeerError as error:
             self._leave_at_last(EXIT_PEER)
@@ -157,6 +157,17 @@ class Run:
                 self._record_failure(str(error), culprits)
             if isinstance(error, DsbertError) and culprits:
                 error.args = ("; ".join([str(error), *map(str, culprits)]),)
+            raise
+
+    @contextmanager
+    def _overtaking(self) -> Iterator[None]:
+        """Where another attempt has taken the run over, that is what went wrong, whatever it looks like here."""
+        try:
+            yield
+        except (DsbertError, OSError):
+            self._leave_at_last(EXIT_PEER)
+            if hasattr(self, "attempt") and self.directory.owns(self.attempt) is False:
+                self.directory.assert_owner(self.attempt)
             raise
 
     def _account_for_lost(self, found: str, culprits: list[Culprit]) -> str:
@@ -184,6 +195,7 @@ class Run:
 
     def _leave_at_last(self, code: int) -> None:
         """Whatever hangs on the way out, the rank leaves in bounded time."""
+        self._last_resort.cancel()
         self._last_resort = threading.Timer(2.5 * self.heartbeat.interval_s + _LEAVE_S, os._exit, [code])
         self._last_resort.daemon = True
         self._last_resort.start()

@@ -129,27 +129,22 @@ class RunDirectory:
         """Whether something was published since `find_checkpoint`: the attempt before could, until ours was opened."""
         return self._names() != self._seen
 
-    def owner(self) -> dict[str, Any]:
-        """attempt.json. Raises PeerError if it cannot be read."""
+    def assert_owner(self, attempt: dict[str, Any]) -> None:
+        """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
         owner = self._record("attempt.json", "number", "nonce")
         if owner is None:
             path = self.path / "attempt.json"
             raise PeerError(f"expected {path} to name the attempt that owns the run, found nothing that can be read")
-        return owner
-
-    def assert_owner(self, attempt: dict[str, Any]) -> None:
-        """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
-        owner = self.owner()
         if owner["nonce"] != attempt["nonce"]:
             raise PeerError(
                 f"expected attempt {attempt['number']} to own the run in {self.path}, found attempt {owner['number']}: "
                 "this one leaves"
             )
 
-    def owns(self, attempt: dict[str, Any]) -> bool:
-        """Whether the attempt still owns the run, as far as can be seen."""
-        owner = self._record("attempt.json", "nonce")
-        return owner is not None and owner["nonce"] == attempt["nonce"]
+    def owns(self, attempt: dict[str, Any]) -> bool | None:
+        """Whether the attempt still owns the run; None where that cannot be seen."""
+        owner = self._record("attempt.json", "number", "nonce")
+        return None if owner is None else owner["nonce"] == attempt["nonce"]
 
     def has_ended(self, attempt: dict[str, Any]) -> bool:
         """Whether status.json says already how this attempt ended."""

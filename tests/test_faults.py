@@ -363,26 +363,39 @@ def test_a_corrupt_data_shard_is_refused_on_all_ranks(data: Path, tmp_path: Path
     fault_table.row("17", "a flipped bit in a data shard", time.time() - start, (2, 2), None)
 
 
+@pytest.mark.parametrize(
+    ("notices", "changes"),
+    [
+        ("at a log step", ()),
+        ("on rank 0 alone, at an update", ("log.every_steps=100", "eval.every_steps=100")),
+        ("when its files are gone", ("log.every_steps=100", "eval.every_steps=100", "checkpoint.every_steps=1")),
+    ],
+)
 def test_of_two_live_attempts_the_older_one_leaves(
-    run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
+    notices: str, changes: tuple[str, ...], run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:
     """As after the death of a slurmd: its tasks live on beside those of the job's next attempt."""
     run_dir = tmp_path / "run"
-    words = words_of(run_dir, data)
+    words = words_of(run_dir, data, "checkpoint.max_mb_per_s=0.01", *changes)
     waits = {"words": words, "faults": [fault("step", "wait to be overtaken", step=4)], "record": None}
     with started(unlucky_dsbert, 2, waits, env={"DSBERT_TEST_RUN": str(run_dir)}) as older:
-        _wait_until(lambda: (run_dir / "metrics.jsonl").exists())
-        _wait_until(lambda: len((run_dir / "metrics.jsonl").read_text().splitlines()) == 4)
+        _wait_until(lambda: all(rank.result.exists() for rank in older))
         nonce = json.loads((run_dir / "attempt.json").read_text())["nonce"]
         start = time.time()
         newer = attempt(words, timeout=90)
         ended = wait_for(older, set(), 30)
     assert [rank.code for rank in newer] == [0, 0], newer[0].stderr
     assert [rank.code for rank in ended] == [3, 3], ended[0].stderr
-    assert "this one leaves" in ended[0].stderr + ended[1].stderr
+    for rank in ended:
+        said = [line for line in rank.stderr.splitlines() if line.startswith("dsbert: expected attempt 1 to own")]
+        assert len(said) == 1, f"{notices}: {rank.stderr}"
+        assert said[0].endswith("this one leaves")
+        assert "heartbeat" not in rank.stderr, "nobody is accused of what the next attempt has removed"
     owner = json.loads((run_dir / "attempt.json").read_text())
     assert owner["nonce"] != nonce
     for path in (run_dir / "checkpoints").glob("step_*"):
+        if path.name < "step_00000004":
+            continue  # before it was overtaken
         published_by = json.loads((path / "manifest.json").read_text())["attempt"]
         assert published_by == f"2-{owner['nonce']}"
     assert status(run_dir)["outcome"] == "done"
