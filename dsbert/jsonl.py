@@ -63,9 +63,9 @@ class JsonlFile:
         try:
             self._file.write(line)
             self._file.flush()
-        except OSError:
+        except OSError as error:
             self.close()  # part of the line may stand there: the next append drops it
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def sync(self) -> None:
         """Have what was appended survive a power cut, too: for use before a checkpoint that relies on it.

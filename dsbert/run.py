@@ -136,7 +136,7 @@ class Run:
     def failures(self) -> Iterator[None]:
         """Account for what goes wrong inside: in heartbeats, in status.json, and by a culprit in the message."""
         try:
-            with self._overtaking(), distributed.peer_failures(self.world):
+            with self._said_plainly(), distributed.peer_failures(self.world):
                 yield
         except LostPeerError as error:
             self._leave_at_last(EXIT_PEER)
@@ -160,15 +160,21 @@ class Run:
             raise
 
     @contextmanager
-    def _overtaking(self) -> Iterator[None]:
-        """Where another attempt has taken the run over, that is what went wrong, whatever it looks like here."""
+    def _said_plainly(self) -> Iterator[None]:
+        """Where another attempt has taken the run over, that is what went wrong, whatever it looks like here; and what
+        a disk refuses is no bug."""
         try:
             yield
-        except (DsbertError, OSError):
+        except (DsbertError, OSError) as error:
             self._leave_at_last(EXIT_PEER)
             if hasattr(self, "attempt") and self.directory.owns(self.attempt) is False:
                 self.directory.assert_owner(self.attempt)
-            raise
+            if isinstance(error, DsbertError):
+                raise
+            file, why = error.filename or "a file", error.strerror or error
+            plain = DsbertError(f"could not read or write {file} on {self.world.host}: {why}; checkpoints are intact")
+            plain.ranks = (self.world.rank,)
+            raise plain from error
 
     def _account_for_lost(self, found: str, culprits: list[Culprit]) -> str:
         """Record whose fault it is, and say it."""

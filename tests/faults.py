@@ -117,8 +117,9 @@ def _mark() -> None:
     Path(os.environ["DSBERT_TEST_RESULT"]).write_text("null")
 
 
-def _fill_the_disk(*_: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+def _limit_files(nbytes: int) -> Callable[..., None]:
+    """No file may grow beyond it: what a full disk does to a process."""
+    return lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
 
 
 def _fail(*_: Any) -> None:
@@ -147,7 +148,8 @@ def _wait_to_be_overtaken(engine: Any) -> None:
 
 
 _DEEDS: dict[str, Callable[..., object]] = {
-    "full": _fill_the_disk,
+    "full": _limit_files(20_000),
+    "no room": _limit_files(2_000),
     "hang": lambda *_: time.sleep(1000),
     "fail": _fail,
     "flip": _flip_an_entry,

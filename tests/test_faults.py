@@ -130,6 +130,15 @@ LIFE = [
         before=lambda root: (root / "latest").unlink(),
     ),
     Attempt(
+        "12",
+        "a full disk under metrics.jsonl",
+        (fault("step", "no room", rank=0, step=7),),
+        (1, 3),
+        6,
+        0,
+        says="metrics.jsonl on ",
+    ),
+    Attempt(
         "15",
         "an entry of the topology flipped on one rank",
         (fault("step", "flip", rank=1, step=8),),
