@@ -119,9 +119,9 @@ def test_retention_counts_what_verifies_and_keeps_every_nth(tmp_path: Path) -> N
     for step in (10, 20, 30, 40, 50):
         _make(tmp_path, step)
     (tmp_path / "step_00000050" / "state.json").write_bytes(b"y")  # damaged: must not count
-    _publish(tmp_path, 60, Retention(keep=2, keep_every_steps=20))
+    _publish(tmp_path, 60, Retention(keep=2, keep_every_steps=30))
     kept = [int(name[5:]) for name in _names(tmp_path) if name.startswith("step_")]
-    assert kept == [20, 40, 50, 60], "60 and 40 verify; 50 is newer than the second of them; 20 is an n-th"
+    assert kept == [30, 40, 50, 60], "60 and 40 verify; 50 is newer than the second of them; 30 is an n-th"
     assert newest_checkpoint(tmp_path)[0] == tmp_path / "step_00000060"
 
 
