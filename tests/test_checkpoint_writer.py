@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from dsbert.checkpoint import newest_checkpoint, verify_checkpoint
+from dsbert.durable import checksum, write_and_read_back
 from dsbert.errors import DsbertError
 from dsbert.publication import Publisher, Retention
 from tests.helpers import run_distributed
@@ -139,6 +140,46 @@ def test_what_stands_in_the_way_is_moved_aside(tmp_path: Path) -> None:
         "step_00000020.superseded-2-other",
     ]
     assert verify_checkpoint(tmp_path / "step_00000010") == []
+
+
+def test_what_is_seen_is_whole_and_on_disk_at_every_moment_of_a_publication(tmp_path: Path) -> None:
+    """A power cut cannot be tried here: so each act that others can see must follow the syncs of what it relies on."""
+    _make(tmp_path, 10)
+    acts: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def look() -> None:
+        name, manifest = (tmp_path / "latest").read_text().split()
+        assert verify_checkpoint(tmp_path / name) == [], acts
+        assert checksum(tmp_path / name / "manifest.json") == manifest
+
+    def sync(descriptor: int) -> None:
+        look()
+        fsync(descriptor)
+        acts.append("sync " + os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+
+    def rename(source: Path, target: Path) -> None:
+        look()
+        replace(source, target)
+        acts.append(f"rename to {target.name}")
+        look()
+
+    with mock.patch("os.fsync", sync), mock.patch("os.replace", rename):
+        _make(tmp_path, 20)
+    assert acts == [
+        "sync ..",  # the directory of checkpoints may be new
+        "sync .step_00000020.1-test.tmp/manifest.json",
+        "sync .step_00000020.1-test.tmp",
+        "rename to step_00000020",
+        "sync .",
+        "sync .latest.1-test.tmp",
+        "rename to latest",
+        "sync .",
+    ]
+    acts.clear()
+    with mock.patch("os.fsync", sync):
+        assert write_and_read_back(tmp_path / "file", b"content") == checksum(tmp_path / "file")
+    assert acts == ["sync file"]
 
 
 def test_an_attempt_that_lost_the_run_publishes_nothing(tmp_path: Path) -> None:
