@@ -15,11 +15,14 @@ _CHUNKS_A_SYNC = 64
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and have the disk hold it before returning. Raises OSError."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file and have the disk hold it before returning. Raises OSError, which names the file."""
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_durably(path: Path, data: bytes) -> None:

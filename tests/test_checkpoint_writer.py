@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 
 from dsbert.checkpoint import newest_checkpoint, verify_checkpoint
-from dsbert.durable import checksum, write_and_read_back
-from dsbert.errors import DsbertError
+from dsbert.distributed import together
+from dsbert.durable import checksum, replace_durably, write_and_read_back
+from dsbert.errors import DsbertError, UserError
 from dsbert.publication import Publisher, Retention
 from tests.helpers import run_distributed
 
@@ -180,6 +181,13 @@ def test_what_is_seen_is_whole_and_on_disk_at_every_moment_of_a_publication(tmp_
     with mock.patch("os.fsync", sync):
         assert write_and_read_back(tmp_path / "file", b"content") == checksum(tmp_path / "file")
     assert acts == ["sync file"]
+
+
+def test_a_disk_that_is_full_is_named_by_the_file_that_it_has_no_room_for(tmp_path: Path) -> None:
+    """What a write raises knows no file."""
+    full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
+    with full, pytest.raises(UserError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
+        together(lambda: replace_durably(tmp_path / "status.json", b"{}"))
 
 
 def test_an_attempt_that_lost_the_run_publishes_nothing(tmp_path: Path) -> None:
