@@ -413,6 +413,17 @@ def test_of_two_live_attempts_the_older_one_leaves(
     fault_table.identical([row])
 
 
+def test_what_the_attempt_before_publishes_last_is_not_lost(run: Path, data: Path, tmp_path: Path) -> None:
+    """It may until the run is claimed, and the next attempt has looked for a checkpoint before that."""
+    run_dir, late = tmp_path / "run", tmp_path / "step_00000012"
+    shutil.copytree(run, run_dir)
+    (run_dir / "checkpoints" / late.name).rename(late)
+    env = {"DSBERT_TEST_LATE": str(late), "DSBERT_TEST_RUN": str(run_dir)}
+    ended = attempt(words_of(run_dir, data), fault("claim", "publish a late one", rank=0), env=env)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].stderr
+    assert f"resuming from {run_dir}/checkpoints/{late.name}" in ended[0].stderr
+
+
 def test_a_wandb_server_that_never_answers_slows_no_step(
     run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:
