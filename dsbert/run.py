@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -181,17 +182,19 @@ class Run:
         named = ", ".join(map(str, culprits[:8])) or "no rank is silent: see to the network between the nodes"
         self.heartbeat.end(EXIT_PEER, found)
         watchmen = {rank for rank in range(self.world.world_size) if _watches(rank)}
-        watchmen -= {culprit.rank for culprit in culprits}
-        if self.world.rank == min(watchmen, default=self.world.rank):
-            self._record_failure(named, culprits)
+        watchmen -= {culprit.rank for culprit in culprits if culprit.rank != self.world.rank}
+        is_first = self.world.rank == min(watchmen, default=self.world.rank)
+        self._record_failure(named, culprits, patience_s=0.0 if is_first else 2 * self.heartbeat.interval_s)
         return f"{named}; {found}"
 
-    def _record_failure(self, cause: str, culprits: list[Culprit]) -> None:
-        if (
-            hasattr(self, "attempt")
-            and self.directory.owns(self.attempt)
-            and not self.directory.has_ended(self.attempt)
-        ):
+    def _record_failure(self, cause: str, culprits: list[Culprit], patience_s: float = 0.0) -> None:
+        """patience_s: how long another rank may take to do it, which may be at fault and not be known to be."""
+        if not hasattr(self, "attempt"):
+            return
+        deadline = time.monotonic() + patience_s
+        while not self.directory.has_ended(self.attempt) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.directory.owns(self.attempt) and not self.directory.has_ended(self.attempt):
             culprit = None
             if culprits:
                 first = culprits[0]
