@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -12,6 +13,12 @@ import xxhash
 
 _CHUNK_BYTES = 1 << 20
 _CHUNKS_A_SYNC = 64
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+
+
+def refusal(error: OSError) -> str | None:
+    """What the file system says where it is full or broken, in words; None for an error that may as well be a bug."""
+    return f"{error.filename or 'a file'}: {error.strerror}" if error.errno in _REFUSALS else None
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -23,6 +23,7 @@ from dsbert.data.shards import verify_shards
 from dsbert.data.stream import SampleStream
 from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config
+from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
 from dsbert.evaluate import EVAL_SEED
@@ -170,10 +171,9 @@ class Run:
             self._leave_at_last(EXIT_PEER)
             if hasattr(self, "attempt") and self.directory.owns(self.attempt) is False:
                 self.directory.assert_owner(self.attempt)
-            if isinstance(error, DsbertError):
+            if isinstance(error, DsbertError) or not (found := refusal(error)):
                 raise
-            file, why = error.filename or "a file", error.strerror or error
-            plain = DsbertError(f"could not read or write {file} on {self.world.host}: {why}; checkpoints are intact")
+            plain = DsbertError(f"could not read or write on {self.world.host}, found {found}; checkpoints are intact")
             plain.ranks = (self.world.rank,)
             raise plain from error
 

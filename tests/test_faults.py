@@ -136,7 +136,7 @@ LIFE = [
         (1, 3),
         6,
         0,
-        says="metrics.jsonl on ",
+        says="metrics.jsonl: File too large; checkpoints are intact",
     ),
     Attempt(
         "15",
