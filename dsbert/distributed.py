@@ -144,7 +144,10 @@ def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
         except DsbertError as error:
             failure = [type(error).__name__, str(error)]
         except OSError as error:
-            failure = [UserError.__name__, f"expected to read and write {error.filename}, found: {error.strerror}"]
+            failure = [
+                UserError.__name__,
+                f"expected to read and write {error.filename or 'a file'}, found: {error.strerror or error}",
+            ]
     failures = gather_json(failure)
     first = next((index for index, found in enumerate(failures) if found), None)
     if first is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -12,14 +13,23 @@ import xxhash
 
 _CHUNK_BYTES = 1 << 20
 _CHUNKS_A_SYNC = 64
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+
+
+def refusal(error: OSError) -> str | None:
+    """What the file system says where it is full or broken, in words; None for an error that may as well be a bug."""
+    return f"{error.filename or 'a file'}: {error.strerror}" if error.errno in _REFUSALS else None
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and have the disk hold it before returning. Raises OSError."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file and have the disk hold it before returning. Raises OSError, which names the file."""
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_durably(path: Path, data: bytes) -> None:

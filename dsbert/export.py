@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsbert.checkpoint import read_manifest
 from dsbert.data.manifest import TOKENIZER
 from dsbert.errors import UserError
 
@@ -39,7 +40,9 @@ def export(path: Path, to: Path) -> dict[str, Any]:
     temporary = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    shutil.copytree(restored.path / TOKENIZER, temporary, dirs_exist_ok=True)
+    for name in read_manifest(restored.path)["files"]:  # no more than was verified, whatever else lies there
+        if name.startswith(f"{TOKENIZER}/"):
+            shutil.copy(restored.path / name, temporary)
     _save_compact(restored, temporary / COMPACT)
     if to.exists():
         shutil.rmtree(to)

@@ -152,14 +152,16 @@ class Heartbeat:
 
     def _furthest_behind(self, others: list[dict[str, Any]]) -> list[Culprit]:
         own = self._record["step"], self._progress
-        behind = [
-            record for record in others if (record["step"], record["progress"]) < own and record["phase"] != LEAVING
-        ]
-        least = min(((record["step"], record["progress"]) for record in behind), default=own)
+        # Who has waited in a collective waited for a rank that has come as far as this one, and not into it.
+        waited = self._record["phase"] == LEAVING
+        places = {
+            record["rank"]: (record["step"], record["progress"]) for record in others if record["phase"] != LEAVING
+        }
+        least = min((place for place in places.values() if place < own or (waited and place == own)), default=None)
         return [
             _culprit(record, "lives but does not go on")
-            for record in behind
-            if (record["step"], record["progress"]) == least
+            for record in others
+            if least is not None and places.get(record["rank"]) == least
         ]
 
     def _everybody(self) -> dict[int, dict[str, Any]]:

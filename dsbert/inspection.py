@@ -14,7 +14,7 @@ from typing import Any
 
 from dsbert.auditing.checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.auditing.run import CHECKPOINTS, bytes_below, kind_of, read_latest
-from dsbert.checkpoint import read_manifest, read_state, read_topology, resolve_checkpoint
+from dsbert.checkpoint import fragment_files, read_manifest, read_state, read_topology, resolve_checkpoint
 from dsbert.errors import CheckpointError, UserError
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.kernel_plan import gain_of
@@ -92,7 +92,7 @@ def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
 def _measure(path: Path, names: list[str], dense_numel: int, topology: dict[str, Any]) -> dict[str, int]:
     sizes = {"master": 0} | dict.fromkeys(MOMENTS, 0)
     wanted = {f"{name}.{part}" for name in names for part in ("blocks", "weight")}
-    for file in path.glob("fragments-*.safetensors"):
+    for file in fragment_files(path):
         for key, size in tensor_bytes(file).items():
             name, _, kind = key.rpartition("/")
             if name in wanted:

@@ -63,9 +63,9 @@ class JsonlFile:
         try:
             self._file.write(line)
             self._file.flush()
-        except OSError:
+        except OSError as error:
             self.close()  # part of the line may stand there: the next append drops it
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def sync(self) -> None:
         """Have what was appended survive a power cut, too: for use before a checkpoint that relies on it.
@@ -76,8 +76,11 @@ class JsonlFile:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, *, skip_garbled: bool = False) -> list[dict[str, Any]]:
         """All records, in order; none where there is no file.
+
+        Args:
+            skip_garbled: leave out what is no JSON object, as a power cut may leave it, instead of raising.
 
         Raises:
             ValueError: a line is not a JSON object.
@@ -89,10 +92,11 @@ class JsonlFile:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                record = _parse(line)
-                if record is None:
+                record = parse_object(line)
+                if record is not None:
+                    records.append(record)
+                elif not skip_garbled:
                     raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {line[:80]!r}")
-                records.append(record)
         return records
 
     def cut_back(self, step: int, attempt: int) -> int:
@@ -149,11 +153,11 @@ class JsonlFile:
                 file.truncate(whole)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The JSON object that a line holds, or None."""
+def parse_object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line or a file holds, or None."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -171,5 +175,5 @@ def _line_starts(file: IO[bytes]) -> list[int]:
 def _is_beyond(file: IO[bytes], start: int, step: int) -> bool:
     """Whether the line at `start` belongs to a later step, or to none that can be read."""
     file.seek(start)
-    record = _parse(file.readline())
+    record = parse_object(file.readline())
     return record is None or int(record.get("step", step)) > step

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from dsbert.data.shards import verify_shards
 from dsbert.data.stream import SampleStream
 from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config
+from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
 from dsbert.evaluate import EVAL_SEED
@@ -138,7 +140,7 @@ class Run:
     def failures(self) -> Iterator[None]:
         """Account for what goes wrong inside: in heartbeats, in status.json, and by a culprit in the message."""
         try:
-            with distributed.peer_failures(self.world):
+            with self._said_plainly(), distributed.peer_failures(self.world):
                 yield
         except LostPeerError as error:
             self._leave_at_last(EXIT_PEER)
@@ -161,22 +163,40 @@ class Run:
                 error.args = ("; ".join([str(error), *map(str, culprits)]),)
             raise
 
+    @contextmanager
+    def _said_plainly(self) -> Iterator[None]:
+        """Where another attempt has taken the run over, that is what went wrong, whatever it looks like here; and what
+        a disk refuses is no bug."""
+        try:
+            yield
+        except (DsbertError, OSError) as error:
+            self._leave_at_last(EXIT_PEER)
+            if hasattr(self, "attempt") and self.directory.owns(self.attempt) is False:
+                self.directory.assert_owner(self.attempt)
+            if isinstance(error, DsbertError) or not (found := refusal(error)):
+                raise
+            plain = DsbertError(f"could not read or write on {self.world.host}, found {found}; checkpoints are intact")
+            plain.ranks = (self.world.rank,)
+            raise plain from error
+
     def _account_for_lost(self, found: str, culprits: list[Culprit]) -> str:
         """Record whose fault it is, and say it."""
         named = ", ".join(map(str, culprits[:8])) or "no rank is silent: see to the network between the nodes"
         self.heartbeat.end(EXIT_PEER, found)
         watchmen = {rank for rank in range(self.world.world_size) if _watches(rank)}
-        watchmen -= {culprit.rank for culprit in culprits}
-        if self.world.rank == min(watchmen, default=self.world.rank):
-            self._record_failure(named, culprits)
+        watchmen -= {culprit.rank for culprit in culprits if culprit.rank != self.world.rank}
+        is_first = self.world.rank == min(watchmen, default=self.world.rank)
+        self._record_failure(named, culprits, patience_s=0.0 if is_first else 2 * self.heartbeat.interval_s)
         return f"{named}; {found}"
 
-    def _record_failure(self, cause: str, culprits: list[Culprit]) -> None:
-        if (
-            hasattr(self, "attempt")
-            and self.directory.owns(self.attempt)
-            and not self.directory.has_ended(self.attempt)
-        ):
+    def _record_failure(self, cause: str, culprits: list[Culprit], patience_s: float = 0.0) -> None:
+        """patience_s: how long another rank may take to do it, which may be at fault and not be known to be."""
+        if not hasattr(self, "attempt"):
+            return
+        deadline = time.monotonic() + patience_s
+        while not self.directory.has_ended(self.attempt) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.directory.owns(self.attempt) and not self.directory.has_ended(self.attempt):
             culprit = None
             if culprits:
                 first = culprits[0]
@@ -186,6 +206,7 @@ class Run:
 
     def _leave_at_last(self, code: int) -> None:
         """Whatever hangs on the way out, the rank leaves in bounded time."""
+        self._last_resort.cancel()
         self._last_resort = threading.Timer(2.5 * self.heartbeat.interval_s + _LEAVE_S, os._exit, [code])
         self._last_resort.daemon = True
         self._last_resort.start()

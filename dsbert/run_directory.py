@@ -12,7 +12,6 @@ heartbeats/        health.py, a directory per attempt
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -24,17 +23,18 @@ from typing import Any
 
 import yaml
 
-from dsbert.checkpoint import newest_checkpoint, published, read_state
+from dsbert.checkpoint import LATEST, newest_checkpoint, published, read_state
 from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.distributed import together
 from dsbert.durable import replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError
 from dsbert.health import last_steps
-from dsbert.jsonl import JsonlFile, to_json
+from dsbert.jsonl import JsonlFile, parse_object, to_json
 
 _VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _MARK = "shared"
+_ENDING = ("outcome", "step", "cause", "culprit")
 _LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
 
 
@@ -99,8 +99,9 @@ class RunDirectory:
         """
         self._check_identity(identity, checkpoint)
         history = JsonlFile(self.path / "attempts.jsonl")
+        before = [entry for entry in history.read(skip_garbled=True) if {"number", "nonce"} <= entry.keys()]
         attempt: dict[str, Any] = {
-            "number": len(history.read()) + 1,
+            "number": 1 + max((entry["number"] for entry in before), default=0),
             "nonce": nonce,
             "job_id": os.environ.get("SLURM_JOB_ID"),
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -110,11 +111,10 @@ class RunDirectory:
             "previous": self._previous(),
         }
         # The claim comes first: whatever an attempt that still lives does from now on, it has lost the run.
-        before = [entry["nonce"] for entry in history.read()]
         history.append(attempt)
         self._replace("attempt.json", to_json(attempt) + "\n")
         self.set_status(attempt, None, None)
-        self._clean_up(nonce, before)
+        self._clean_up(nonce, {entry["nonce"] for entry in before})
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
@@ -129,38 +129,27 @@ class RunDirectory:
         """Whether something was published since `find_checkpoint`: the attempt before could, until ours was opened."""
         return self._names() != self._seen
 
-    def owner(self) -> dict[str, Any]:
-        """attempt.json. Raises PeerError if it cannot be read."""
-        path = self.path / "attempt.json"
-        try:
-            owner: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PeerError(f"expected {path} to name the attempt that owns the run, found: {_line(error)}") from None
-        return owner
-
     def assert_owner(self, attempt: dict[str, Any]) -> None:
         """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
-        owner = self.owner()
+        owner = self._record("attempt.json", "number", "nonce")
+        if owner is None:
+            path = self.path / "attempt.json"
+            raise PeerError(f"expected {path} to name the attempt that owns the run, found nothing that can be read")
         if owner["nonce"] != attempt["nonce"]:
             raise PeerError(
                 f"expected attempt {attempt['number']} to own the run in {self.path}, found attempt {owner['number']}: "
                 "this one leaves"
             )
 
-    def owns(self, attempt: dict[str, Any]) -> bool:
-        """Whether the attempt still owns the run, as far as can be seen."""
-        try:
-            return bool(self.owner()["nonce"] == attempt["nonce"])
-        except (PeerError, KeyError):
-            return False
+    def owns(self, attempt: dict[str, Any]) -> bool | None:
+        """Whether the attempt still owns the run; None where that cannot be seen."""
+        owner = self._record("attempt.json", "number", "nonce")
+        return None if owner is None else owner["nonce"] == attempt["nonce"]
 
     def has_ended(self, attempt: dict[str, Any]) -> bool:
         """Whether status.json says already how this attempt ended."""
-        try:
-            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-            return status["attempt"] == attempt["number"] and status["outcome"] is not None
-        except (OSError, ValueError, KeyError):
-            return False
+        status = self._record("status.json", "attempt", "outcome") or {"outcome": None}
+        return status["outcome"] is not None and status["attempt"] == attempt["number"]
 
     def set_status(
         self,
@@ -184,17 +173,23 @@ class RunDirectory:
 
     def _previous(self) -> dict[str, Any] | None:
         """How the attempt before this one ended: its status, or where its ranks were seen last."""
-        try:
-            before = self.owner()
-            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-            if status["outcome"] is not None:
-                return {name: status[name] for name in ("outcome", "step", "cause", "culprit")}
-            steps = last_steps(self.heartbeats(before["nonce"]))
-        except (PeerError, OSError, ValueError, KeyError):
+        before, status = self._record("attempt.json", "nonce"), self._record("status.json", *_ENDING)
+        if before is None or status is None:
             return None
+        if status["outcome"] is not None:
+            return {name: status[name] for name in _ENDING}
+        steps = last_steps(self.heartbeats(str(before["nonce"])))
         return {"outcome": None, "step": max(steps.values(), default=None), "cause": "ended without a word"}
 
-    def _clean_up(self, nonce: str, before: list[str]) -> None:
+    def _record(self, name: str, *keys: str) -> dict[str, Any] | None:
+        """A small file's JSON object; None unless there is one with these keys, for the file may be damaged."""
+        with suppress(OSError):
+            record = parse_object((self.path / name).read_bytes())
+            if record is not None and record.keys() >= set(keys):
+                return record
+        return None
+
+    def _clean_up(self, nonce: str, before: set[str]) -> None:
         """Remove what attempts that were killed have left half done, and the heartbeats of those before.
 
         By another name first: an attempt that still lives must not publish a directory that is being emptied.
@@ -204,8 +199,9 @@ class RunDirectory:
             with suppress(OSError):
                 os.replace(leftover, trash)
                 shutil.rmtree(trash, ignore_errors=True) if trash.is_dir() else trash.unlink()
-        for old in before:
-            shutil.rmtree(self.heartbeats(old), ignore_errors=True)
+        for old in (self.path / "heartbeats").glob("*"):
+            if old.name in before:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _names(self) -> list[str]:
         return [path.name for path in published(self.checkpoints)]
@@ -213,7 +209,8 @@ class RunDirectory:
     def _has_checkpoints(self, resume: str) -> bool:
         self._seen = self._names()
         try:
-            has_some = any(name.startswith("step_") for name in os.listdir(self.checkpoints))
+            # `latest` without the one that it names: it was there, and is lost.
+            has_some = any(name == LATEST or name.startswith("step_") for name in os.listdir(self.checkpoints))
         except FileNotFoundError:  # and nothing else: what cannot be read is not empty
             has_some = False
         if resume == "never" and (has_some or self._has_steps()):

@@ -18,7 +18,7 @@ class FaultTable:
         self._rows: list[dict[str, Any]] = []
 
     def row(
-        self, numbers: str, what: str, seconds: float, codes: Sequence[int | None], culprit: dict[str, Any] | None
+        self, numbers: str, what: str, seconds: float, codes: Sequence[int | str | None], culprit: dict[str, Any] | None
     ) -> dict[str, Any]:
         """A fault that was survived. numbers: as docs/faults.md counts; seconds: until the last survivor had left."""
         found = {"fault": numbers, "what": what, "seconds": round(seconds, 1), "codes": list(codes), "culprit": culprit}

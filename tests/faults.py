@@ -117,8 +117,9 @@ def _mark() -> None:
     Path(os.environ["DSBERT_TEST_RESULT"]).write_text("null")
 
 
-def _fill_the_disk(*_: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+def _limit_files(nbytes: int) -> Callable[..., None]:
+    """No file may grow beyond it: what a full disk does to a process."""
+    return lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
 
 
 def _fail(*_: Any) -> None:
@@ -146,13 +147,21 @@ def _wait_to_be_overtaken(engine: Any) -> None:
         time.sleep(0.02)
 
 
+def _publish_a_late_one(*_: Any) -> None:
+    """What the attempt before had under way appears."""
+    late = Path(os.environ["DSBERT_TEST_LATE"])
+    late.rename(Path(os.environ["DSBERT_TEST_RUN"]) / "checkpoints" / late.name)
+
+
 _DEEDS: dict[str, Callable[..., object]] = {
-    "full": _fill_the_disk,
+    "full": _limit_files(20_000),
+    "no room": _limit_files(2_000),
     "hang": lambda *_: time.sleep(1000),
     "fail": _fail,
     "flip": _flip_an_entry,
     "nan": _spoil_the_loss,
     "wait to be overtaken": _wait_to_be_overtaken,
+    "publish a late one": _publish_a_late_one,
     "slow": lambda *_: time.sleep(0.5),
 }
 
@@ -237,6 +246,12 @@ def _at_start(step: int, deed: Callable[..., object]) -> Callable[[], object]:
     return _around(run, "build_model", lambda *_: deed())
 
 
+def _at_claim(step: int, deed: Callable[..., object]) -> Callable[[], object]:
+    from dsbert.run_directory import RunDirectory
+
+    return _around(RunDirectory, "open_attempt", lambda *_: deed())
+
+
 def _at_load(step: int, deed: Callable[..., object]) -> Callable[[], object]:
     from dsbert import run
 
@@ -245,6 +260,7 @@ def _at_load(step: int, deed: Callable[..., object]) -> Callable[[], object]:
 
 _PLACES: dict[str, Callable[[int, Callable[..., object]], Callable[[], object]]] = {
     "start": _at_start,
+    "claim": _at_claim,
     "load": _at_load,
     "step": _at_step,
     "from step": _from_step,

@@ -356,7 +356,7 @@ def test_a_header_of_absurd_length_in_a_process_of_its_own(checkpoint: Path) -> 
     assert [entry["file"] for entry in report["problems"]] == ["topology.safetensors", FRAGMENTS[1]]
 
 
-def test_a_stray_file_is_a_note_unless_a_reader_would_take_it(checkpoint: Path) -> None:
+def test_a_stray_file_is_a_note_and_harms_nobody(run: Path, checkpoint: Path) -> None:
     (checkpoint / "tokenizer" / "stray").write_text("")
     report = verify(checkpoint)
     assert report["ok"]
@@ -364,7 +364,8 @@ def test_a_stray_file_is_a_note_unless_a_reader_would_take_it(checkpoint: Path) 
     (checkpoint / "tokenizer" / "stray").rename(checkpoint / os.fsdecode(b"\xff"))
     assert verify(checkpoint)["notes"][0]["file"] == "\\udcff"  # not UTF-8, yet printable
     shutil.copy(checkpoint / FRAGMENTS[0], checkpoint / "fragments-00002-of-00003.safetensors")
-    assert_found(checkpoint, "fragments-00002-of-00003.safetensors", "not in the manifest")
+    assert "fragments-00002-of-00003.safetensors" in [entry["file"] for entry in verify(checkpoint)["notes"]]
+    assert diff(checkpoint, run / "checkpoints" / checkpoint.name)["identical"], "readers take what the manifest names"
 
 
 def test_a_file_that_may_not_be_read_is_named(copy: Path) -> None:

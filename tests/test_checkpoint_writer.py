@@ -13,7 +13,9 @@ from unittest import mock
 import pytest
 
 from dsbert.checkpoint import newest_checkpoint, verify_checkpoint
-from dsbert.errors import DsbertError
+from dsbert.distributed import together
+from dsbert.durable import checksum, replace_durably, write_and_read_back
+from dsbert.errors import DsbertError, UserError
 from dsbert.publication import Publisher, Retention
 from tests.helpers import run_distributed
 
@@ -119,9 +121,9 @@ def test_retention_counts_what_verifies_and_keeps_every_nth(tmp_path: Path) -> N
     for step in (10, 20, 30, 40, 50):
         _make(tmp_path, step)
     (tmp_path / "step_00000050" / "state.json").write_bytes(b"y")  # damaged: must not count
-    _publish(tmp_path, 60, Retention(keep=2, keep_every_steps=20))
+    _publish(tmp_path, 60, Retention(keep=2, keep_every_steps=30))
     kept = [int(name[5:]) for name in _names(tmp_path) if name.startswith("step_")]
-    assert kept == [20, 40, 50, 60], "60 and 40 verify; 50 is newer than the second of them; 20 is an n-th"
+    assert kept == [30, 40, 50, 60], "60 and 40 verify; 50 is newer than the second of them; 30 is an n-th"
     assert newest_checkpoint(tmp_path)[0] == tmp_path / "step_00000060"
 
 
@@ -139,6 +141,53 @@ def test_what_stands_in_the_way_is_moved_aside(tmp_path: Path) -> None:
         "step_00000020.superseded-2-other",
     ]
     assert verify_checkpoint(tmp_path / "step_00000010") == []
+
+
+def test_what_is_seen_is_whole_and_on_disk_at_every_moment_of_a_publication(tmp_path: Path) -> None:
+    """A power cut cannot be tried here: so each act that others can see must follow the syncs of what it relies on."""
+    _make(tmp_path, 10)
+    acts: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def look() -> None:
+        name, manifest = (tmp_path / "latest").read_text().split()
+        assert verify_checkpoint(tmp_path / name) == [], acts
+        assert checksum(tmp_path / name / "manifest.json") == manifest
+
+    def sync(descriptor: int) -> None:
+        look()
+        fsync(descriptor)
+        acts.append("sync " + os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+
+    def rename(source: Path, target: Path) -> None:
+        look()
+        replace(source, target)
+        acts.append(f"rename to {target.name}")
+        look()
+
+    with mock.patch("os.fsync", sync), mock.patch("os.replace", rename):
+        _make(tmp_path, 20)
+    assert acts == [
+        "sync ..",  # the directory of checkpoints may be new
+        "sync .step_00000020.1-test.tmp/manifest.json",
+        "sync .step_00000020.1-test.tmp",
+        "rename to step_00000020",
+        "sync .",
+        "sync .latest.1-test.tmp",
+        "rename to latest",
+        "sync .",
+    ]
+    acts.clear()
+    with mock.patch("os.fsync", sync):
+        assert write_and_read_back(tmp_path / "file", b"content") == checksum(tmp_path / "file")
+    assert acts == ["sync file"]
+
+
+def test_a_disk_that_is_full_is_named_by_the_file_that_it_has_no_room_for(tmp_path: Path) -> None:
+    """What a write raises knows no file."""
+    full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
+    with full, pytest.raises(UserError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
+        together(lambda: replace_durably(tmp_path / "status.json", b"{}"))
 
 
 def test_an_attempt_that_lost_the_run_publishes_nothing(tmp_path: Path) -> None:
@@ -250,7 +299,7 @@ def test_an_older_attempt_cannot_publish_what_its_successor_cleans_up(tmp_path: 
         rmtree(path, **options)
 
     with mock.patch("shutil.rmtree", in_the_middle):
-        directory._clean_up("new", [])
+        directory._clean_up("new", set())
     assert not renamed
     assert [name for name in _names(root) if name.startswith((".", "step"))] == ["step_00000010"]
 

@@ -352,7 +352,9 @@ def test_a_site_that_requeues_by_exit_code(cluster: Sandbox, data: Path, undistu
 def test_the_sandbox_leaves_nothing_behind(cluster: Sandbox) -> None:
     program = [sys.executable, str(Path(__file__).parent.parent / "tools" / "slurm_sandbox.py")]
     before = set(Path("/tmp").glob("slurm-*"))
-    shown = "srun -N2 hostname; cat /etc/hosts; echo $SLURM_CONF; exit 5"
+    scripts = program[1].replace("tools/slurm_sandbox.py", "slurm/*.sbatch")
+    tried = f"for script in {scripts}; do sbatch --test-only $script || exit 6; done"
+    shown = f"{tried}; srun -N2 hostname; cat /etc/hosts; echo $SLURM_CONF; exit 5"
     done = subprocess.run([*program, "--", "sh", "-c", shown], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 5, done.stderr
     assert {"n1", "n2"} <= set(done.stdout.split())

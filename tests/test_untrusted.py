@@ -74,6 +74,25 @@ def test_no_file_of_a_checkpoint_is_unpickled(file: str, make: Any, run: Path, t
     assert dsbert("verify", str(path)).returncode == (0 if "tokenizer" in file or "unigram" in file else 4)
 
 
+def test_no_file_outside_of_a_checkpoint_is_read(run: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("a secret")
+    shutil.copytree(run / "checkpoints" / "step_00000012", path := tmp_path / "step_00000012")
+    (path / "tokenizer" / "link").symlink_to(outside)  # in no manifest: nobody may hand it on
+    assert dsbert("export", str(path), "--to", str(tmp_path / "out")).returncode == 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "link").exists()
+    text = (path / "manifest.json").read_text()
+    for name in ("../outside", str(outside)):
+        manifest = json.loads(text)
+        manifest["files"][name] = {"bytes": outside.stat().st_size, "xxh3": checksum(outside)}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        for command in ("evaluate", "inspect", "verify"):
+            done = dsbert(command, str(path))
+            assert done.returncode == 4, done
+            assert "expected names of files in the checkpoint" in done.stdout + done.stderr
+
+
 def test_the_bombs_are_live(tmp_path: Path) -> None:
     """Or the test above could not fail."""
     for number, make in enumerate((_pickled, _torch_saved, _numpy_object)):

@@ -49,11 +49,14 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     named = f"rank {culprit['rank']}" if "rank" in culprit else ""
     if "host" in culprit:
         named += f" on {culprit['host']}, step {culprit['step']}"
+    codes = ["stopped" if code is None else str(code) for code in row["codes"]] or ["killed"]
+    if len(codes) > 4 and len(set(codes)) == 1:
+        codes = [f"all {codes[0]}"]
     return {
         "fault": row["fault"],
         "what was done, what happened": row["what"],
         "s": str(row["seconds"]),
-        "exit codes by rank": ", ".join("stopped" if code is None else str(code) for code in row["codes"]),
+        "exit codes by rank": ", ".join(codes),
         "named": named or "-",
         "final state identical": "yes" if row["identical"] else "-",
     }

@@ -76,7 +76,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {extra}
 {nodes}
-PartitionName=DEFAULT Nodes=ALL DefaultTime=10 MaxTime=60 State=UP
+PartitionName=DEFAULT Nodes=ALL DefaultTime=10 MaxTime=7-00:00:00 State=UP
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=patient PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high PriorityTier=10 PreemptMode=OFF
@@ -298,7 +298,7 @@ def main() -> int:
     """Start a cluster, run a command in it or wait for Ctrl-C, and stop it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--cpus", type=int, default=4, help="per node; may be more than the machine has")
+    parser.add_argument("--cpus", type=int, default=8, help="per node; may be more than the machine has")
     parser.add_argument("--install", action="store_true", help="apt-get the packages first")
     parser.add_argument("command", nargs="*", help="run this inside instead of waiting")
     options = parser.parse_args()

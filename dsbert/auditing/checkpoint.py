@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dsbert.auditing.content import fragment_problems, state_problems, topology_problems
@@ -20,6 +20,7 @@ from dsbert.checkpoint import (
     STATE,
     TOPOLOGY,
     Problem,
+    lies_inside,
     read_manifest,
     read_state,
     step_name,
@@ -56,9 +57,7 @@ def audit_checkpoint(path: Path, count: Callable[[int], object] = lambda nbytes:
         if not found:
             audit.nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
             audit.problems += _content_problems(path, manifest, {problem.file for problem in audit.problems})
-            for stray in _strays(path, set(manifest["files"])):
-                harmful = stray.file.startswith("fragments-")  # a reader takes all fragment files that it finds
-                (audit.problems if harmful else audit.notes).append(stray)
+            audit.notes += _strays(path, set(manifest["files"]))
     audit.checkpoints = [{"name": path.absolute().name, "ok": not audit.problems}]
     return audit
 
@@ -71,8 +70,7 @@ def _manifest_problems(path: Path, manifest: dict[str, Any]) -> Iterator[Problem
         yield Problem(MANIFEST, f"expected a table of files, found {files!r}")
         return
     for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or name.startswith("/") or not name.isprintable():
+        if not lies_inside(name) or not name.isprintable():
             yield Problem(MANIFEST, f"expected names of files in the checkpoint, found {name!r}")
         size, xxh3 = (entry.get("bytes"), entry.get("xxh3")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or size < 0 or not isinstance(xxh3, str):

@@ -5,7 +5,6 @@ What is no damage but worth knowing (a torn last line, `latest` one checkpoint b
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dsbert.auditing.checkpoint import ASIDE, NAME, Audit, audit_checkpoint
 from dsbert.checkpoint import KIND, LATEST, MANIFEST, STATE, TOPOLOGY, Problem, read_manifest
 from dsbert.durable import checksum
 from dsbert.errors import UserError
+from dsbert.jsonl import parse_object
 
 CHECKPOINTS = "checkpoints"
 _RUN_FILES = (CHECKPOINTS, "attempt.json", "attempts.jsonl", "status.json", "masks.jsonl")
@@ -153,7 +153,7 @@ def _audit_journal(file: Path, audit: Audit, has_steps: bool) -> None:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 ended = line.endswith(b"\n")
-                record = _parse(line) if ended and not torn else None
+                record = parse_object(line) if ended and not torn else None
                 if torn or (ended and record is None and not has_steps):
                     torn = torn or number
                     audit.problems.append(Problem(file.name, f"line {torn}: expected a JSON object, found none"))
@@ -179,20 +179,12 @@ def _audit_journal(file: Path, audit: Audit, has_steps: bool) -> None:
 
 def _audit_record(file: Path, audit: Audit) -> None:
     try:
-        if _parse(file.read_bytes()) is None:
+        if parse_object(file.read_bytes()) is None:
             audit.problems.append(Problem(file.name, "expected a JSON object, found none"))
     except FileNotFoundError:
         return
     except OSError as error:
         audit.problems.append(Problem(file.name, f"unreadable: {error.strerror}"))
-
-
-def _parse(text: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def bytes_below(path: Path) -> int:
