@@ -58,7 +58,10 @@ def _train(run: Run, stop: StopRequest) -> int:
     run.heartbeat.enter("train")
     try:
         while engine.step < total_steps:
-            result = engine.train_step(prefetcher.next(), stop=stop.wanted, busy=writer.busy)
+            start = time.perf_counter()
+            batches = prefetcher.next()
+            run.reporter.waited("data", time.perf_counter() - start)
+            result = engine.train_step(batches, stop=stop.wanted, busy=writer.busy)
             run.heartbeat.advance(engine.step)
             if not result.busy:
                 _report(run, writer.advance())
@@ -130,7 +133,7 @@ def _save(run: Run) -> None:
             run.directory.journal.sync()
             run.directory.metrics.sync()
         run.writer.begin(run.engine, run.masks, run.state | {"totals": run.reporter.totals()})
-    run.reporter.waited(time.perf_counter() - start)
+    run.reporter.waited("save", time.perf_counter() - start)
 
 
 def _report(run: Run, saved: Saved | None) -> None:
@@ -150,8 +153,9 @@ def _validate(run: Run, stop: StopRequest) -> Evaluation | None:
         run.heartbeat.advance()
         return _agreed(stop)
 
+    start = time.perf_counter()
     with run.heartbeat.phase("evaluate"):
-        return evaluate(
+        found = evaluate(
             run.engine.evaluate_batch,
             run.held_out,
             run.recipe.eval.sequences,
@@ -160,6 +164,8 @@ def _validate(run: Run, stop: StopRequest) -> Evaluation | None:
             world_size=run.world.world_size,
             interrupted=interrupted,
         )
+    run.reporter.waited("validation", time.perf_counter() - start)
+    return found
 
 
 def _agreed(stop: StopRequest) -> bool:

@@ -17,6 +17,8 @@ from dsbert.run_directory import RunDirectory
 from dsbert.sparse import MaskManager, MaskUpdate
 from dsbert.sparse.flops import sequence_flops
 
+_WAITS = ("data", "save", "validation")
+
 
 @dataclass(frozen=True, eq=False)
 class StepReport:
@@ -45,7 +47,7 @@ class Reporter:
         self._wandb: WandbLogger | None = None
         self._bar: TrainingBar | None = None
         self._since = (0, 0, 0, 0.0)
-        self._waited_s = 0.0
+        self._waits = dict.fromkeys(_WAITS, 0.0)
 
     def begin(self, step: int, totals: dict[str, int], attempt: dict[str, Any]) -> None:
         """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
@@ -76,9 +78,9 @@ class Reporter:
         now, for the checkpoint."""
         return dict(self._totals)
 
-    def waited(self, seconds: float) -> None:
-        """Training stood still so long for a checkpoint."""
-        self._waited_s += seconds
+    def waited(self, what: str, seconds: float) -> None:
+        """Training stood still so long for one of "data", "save" (a checkpoint) and "validation"."""
+        self._waits[what] += seconds
 
     def step(self, report: StepReport) -> None:
         """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
@@ -125,7 +127,9 @@ class Reporter:
         now = time.perf_counter()
         since_step, since_tokens, since_skipped, since = self._since
         self._since = (step, self._totals["tokens"], self._totals["skipped"], now)
-        save_s, self._waited_s = self._waited_s, 0.0
+        waits, self._waits = self._waits, dict.fromkeys(_WAITS, 0.0)
+        # What steps take: checkpoints and validations have figures of their own.
+        stepping_s = now - since - waits["save"] - waits["validation"]
         return {
             "step": step,
             "loss": mlm + nsp,
@@ -138,7 +142,7 @@ class Reporter:
             "grad_norm": result.grad_norm,
             "skipped": self._totals["skipped"] - since_skipped,
             "tokens_total": self._totals["tokens"],
-            "tokens_per_s": (self._totals["tokens"] - since_tokens) / max(now - since, 1e-9),
+            "tokens_per_s": (self._totals["tokens"] - since_tokens) / max(stepping_s, 1e-9),
             "flops_total": self._totals["flops"],
             "flops_dense_total": self._totals["flops_dense"],
             "density": masks.density,
@@ -146,7 +150,7 @@ class Reporter:
             "pruned": update.num_pruned if update else None,
             "removed_new_ratio": update.removed_new_ratio if update else None,
             "topology_digest": masks.digest(),
-            "step_s": (now - since) / max(step - since_step, 1),
+            "step_s": stepping_s / max(step - since_step, 1),
             "mask_update_s": update.seconds if update else None,
-            "save_s": save_s,
+            **{f"{what}_s": seconds for what, seconds in waits.items()},
         }
