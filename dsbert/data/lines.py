@@ -75,8 +75,8 @@ class Lines:
         rest = b""
         while block := self._block(index):
             *lines, rest = (rest + block[skip:]).split(b"\n")
-            yield offset, lines
-            offset += sum(map(len, lines)) + len(lines)
+            begins, offset = offset, offset + sum(map(len, lines)) + len(lines)
+            yield begins, lines
             if len(rest) > _MAX_LINE_BYTES:
                 raise UserError(
                     f"expected lines of at most {_MAX_LINE_BYTES >> 20} MiB in {self.path}, found a longer one at byte "
