@@ -77,4 +77,18 @@ def _processes(ranks: object) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-DATA_COMMANDS = (prepare,)
+@click.command()
+@click.argument("directory", metavar="DATA", type=click.Path(path_type=Path))
+@click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of the samples to look at.")
+@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="How many samples to show.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the samples' order and masks.")
+@click.option("--nsp/--no-nsp", default=True, show_default=True, help="Whether samples are pairs of sentences.")
+@as_json_option
+def data(directory: Path, seq_len: int, examples: int, seed: int, nsp: bool, as_json: bool) -> None:
+    """What is in prepared data: counts, lengths, and samples as text with their masks shown as [word->seen]."""
+    from dsbert.data.inspection import inspect_data, report_lines
+
+    show(inspect_data(directory, seq_len, examples, seed, nsp), as_json, lines=report_lines)
+
+
+DATA_COMMANDS = (prepare, data)

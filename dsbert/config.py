@@ -80,12 +80,19 @@ class SparsityConfig(_Section):
 
 
 class DataConfig(_Section):
-    """path: a directory that `dsbert prepare` has made. seq_len in tokens."""
+    """path: a directory that `dsbert prepare` has made. seq_len in tokens.
+
+    shuffle_window: 0 shuffles the samples of an epoch over the whole of it. So many samples: chunks in random order,
+    and samples inside windows of that size, for storage on which random reads are slow. stage_to: a directory on each
+    node's own disk that the data is copied to, once, and read from.
+    """
 
     path: Path
     seq_len: int = Field(128, ge=8)
     nsp: bool = True
     mask_fraction: float = Field(0.15, gt=0, lt=1)
+    shuffle_window: int = Field(0, ge=0)
+    stage_to: Path | None = None
 
 
 class BatchConfig(_Section):
@@ -197,7 +204,8 @@ class Recipe(_Section):
         """What must not change when a run is resumed; world size, micro-batch, logging, kernels and patience may."""
         everything = self.model_dump(mode="json")
         kept = {key: everything[key] for key in ("model", "sparsity", "data", "seed", "optim")}
-        del kept["sparsity"]["kernels"], kept["data"]["path"], kept["optim"]["max_skipped_steps"]
+        del kept["sparsity"]["kernels"], kept["optim"]["max_skipped_steps"]
+        del kept["data"]["path"], kept["data"]["stage_to"]
         return kept | {"global_batch": self.batch.global_batch}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsbert.data.manifest import MANIFEST, TOKENIZER, UNIGRAM, Manifest, Request, ShardEntry, SplitEntry, load_manifest
+from dsbert.data.marks import read_mark
 from dsbert.data.shards import checksum
 from dsbert.data.spool import save_array
 from dsbert.data.workers import Task
@@ -64,7 +64,7 @@ def assert_text(read: list[Task], counts: list[dict[str, int]]) -> None:
 
 def split_entry(tasks: list[Task]) -> SplitEntry:
     """A split's part of the manifest, from what `merge_shard` wrote."""
-    found = [json.loads(Path(f"{task['to']}.json").read_text()) for task in tasks]
+    found = [read_mark(task) for task in tasks]
     entries = tuple(ShardEntry(**one["entry"]) for one in found)
     return SplitEntry(
         documents=sum(entry.documents for entry in entries),

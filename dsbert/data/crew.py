@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dsbert.data.marks import mark_path
 from dsbert.data.workers import Task, Workers
 from dsbert.errors import DsbertError, PeerError
 from dsbert.ranks import Ranks
@@ -127,7 +128,7 @@ def meet(ranks: Ranks | None, timeout_s: float = 300.0) -> Iterator[Crew]:
 
 
 def do_all(crew: Crew, workers: Workers, stage: str, tasks: Sequence[Task], progress: Progress) -> int:
-    """Have all tasks of a stage done, by all ranks together. Each writes task["to"] + ".json" (or that very path) last.
+    """Have all tasks of a stage done, by all ranks together. Each leaves its mark.
 
     Returns how many were done before. Raises what a task raises, on the rank that it ran on; PeerFailedError elsewhere.
     """
@@ -169,9 +170,7 @@ def do_all(crew: Crew, workers: Workers, stage: str, tasks: Sequence[Task], prog
 
 
 def _mark(task: Task) -> str:
-    """The file that says that a task is done."""
-    to: str = task["to"]
-    return to if to.endswith(".json") else f"{to}.json"
+    return str(mark_path(task))
 
 
 class _Seen:

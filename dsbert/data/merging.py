@@ -6,7 +6,6 @@ same bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 
 from dsbert.data.decisions import TRAIN, VALIDATION
 from dsbert.data.encoding import Encoder
+from dsbert.data.marks import write_mark
 from dsbert.data.shards import Shard, token_dtype
 from dsbert.data.spool import save_array, texts_of
 from dsbert.data.tokenizer import load_tokenizer
-from dsbert.durable import replace_durably
 
 FATES = {"train": TRAIN, "validation": VALIDATION}
 
@@ -46,14 +45,14 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
             kept = [texts[index] for index in np.flatnonzero(fates == wanted).tolist()]
             if kept:
                 parts[split].append(_pack(*encoder.encode(kept), dtype))
-    counts = {}
+    counts, files = {}, []
     for split, shards in parts.items():
         shard = Shard.joined(shards, dtype)
         counts[split] = [len(shard.document_offsets) - 1, len(shard.sentence_lengths), len(shard.tokens)]
         if counts[split][0]:
-            shard.write(Path(f"{task['to']}.{split}.arrow"), digest)
-    replace_durably(Path(f"{task['to']}.json"), json.dumps(counts).encode())
-    return {}
+            files.append(Path(f"{task['to']}.{split}.arrow"))
+            shard.write(files[-1], digest, durable=False)
+    return write_mark(task, counts, files)
 
 
 def plan_shards(pieces: Sequence[str], shard_tokens: int) -> list[list[Segment]]:
@@ -88,10 +87,10 @@ def merge_shard(task: dict[str, Any]) -> dict[str, Any]:
     parts = [Shard.open(Path(piece)).documents(first, last) for piece, first, last in task["segments"]]
     shard = Shard.joined(parts, dtype)
     entry = shard.write(Path(task["file"]), task["tokenizer"])
-    save_array(Path(f"{task['to']}.counts.npy"), np.bincount(shard.tokens, minlength=task["vocab_size"]))
+    counts = Path(f"{task['to']}.counts.npy")
+    save_array(counts, np.bincount(shard.tokens, minlength=task["vocab_size"]))
     found = {"entry": asdict(entry), "sentences": len(shard.sentence_lengths)}
-    replace_durably(Path(f"{task['to']}.json"), json.dumps(found).encode())
-    return {}
+    return write_mark(task, found, [counts, Path(task["file"])])
 
 
 @lru_cache(maxsize=1)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsbert.data.marks import write_mark
 from dsbert.data.pieces import cut
 from dsbert.data.sources import SourceFile, TextSource
 from dsbert.data.spool import key_of
-from dsbert.durable import checksum, replace_durably
+from dsbert.durable import checksum
 from dsbert.errors import UserError
 
 
 def cut_file(task: dict[str, Any]) -> dict[str, Any]:
-    """Fingerprint a file and cut it into pieces. task: file, documents, column, to (a path).
+    """Fingerprint a file and cut it into pieces. task: file, documents, column, to.
 
-    Writes {fingerprint, pieces} as JSON. Raises UserError for a file that cannot be read.
+    Its mark holds {fingerprint, pieces}. Raises UserError for a file that cannot be read.
     """
     file = SourceFile.from_json(task["file"])
     if not file.fingerprint:
@@ -27,9 +27,7 @@ def cut_file(task: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"cannot read {file.path}: {error.strerror}: check the file") from None
     pieces = [piece.as_json() for piece in cut(file, task["documents"], task["column"])]
-    found = {"fingerprint": file.fingerprint, "pieces": pieces}
-    replace_durably(Path(task["to"]), json.dumps(found).encode())
-    return {}
+    return write_mark(task, {"fingerprint": file.fingerprint, "pieces": pieces})
 
 
 def cut_tasks(sources: Sequence[TextSource], column: str, directory: Path) -> list[dict[str, Any]]:
@@ -47,7 +45,7 @@ def cut_tasks(sources: Sequence[TextSource], column: str, directory: Path) -> li
                     "file": file.as_json(),
                     "documents": source.documents,
                     "column": column,
-                    "to": str(directory / f"{key}.json"),
+                    "to": str(directory / key),
                     "weight": state.st_size if state else 1,
                 }
             )

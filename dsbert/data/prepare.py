@@ -26,6 +26,7 @@ from dsbert.data.crew import Crew, Progress, do_all
 from dsbert.data.decisions import decide
 from dsbert.data.learning import make_tokenizer
 from dsbert.data.manifest import SPLITS, Manifest, Request, Source, TokenizerEntry, data_digest, load_manifest
+from dsbert.data.marks import drop_torn_marks, read_mark
 from dsbert.data.merging import plan_shards
 from dsbert.data.plan import cut_tasks, read_tasks, source_fingerprint
 from dsbert.data.shards import DEFAULT_SHARD_TOKENS
@@ -139,7 +140,7 @@ class _Preparation:
 
             def request() -> list[Task]:
                 nonlocal goal, existing
-                cuts = [json.loads(Path(task["to"]).read_text()) for task in cut]
+                cuts = [read_mark(task) for task in cut]
                 goal, near = _request(sources, cuts, options), options.near_duplicates
                 existing = find_existing(self.target, goal)
                 algorithm = goal.near_duplicates if near else ""
@@ -159,6 +160,7 @@ class _Preparation:
         """Have the tasks done that rank 0 makes."""
         if self.crew.is_main:
             tasks = make()
+            drop_torn_marks(tasks)
             self.crew.tell(stage, json.dumps(tasks).encode())
         else:
             tasks = json.loads(self.crew.hear(stage))
@@ -169,7 +171,7 @@ class _Preparation:
     def _encode(self, goal: Request, read: list[Task]) -> None:
         """Rank 0, from spooled pieces to a directory that only needs its name."""
         pieces = [Path(task["to"]) for task in read]
-        counts = [json.loads(piece.with_name(f"{piece.name}.json").read_text()) for piece in pieces]
+        counts = [read_mark(task) for task in read]
         assert_text(read, counts)
         self.progress("decide", 0, 0)
         decisions = decide(

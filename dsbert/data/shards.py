@@ -125,9 +125,12 @@ class Shard:
             _view(sentences.values),
         )
 
-    def write(self, path: Path, tokenizer: str) -> ShardEntry:
-        """Write the shard durably, whole or not at all, as an Arrow stream of one record batch: so each column is one
-        array when mapped. tokenizer: its digest. Raises OSError."""
+    def write(self, path: Path, tokenizer: str, durable: bool = True) -> ShardEntry:
+        """Write the shard, whole or not at all, as an Arrow stream of one record batch: so each column is one array
+        when mapped.
+
+        tokenizer: its digest. durable: whether it must survive a power cut from now on. Raises OSError.
+        """
         import pyarrow as pa
 
         columns = {
@@ -140,7 +143,10 @@ class Shard:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
                 writer.write_batch(batch)
             size, digest = temporary.stat().st_size, checksum(temporary)
-            publish(temporary, path)
+            if durable:
+                publish(temporary, path)
+            else:
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         return ShardEntry(path.name, len(self.document_offsets) - 1, len(self.tokens), size, digest)

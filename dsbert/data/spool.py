@@ -3,7 +3,7 @@
     <key>.arrow     the documents' texts, sentences joined by line breaks, compressed
     <key>.facts.npy uint64 [D, 4]: the text's 128-bit hash (high, low), its 64-bit hash, its bytes
     <key>.near.npy  uint64 [D, bands]: near_duplicates.py, where they are asked for
-    <key>.json      how many documents there are and what was dropped; written last: where it is, the piece is whole
+    <key>.json      how many documents there are and what was dropped: the mark (marks.py) that the piece is done
 
 A key names the content: the file's fingerprint, the range, and all that decides what becomes of it.
 """
@@ -21,8 +21,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from dsbert.data.corpus import num_words, split_sentences, text_hash
+from dsbert.data.marks import write_mark
 from dsbert.data.pieces import Piece, read
-from dsbert.durable import publish, replace_durably
 
 FORMAT = 1
 FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
@@ -49,6 +49,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     counts = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny"), 0)
     facts: list[tuple[int, int, int, int]] = []
     signatures: list[NDArray[np.uint64]] = []
+    files = [to.with_name(f"{to.name}.{kind}") for kind in ("arrow", "facts.npy")]
     temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     schema = pa.schema([("text", pa.large_string())])
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -61,15 +62,15 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
 
                     signatures += [band_hashes(text) for text in texts]
                 writer.write_batch(pa.RecordBatch.from_arrays([pa.array(texts, pa.large_string())], schema=schema))
-        publish(temporary, to.with_name(f"{to.name}.arrow"))
+        os.replace(temporary, files[0])
     finally:
         temporary.unlink(missing_ok=True)
     counts["bytes"] = sum(fact[FACTS_BYTES] for fact in facts)
-    save_array(to.with_name(f"{to.name}.facts.npy"), np.array(facts, dtype=np.uint64).reshape(-1, 4))
+    save_array(files[1], np.array(facts, dtype=np.uint64).reshape(-1, 4))
     if near:
-        save_array(to.with_name(f"{to.name}.near.npy"), np.array(signatures, dtype=np.uint64).reshape(len(facts), -1))
-    replace_durably(to.with_name(f"{to.name}.json"), json.dumps(counts).encode())
-    return counts
+        files.append(to.with_name(f"{to.name}.near.npy"))
+        save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(len(facts), -1))
+    return write_mark(task, counts, files)
 
 
 def texts_of(path: Path) -> Iterator[list[str]]:
@@ -88,12 +89,12 @@ def load_facts(path: Path) -> NDArray[np.uint64]:
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a .npy file durably, whole or not at all. Raises OSError."""
+    """Write a .npy file, whole or not at all. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             np.save(file, array)
-        publish(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

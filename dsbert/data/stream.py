@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbert.data.hashing import SAMPLE, UInt64s, below, hash64, substream
-from dsbert.data.manifest import TOKENIZER
+from dsbert.data.manifest import TOKENIZER, load_manifest
 from dsbert.data.masking import mask_words_
 from dsbert.data.order import Order
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
-from dsbert.data.tokenizer import Vocabulary, load_tokenizer
+from dsbert.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_digest
 from dsbert.errors import UserError
 
 IGNORE = -100
@@ -91,17 +91,34 @@ class SampleStream:
 
     @classmethod
     def open(
-        cls, data_dir: str | Path, split: str, seq_len: int, seed: int, nsp: bool = True, mask_fraction: float = 0.15
+        cls,
+        data_dir: str | Path,
+        split: str,
+        seq_len: int,
+        seed: int,
+        nsp: bool = True,
+        mask_fraction: float = 0.15,
+        window: int = 0,
     ) -> "SampleStream":
-        """The stream over one split ("train" or "validation") of a prepared data directory.
+        """The stream over one split ("train" or "validation") of a prepared data directory. window: as in `Order`.
 
         Raises:
-            UserError: there is no prepared data, it is damaged, or the split is empty.
+            UserError: there is no prepared data, its tokenizer is not the one of its shards, or the split is empty.
+            DataError: a shard is missing or damaged.
         """
         store = TokenStore.open(data_dir, split)
-        vocab = Vocabulary.of(load_tokenizer(Path(data_dir) / TOKENIZER))
+        tokenizer = load_tokenizer(Path(data_dir) / TOKENIZER)
+        expected, found = load_manifest(data_dir).tokenizer.digest, tokenizer_digest(tokenizer)
+        if found != expected:
+            raise UserError(
+                f"expected the tokenizer {expected} in {data_dir}, with which its shards were encoded, found {found}: "
+                "put the tokenizer back, or prepare the data again"
+            )
         index = SpanIndex.open(data_dir, split, seq_len, store)
-        return cls(store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction)
+        vocab = Vocabulary.of(tokenizer)
+        return cls(
+            store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction, window=window
+        )
 
     def batch(self, position: int, count: int, rows: int | None = None) -> Batch:
         """The samples at positions [position, position + count), which may cross the end of an epoch.

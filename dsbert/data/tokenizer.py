@@ -99,7 +99,7 @@ def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "vocab.txt").write_text("".join(token + "\n" for token in _tokens(tokenizer)), encoding="utf-8")
+    (directory / "vocab.txt").write_text("".join(token + "\n" for token in vocabulary_of(tokenizer)), encoding="utf-8")
 
 
 def is_lowercase(tokenizer: "Tokenizer") -> bool:
@@ -156,13 +156,13 @@ def tokenizer_digest(tokenizer: "Tokenizer") -> str:
 
     state = json.loads(tokenizer.to_str())
     word_limit = state["model"]["max_input_chars_per_word"]
-    parts = [_tokens(tokenizer), state["normalizer"], state["pre_tokenizer"], word_limit]
+    parts = [vocabulary_of(tokenizer), state["normalizer"], state["pre_tokenizer"], word_limit]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def word_start_table(tokenizer: "Tokenizer") -> NDArray[np.bool_]:
     """bool [V]: True where the token begins a word, False for the `##` continuations."""
-    return np.array([not token.startswith(_CONTINUATION) for token in _tokens(tokenizer)])
+    return np.array([not token.startswith(_CONTINUATION) for token in vocabulary_of(tokenizer)])
 
 
 def _build(vocab: dict[str, int]) -> "Tokenizer":
@@ -201,7 +201,8 @@ def _continues_a_word(tokenizer: "Tokenizer", char: str) -> bool:
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a" + char))) == 1
 
 
-def _tokens(tokenizer: "Tokenizer") -> list[str]:
+def vocabulary_of(tokenizer: "Tokenizer") -> list[str]:
+    """The tokens in the order of their ids."""
     vocab = tokenizer.get_vocab()
     return sorted(vocab, key=vocab.__getitem__)
 

@@ -1,10 +1,10 @@
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsbert.data.manifest import ShardEntry, load_manifest
+from dsbert.data.marks import read_mark
 from dsbert.data.merging import merge_shard, plan_shards
 from dsbert.data.prepare import prepare
 from dsbert.data.shards import Shard, TokenStore, checksum, token_dtype
@@ -26,7 +26,7 @@ def write(directory: Path, shard_tokens: int = 1000, vocab_size: int = 100) -> l
         file = directory / f"train-{number:05d}.arrow"
         task = {"segments": segments, "file": str(file), "tokenizer": "abc", "vocab_size": vocab_size, "to": str(to)}
         merge_shard(task)
-        entries.append(ShardEntry(**json.loads(to.with_suffix(".json").read_text())["entry"]))
+        entries.append(ShardEntry(**read_mark(task)["entry"]))
     return entries
 
 
