@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -82,16 +82,16 @@ class SparsityConfig(_Section):
 class DataConfig(_Section):
     """path: a directory that `dsbert prepare` has made. seq_len in tokens.
 
-    shuffle_window: 0 shuffles the samples of an epoch over the whole of it. So many samples: chunks in random order,
-    and samples inside windows of that size, for storage on which random reads are slow. stage_to: a directory on each
-    node's own disk that the data is copied to, once, and read from.
+    shuffle_window: 0 shuffles the samples of an epoch over the whole of it. So many samples (1,024 or more): chunks
+    in random order, and samples inside windows of that size, for storage on which random reads are slow. stage_to: a
+    directory on each node's own disk that the data is copied to, once, and read from.
     """
 
     path: Path
     seq_len: int = Field(128, ge=8)
     nsp: bool = True
     mask_fraction: float = Field(0.15, gt=0, lt=1)
-    shuffle_window: int = Field(0, ge=0)
+    shuffle_window: Literal[0] | Annotated[int, Field(ge=1024)] = 0
     stage_to: Path | None = None
 
 

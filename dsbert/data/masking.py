@@ -101,13 +101,16 @@ def _ordered_words(
 def _take(words: UInt64s, budgets: NDArray[np.int64], S: int) -> NDArray[np.int64]:
     """int64 [m], ascending: the flat positions of the words that fit the budgets, taken in order."""
     b = len(words)
-    # `_NO_WORD` reads as a word of 65,535 tokens, which never fits.
-    lengths = (words & _LENGTH_MASK).astype(np.int64)
-    # Words are taken as long as all of them fit ...
-    ends = np.cumsum(lengths, axis=1)
-    taken = ends <= budgets[:, None]
-    counts = taken.sum(axis=1)
+    # Words are taken as long as all of them fit: of so many at most, since each has a token. `_NO_WORD` reads as a
+    # word of 65,535 tokens, which never fits.
+    head = words[:, : max(1, int(budgets.max(initial=0)))] & _LENGTH_MASK
+    ends = np.cumsum(head, axis=1, dtype=np.int64)
+    fitting = ends <= budgets[:, None]
+    counts = np.count_nonzero(fitting, axis=1)
     remaining = budgets - np.where(counts > 0, ends[np.arange(b), counts - 1], 0)
+    taken = np.zeros(words.shape, dtype=np.bool_)
+    taken[:, : ends.shape[1]] = fitting
+    lengths = (words & _LENGTH_MASK).astype(np.int64)
     # ... and then the next one that still does, as often as there is one: seldom more than twice.
     pending = np.flatnonzero(remaining > 0)
     after = counts[pending]
@@ -126,7 +129,7 @@ def _take(words: UInt64s, budgets: NDArray[np.int64], S: int) -> NDArray[np.int6
     taken[cut, 0] = True
     lengths[cut, 0] = budgets[cut]
     flat = np.flatnonzero(taken)
-    rows = flat // taken.shape[1]
+    rows = flat // words.shape[1]
     counts = lengths.reshape(-1)[flat]
     columns = ((words.reshape(-1)[flat] >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
     inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -44,7 +44,7 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
         for split, wanted in FATES.items():
             kept = [texts[index] for index in np.flatnonzero(fates == wanted).tolist()]
             if kept:
-                parts[split].append(_pack(*encoder.encode(kept), dtype))
+                parts[split].append(pack(*encoder.encode(kept), dtype))
     counts, files = {}, []
     for split, shards in parts.items():
         shard = Shard.joined(shards, dtype)
@@ -101,10 +101,10 @@ def _encoder(directory: str) -> tuple[Encoder, np.dtype[Any], str]:
     return Encoder(tokenizer), token_dtype(tokenizer.get_vocab_size()), tokenizer_digest(tokenizer)
 
 
-def _pack(
+def pack(
     ids: NDArray[np.int32], lengths: NDArray[np.int64], sentences: NDArray[np.int64], dtype: np.dtype[Any]
 ) -> Shard:
-    """A shard of encoded documents, without the sentences and documents that have no token."""
+    """A shard of encoded documents (`Encoder.encode`), without the sentences and documents that have no token."""
     ends = np.cumsum(sentences)
     kept = np.diff(np.cumsum(lengths > 0)[ends - 1], prepend=0)
     tokens = np.diff(np.cumsum(lengths)[ends - 1], prepend=0)

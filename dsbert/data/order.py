@@ -18,7 +18,8 @@ from dsbert.data.permutation import permute
 
 Int64s = NDArray[np.int64]
 
-_BLOCK = 4096  # positions that are worked out together: arrays of a batch are too short to be fast
+# Positions that are worked out together, since arrays of a batch are too short to be fast; over so many epochs at most.
+_BLOCK, _BLOCK_EPOCHS = 4096, 16
 _KEPT_BLOCKS = 8
 _CHUNKS_PER_WINDOW = 16
 
@@ -33,6 +34,7 @@ class Order:
         self.num_samples = num_samples
         self._seed = seed
         self._window = window if window < num_samples else 0
+        self._block_size = min(_BLOCK, _BLOCK_EPOCHS * num_samples)
         self._chunk = max(1, window // _CHUNKS_PER_WINDOW)
         self._blocks: dict[int, Int64s] = {}
         self._chunk_orders: dict[int, tuple[Int64s, Int64s]] = {}
@@ -40,16 +42,18 @@ class Order:
     def at(self, position: int, count: int) -> tuple[Int64s, Int64s]:
         """Epoch and sample of the positions [position, position + count): int64 [count] both."""
         positions = np.arange(position, position + count, dtype=np.int64)
-        blocks = range(position // _BLOCK, -(-(position + count) // _BLOCK))
+        blocks = range(position // self._block_size, -(-(position + count) // self._block_size))
         samples = np.concatenate([np.zeros(0, np.int64), *map(self._block, blocks)])
-        first = position - blocks.start * _BLOCK
+        first = position - blocks.start * self._block_size
         return positions // self.num_samples, samples[first : first + count]
 
     def _block(self, number: int) -> Int64s:
         """The samples at a block of positions. A batch after the other asks for the same few blocks."""
         found = self._blocks.get(number)
         if found is None:
-            epochs, places = np.divmod(np.arange(number * _BLOCK, (number + 1) * _BLOCK), self.num_samples)
+            epochs, places = np.divmod(
+                np.arange(number * self._block_size, (number + 1) * self._block_size), self.num_samples
+            )
             found = np.empty_like(places)
             for epoch in _distinct(epochs):
                 here = epochs == epoch

@@ -7,6 +7,7 @@ purpose, epoch, sample), so any rank computes any batch at any time, and where t
 Legend: b samples in a batch, S sequence length, m masked tokens, N spans.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,23 @@ class Batch:
     nsp_labels: Int64s
     num_samples: int
     num_tokens: int
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all batches, at least one of them, below each other. Those that are samples must come first."""
+    seq_len = batches[0].input_ids.shape[1]
+    first_rows = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
+    positions = [batch.mlm_positions + first * seq_len for batch, first in zip(batches, first_rows, strict=False)]
+    return Batch(
+        input_ids=np.concatenate([batch.input_ids for batch in batches]),
+        token_type_ids=np.concatenate([batch.token_type_ids for batch in batches]),
+        attention_mask=np.concatenate([batch.attention_mask for batch in batches]),
+        mlm_positions=np.concatenate(positions),
+        mlm_labels=np.concatenate([batch.mlm_labels for batch in batches]),
+        nsp_labels=np.concatenate([batch.nsp_labels for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+    )
 
 
 @dataclass(frozen=True)

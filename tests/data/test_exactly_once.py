@@ -18,7 +18,7 @@ def store() -> TokenStore:
     """Every token is its own id, so that a row says which span it is."""
     rng = np.random.default_rng(0)
     ids = iter(range(10, 10**6))
-    lengths = [[int(n) for n in rng.integers(1, 40, rng.integers(1, 12))] for _ in range(150)]
+    lengths = [[int(n) for n in rng.integers(1, 40, rng.integers(1, 12))] for _ in range(40)]
     return TokenStore.from_documents([[[next(ids) for _ in range(n)] for n in document] for document in lengths])
 
 
@@ -29,7 +29,7 @@ class Job:
         size = store.num_tokens + 100
         vocab = Vocabulary(size, pad=0, unk=1, cls=2, sep=3, mask=4, word_start=np.ones(size, dtype=bool))
         index = SpanIndex.build(store, S)
-        options = {"vocab": vocab, "seq_len": S, "seed": 5, "nsp": nsp, "window": window}
+        options: dict = {"vocab": vocab, "seq_len": S, "seed": 5, "nsp": nsp, "window": window}
         self.streams = [SampleStream(store, index, **options) for _ in range(world)]
         self.spans = dict(zip((index.start + 10).tolist(), range(len(index)), strict=True))
 
@@ -53,7 +53,7 @@ def test_an_epoch_at_any_world_size_with_a_restart_at_another(store, nsp, window
     N = len(SpanIndex.build(store, S))
     steps = -(-2 * N // GLOBAL_BATCH)
     orders = []
-    for worlds in ((1, 1), (2, 2), (3, 3), (5, 5), (2, 5), (5, 1), (3, 2)):
+    for worlds in ((1, 1), (2, 2), (3, 3), (5, 5), (2, 5), (3, 1)):
         before, after = (Job(store, world, nsp, window) for world in worlds)
         seen = [span for step in range(steps // 3) for span in before.step(step)]
         seen += [span for step in range(steps // 3, steps) for span in after.step(step)]

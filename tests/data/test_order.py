@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from dsbert.data.order import Order
 
-WINDOWS = st.integers(0, 400)
+WINDOWS = st.sampled_from([0, 64, 160, 400, 5000])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(N=st.integers(1, 700), window=WINDOWS, seed=st.integers(0, 9), epoch=st.integers(0, 30))
 def test_each_sample_stands_in_an_epoch_once(N, window, seed, epoch):
     epochs, samples = Order(N, seed, window).at(epoch * N, N)
@@ -18,11 +18,11 @@ def test_each_sample_stands_in_an_epoch_once(N, window, seed, epoch):
     assert np.array_equal(np.sort(samples), np.arange(N))
 
 
-@settings(max_examples=40, deadline=None)
-@given(N=st.integers(1, 9000), window=WINDOWS, cuts=st.lists(st.integers(0, 20_000), max_size=5))
+@settings(max_examples=30, deadline=None)
+@given(N=st.integers(1, 9000), window=WINDOWS, cuts=st.lists(st.integers(0, 2000), max_size=5))
 def test_any_position_can_be_asked_for_at_once(N, window, cuts):
-    whole = Order(N, 3, window).at(0, 20_000)[1]
-    edges = [0, *sorted(cuts), 20_000]
+    whole = Order(N, 3, window).at(0, 2000)[1]
+    edges = [0, *sorted(cuts), 2000]
     order = Order(N, 3, window)
     for first, last in reversed(list(pairwise(edges))):
         assert np.array_equal(order.at(first, last - first)[1], whole[first:last])
@@ -44,7 +44,7 @@ def test_what_is_read_together_comes_from_few_places():
 @pytest.mark.parametrize("window", [0, 160])
 def test_every_sample_is_equally_likely_at_every_place(window):
     """Chi-square over many epochs of a small domain: 400 samples, 10 classes of places by 10 classes of samples."""
-    N, epochs = 400, 500
+    N, epochs = 400, 200
     samples = Order(N, 7, window).at(0, N * epochs)[1].reshape(epochs, N)
     for block in (slice(0, 40), slice(180, 220), slice(360, 400)):
         counts = np.bincount(samples[:, block].ravel() // 40, minlength=10)
