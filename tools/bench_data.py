@@ -35,7 +35,7 @@ def prepare(files: list[str]) -> list[dict[str, Any]]:
         root = Path(scratch)
         words = [word for file in files for word in ("--source", file)]
         dsbert = [sys.executable, "-m", "dsbert"]
-        first = [*dsbert, "prepare", *words, "--to", str(root / "trained"), "--vocab-size", "30522", "--nproc", "2"]
+        first = [*dsbert, "prepare", *words, "--to", str(root / "trained"), "--vocab-size", "8192", "--nproc", "2"]
         rows = [_timed("2 processes, tokenizer trained", first)]
         given = ["prepare", *words, "--tokenizer", str(root / "trained" / "tokenizer"), "--json"]
         rows.append(_alone(root / "trained" / "tokenizer", files))
@@ -95,12 +95,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from dsbert.data.corpus import read_documents
 from dsbert.data.tokenizer import load_tokenizer
 from pathlib import Path
-documents = list(read_documents({files!r}))
+sentences = [sentence for document in read_documents({files!r}) for sentence in document]
 tokenizer = load_tokenizer(Path({str(tokenizer)!r}))
 start = time.perf_counter()
 tokens = 0
-for document in documents:
-    tokens += sum(map(len, tokenizer.encode_batch_fast(document, add_special_tokens=False)))
+for first in range(0, len(sentences), 4096):
+    tokens += sum(map(len, tokenizer.encode_batch_fast(sentences[first : first + 4096], add_special_tokens=False)))
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, tokens]))
 """
