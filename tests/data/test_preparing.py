@@ -6,6 +6,7 @@ import lzma
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +134,30 @@ def test_a_killed_worker_loses_nothing(corpus, digest, tmp_path):
         running.kill()
         running.wait()
     assert running.returncode == 0, err
+    assert json.loads(out)["digest"] == digest
+
+
+def test_a_killed_rank_loses_nothing(corpus, digest, tmp_path):
+    """Without a launcher that ends the others: what the dead rank was at is done by those that are left."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    impatient = f"import dsbert.data.crew as c; c.PATIENCE_S = 1.0; {CUT}"
+    command = [sys.executable, "-c", impatient, *arguments(corpus, tmp_path / "data")]
+    ranks = []
+    try:
+        for rank in range(2):
+            place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+            environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1"}
+            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        wait_for(lambda: len(list((tmp_path / ".data.preparing").glob("*.facts.npy"))) >= 4)
+        ranks[1].kill()
+        out, err = ranks[0].communicate(timeout=200)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 0, err
     assert json.loads(out)["digest"] == digest
 
 
