@@ -48,7 +48,7 @@ def overall_bar(shares: Mapping[str, float], show: bool = True) -> Iterator[Call
             line = f"{stage} {int(5 * fraction) * 20} %"
             if show and bar.disable and line != said[0]:
                 said[0] = line
-                console.print(f"dsbert: {line}", soft_wrap=True)
+                console.print(line, soft_wrap=True)
 
         yield advance
 
