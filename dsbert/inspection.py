@@ -110,8 +110,8 @@ def list_checkpoints(
     UserError if `run` is no run directory.
     """
     if (kind := kind_of(run)) != "run":
-        found, command = {"checkpoint": ("a checkpoint", "inspect"), "data": ("prepared data", "data")}[kind]
-        raise UserError(f"expected a run directory at {run}, found {found}: see `dsbert {command} {run}`")
+        what, command = {"checkpoint": ("a checkpoint", "inspect"), "data": ("prepared data", "data")}[kind]
+        raise UserError(f"expected a run directory at {run}, found {what}: see `dsbert {command} {run}`")
     root = run / CHECKPOINTS
     try:
         names = os.listdir(root)
