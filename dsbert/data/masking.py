@@ -76,24 +76,29 @@ def _ordered_words(
     their places along, and equal hashes are ordered by column.
     """
     b, S = input_ids.shape
-    # Every unmaskable token is a "word" of its own, so that each word ends where the next begins; and column 0 is one.
+    # A run of text ends where a token is that is no text, which is taken for a word as well: so each word ends where
+    # the next begins, and none goes on in the next row.
     begins = vocab.word_start[input_ids]
-    np.logical_or(begins, ~maskable, out=begins)
-    np.logical_or(begins[:, 1:], ~maskable[:, :-1], out=begins[:, 1:])
+    begins &= maskable
+    begins[:, 1:] |= maskable[:, 1:] != maskable[:, :-1]
+    begins[:, 0] = True
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=b * S)
-    real = maskable.reshape(-1)[starts]
-    starts, lengths = starts[real], lengths[real]
     edges = np.searchsorted(starts, np.arange(b + 1) * S)
     words_in_row = np.diff(edges)
     rows = np.repeat(np.arange(b), words_in_row)
     columns = starts - rows * S
-    packed = substream(row_keys[rows], columns) & _HASH_MASK
-    packed |= columns.astype(np.uint64) << _SIXTEEN
-    packed |= lengths.astype(np.uint64)
+    packed = substream(np.repeat(row_keys, words_in_row), columns)
+    packed &= _HASH_MASK
+    columns <<= 16
+    columns |= lengths
+    packed |= columns.view(np.uint64)
+    packed[~maskable.reshape(-1)[starts]] = _NO_WORD
     longest = max(1, int(words_in_row.max(initial=0)))
     words = np.full((b, longest), _NO_WORD)
-    words.reshape(-1)[rows * longest + np.arange(len(rows)) - edges[rows]] = packed
+    places = np.arange(len(rows))
+    places += np.repeat(np.arange(b) * longest - edges[:-1], words_in_row)
+    words.reshape(-1)[places] = packed
     words.sort(axis=1)
     return words
 
@@ -110,28 +115,28 @@ def _take(words: UInt64s, budgets: NDArray[np.int64], S: int) -> NDArray[np.int6
     remaining = budgets - np.where(counts > 0, ends[np.arange(b), counts - 1], 0)
     taken = np.zeros(words.shape, dtype=np.bool_)
     taken[:, : ends.shape[1]] = fitting
-    lengths = (words & _LENGTH_MASK).astype(np.int64)
     # ... and then the next one that still does, as often as there is one: seldom more than twice.
     pending = np.flatnonzero(remaining > 0)
     after = counts[pending]
     ranks = np.arange(words.shape[1])
+    lengths = (words[pending] & _LENGTH_MASK).astype(np.int64)
     while pending.size:
-        fits = (lengths[pending] <= remaining[pending, None]) & (ranks >= after[:, None])
+        fits = (lengths <= remaining[pending, None]) & (ranks >= after[:, None])
         chosen = fits.argmax(axis=1)
-        found = fits[np.arange(len(pending)), chosen]
-        pending, chosen = pending[found], chosen[found]
-        taken[pending, chosen] = True
-        remaining[pending] -= lengths[pending, chosen]
-        more = remaining[pending] > 0
-        pending, after = pending[more], chosen[more] + 1
+        rows = np.arange(len(pending))
+        found = fits[rows, chosen]
+        taken[pending[found], chosen[found]] = True
+        remaining[pending[found]] -= lengths[rows, chosen][found]
+        more = found & (remaining[pending] > 0)
+        pending, after, lengths = pending[more], chosen[more] + 1, lengths[more]
     # Where no word fits at all, the first one is cut.
-    cut = np.flatnonzero((remaining == budgets) & (budgets > 0))
+    cut = (remaining == budgets) & (budgets > 0)
     taken[cut, 0] = True
-    lengths[cut, 0] = budgets[cut]
     flat = np.flatnonzero(taken)
     rows = flat // words.shape[1]
-    counts = lengths.reshape(-1)[flat]
-    columns = ((words.reshape(-1)[flat] >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
+    packed = words.reshape(-1)[flat]
+    counts = np.where(cut[rows], budgets[rows], (packed & _LENGTH_MASK).astype(np.int64))
+    columns = ((packed >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
     inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     positions: NDArray[np.int64] = np.repeat(rows * S + columns, counts) + inside
     positions.sort()
