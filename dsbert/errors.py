@@ -43,3 +43,9 @@ class CheckpointError(DsbertError):
     """A checkpoint is required, and none that verifies is there."""
 
     exit_code = EXIT_NO_CHECKPOINT
+
+
+class DataError(DsbertError):
+    """Prepared data is damaged: a shard is not what the manifest says."""
+
+    exit_code = EXIT_NO_CHECKPOINT

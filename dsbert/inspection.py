@@ -137,8 +137,9 @@ def list_checkpoints(
     published, or how it was moved aside: damaged or superseded. What cannot be read off the files is None. Raises
     UserError if `run` is no run directory.
     """
-    if kind_of(run) != "run":
-        raise UserError(f"expected a run directory at {run}, found a checkpoint: see `dsbert inspect {run}`")
+    if (kind := kind_of(run)) != "run":
+        what, command = {"checkpoint": ("a checkpoint", "inspect"), "data": ("prepared data", "data")}[kind]
+        raise UserError(f"expected a run directory at {run}, found {what}: see `dsbert {command} {run}`")
     root = run / CHECKPOINTS
     try:
         names = os.listdir(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,35 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], completed=done, total=total or None)
 
         yield show
+
+
+@contextmanager
+def overall_bar(shares: Mapping[str, float], show: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar with an estimate of the time left over several stages: call what it yields with (stage, done, total).
+
+    shares: what each stage takes of the whole, in order; others take nothing. Where standard error is no terminal, a
+    line for each stage and at every fifth of it.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(True))
+    whole, names, said = sum(shares.values()), list(shares), [""]
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def advance(stage: str, done: int, total: int) -> None:
+            fraction = done / total if total else 0.0
+            if stage in shares:
+                before = sum(shares[name] for name in names[: names.index(stage)])
+                bar.update(task, description=stage, completed=(before + fraction * shares[stage]) / whole)
+            line = f"{stage} {int(5 * fraction) * 20} %"
+            if show and bar.disable and line != said[0]:
+                said[0] = line
+                console.print(line, soft_wrap=True)
+
+        yield advance
 
 
 class TrainingBar:

@@ -20,6 +20,7 @@ from dsbert.checkpoint_writer import CheckpointWriter
 from dsbert.config import Recipe
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import verify_shards
+from dsbert.data.staging import stage
 from dsbert.data.stream import SampleStream
 from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config
@@ -81,8 +82,9 @@ class Run:
         recipe, world = self.recipe, self.world
         together(lambda: verify_shards(recipe.data.path, (world.rank, world.world_size)))
         # One rank builds the sample indices, the others then find them.
-        patiently(lambda: _open_streams(recipe))
-        streams = together(lambda: _open_streams(recipe))
+        patiently(lambda: _open_streams(recipe, recipe.data.path))
+        patiently(lambda: stage(recipe.data.path, recipe.data.stage_to), everywhere=True)
+        streams = together(lambda: _open_streams(recipe, stage(recipe.data.path, recipe.data.stage_to)))
         vocab_size = self._manifest.tokenizer.vocab_size
         built = together(lambda: build_model(recipe, vocab_size, world.device))
         assert streams is not None
@@ -258,13 +260,13 @@ def _watches(rank: int) -> bool:
     return rank < _WATCHMEN or rank % _WATCHMEN == 0
 
 
-def _open_streams(recipe: Recipe) -> tuple[SampleStream, SampleStream | None]:
+def _open_streams(recipe: Recipe, path: Path) -> tuple[SampleStream, SampleStream | None]:
     data = recipe.data
     options = (data.nsp, data.mask_fraction)
-    train = SampleStream.open(data.path, "train", data.seq_len, recipe.seed, *options)
+    train = SampleStream.open(path, "train", data.seq_len, recipe.seed, *options, data.shuffle_window)
     held_out = None
-    if load_manifest(data.path).splits["validation"].documents:
-        held_out = SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, *options)
+    if load_manifest(path).splits["validation"].documents:
+        held_out = SampleStream.open(path, "validation", data.seq_len, EVAL_SEED, *options)
     return train, held_out
 
 

@@ -388,12 +388,15 @@ def test_a_file_that_may_not_be_read_is_named(copy: Path) -> None:
         assert_found(copy, f"{below}manifest.json", "Permission denied")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "data"])
-def test_what_is_neither_is_the_users_mistake(name: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_what_is_neither_is_the_users_mistake(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    path = data if name == "data" else tmp_path / name
-    for command in (["verify", str(path)], ["checkpoints", str(path)]):
-        assert "expected a run directory or a checkpoint" in complaint(dsbert(*command))
+    for command in (["verify", str(tmp_path / name)], ["checkpoints", str(tmp_path / name)]):
+        assert "expected a run directory, a checkpoint or prepared data" in complaint(dsbert(*command))
+
+
+def test_prepared_data_has_no_checkpoints(data: Path) -> None:
+    assert "expected a run directory" in complaint(dsbert("checkpoints", str(data)))
 
 
 # verify: a run

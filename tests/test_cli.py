@@ -49,7 +49,8 @@ def test_a_run_leaves_what_the_contract_says(run: Path) -> None:
     keys = {
         "step", "loss", "loss_mlm", "loss_nsp", "val_mlm_loss", "val_mlm_accuracy", "val_nsp_loss", "lr", "grad_norm",
         "tokens_total", "tokens_per_s", "flops_total", "flops_dense_total", "density", "dof", "pruned",
-        "removed_new_ratio", "topology_digest", "step_s", "mask_update_s", "skipped", "save_s", "data_s", "validation_s",
+        "removed_new_ratio", "topology_digest", "step_s", "mask_update_s", "skipped", "save_s", "data_s",
+        "validation_s",
     }  # fmt: skip
     for record in records:
         assert keys <= record.keys()

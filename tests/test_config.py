@@ -14,7 +14,7 @@ from dsbert.errors import UserError
 
 def test_the_family_of_the_paper() -> None:
     assert recipe_names() == sorted(
-        ["demo", *(f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large"))]
+        ["demo", "wikibooks", *(f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large"))]
     )
     shapes = {
         "tiny": (2, 128),

@@ -12,7 +12,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Floors, from the top; a module imports only from floors below its own or from its own.
 FLOORS = [
-    {"__main__", "cli", "cli_checkpoints"},
+    {"__main__", "cli", "cli_checkpoints", "cli_data"},
     {"pretrain"},
     {"run"},
     {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison"},

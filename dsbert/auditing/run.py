@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsbert.auditing.checkpoint import ASIDE, NAME, Audit, audit_checkpoint
+from dsbert.auditing.data import audit_data
 from dsbert.checkpoint import KIND, LATEST, MANIFEST, STATE, TOPOLOGY, Problem, read_manifest
 from dsbert.durable import checksum
 from dsbert.errors import UserError
@@ -23,7 +24,7 @@ _MESSAGE = 300  # characters of a message: what is quoted in it may be garbage o
 
 
 def audit(path: Path, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> dict[str, Any]:
-    """Read everything of a checkpoint, or of all published checkpoints of a run with its records.
+    """Read everything of a checkpoint, of prepared data, or of all published checkpoints of a run with its records.
 
     Returns {kind, path, ok, problems: [{file, problem}], notes: [{file, problem}], checkpoints: [{name, ok}], bytes}.
     Raises UserError if the path is neither; no damage raises anything.
@@ -50,7 +51,7 @@ def audit(path: Path, progress: Callable[[str, int, int], None] = lambda stage, 
 
 
 def kind_of(path: Path) -> str:
-    """ "checkpoint" or "run": of damaged ones, too, by what is left of them. Raises UserError if it is neither."""
+    """ "checkpoint", "run" or "data": of damaged ones, too, by what is left of them. Raises UserError if it is none."""
     if any(os.path.lexists(path / name) for name in _RUN_FILES):
         return "run"
     name = path.absolute().name
@@ -58,6 +59,8 @@ def kind_of(path: Path) -> str:
         return "checkpoint"
     found = "neither"
     try:
+        if any(re.fullmatch(r"(train|validation)-\d{5,}\.arrow", name) for name in os.listdir(path)):
+            return "data"
         if any(name in (STATE, TOPOLOGY) or name.startswith("fragments-") for name in os.listdir(path)):
             return "checkpoint"
         if read_manifest(path)["kind"] == KIND:
@@ -66,7 +69,9 @@ def kind_of(path: Path) -> str:
         found = str(error.strerror)
     except Exception:  # no manifest, or that of something else
         pass
-    raise UserError(f"expected a run directory or a checkpoint at {path}, found: {found}: give one of the two")
+    raise UserError(
+        f"expected a run directory, a checkpoint or prepared data at {path}, found: {found}: give one of the three"
+    )
 
 
 def audit_run(path: Path, count: Callable[[int], object] = lambda nbytes: None) -> Audit:
@@ -104,6 +109,7 @@ def audit_run(path: Path, count: Callable[[int], object] = lambda nbytes: None) 
 _AUDITS: dict[str, Callable[[Path, Callable[[int], object]], Audit]] = {
     "checkpoint": audit_checkpoint,
     "run": audit_run,
+    "data": audit_data,
 }
 
 
@@ -214,7 +220,8 @@ def _plain(problem: Problem) -> dict[str, str]:
 def report_lines(report: dict[str, Any]) -> list[str]:
     """What `audit` returned, for people."""
     count = len(report["checkpoints"])
-    size = f"{count} checkpoint{'' if count == 1 else 's'}, {report['bytes']:,} bytes"
+    size = f"{count} checkpoint{'' if count == 1 else 's'}, " if report["kind"] != "data" else "data, "
+    size += f"{report['bytes']:,} bytes"
     return [
         f"{report['path']}: {'ok' if report['ok'] else 'not ok'} ({size})",
         *(f"  {entry['file']}: {entry['problem']}" for entry in report["problems"]),

@@ -1,15 +1,33 @@
 """Text to batches: documents -> sentences -> tokenizer -> token shards -> spans -> masked batches.
 
-    corpus.py       a source's text as documents, each a list of sentences; which documents are for validation
-    tokenizer.py    a BERT WordPiece vocabulary whose ids are the same on every training
+Preparing, in the order of the work:
+
+    sources.py      what a SOURCE is: files, tables, data sets, packages
+    grouping.py     which rows of a source make a document
+    lines.py        lines of plain and packed text from any offset
+    pieces.py       what one worker reads in about a second
+    corpus.py       sentences; which documents are held out
+    prepare.py      `dsbert prepare`: four passes over pieces, and what rank 0 decides between them
+    crew.py         the ranks and their queue; workers.py, worker.py the processes of one rank
+    plan.py         pieces by names that follow from their content; marks.py what was done and is whole
+    spool.py        cleaned documents between the passes
+    decisions.py    copies and splits; near_duplicates.py MinHash
+    learning.py     the tokenizer of a preparation; tokenizer.py a vocabulary whose ids are the same on every training
+    encoding.py     text to ids, word by word
+    merging.py      encoded pieces, and shards out of them; assembly.py the directory
     manifest.py     what a prepared data directory contains, and its identity
+    inspection.py   `dsbert data`
+
+Reading:
+
     shards.py       Arrow files of tokens, written once, memory-mapped by every rank
-    prepare.py      `dsbert prepare`: all of the above, atomically
+    staging.py      a copy on a node's own disk
     spans.py        the numbered samples: runs of consecutive sentences of one document
-    permutation.py  the order of an epoch, as a function and not as a table
+    permutation.py  a shuffled order as a function and not as a table; order.py which sample stands where
     hashing.py      the only source of randomness here: a hash of who asks for what
     masking.py      whole-word masking of a batch
     stream.py       the batch that stands at any position of a job
+    streaming.py    batches from a source that was not prepared
     prefetch.py     batches made ahead of time by a thread
 
 Nothing here keeps a generator's state: a batch is a function of the data, the seed and its position.

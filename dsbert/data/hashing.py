@@ -19,15 +19,25 @@ _MULTIPLIER_2 = 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
 # First parts of keys, so that no two uses share their numbers.
-ORDER, SAMPLE = 1, 2
+ORDER, SAMPLE, CHUNKS, WINDOWS = 1, 2, 3, 4
 
 
 def mix64(values: UInt64s) -> UInt64s:
     """The finalizer of splitmix64, a bijection of the 64-bit integers; arithmetic wraps around."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLIER_1)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLIER_2)
-    result: UInt64s = values ^ (values >> np.uint64(31))
-    return result
+    return _mix64_(values.copy())
+
+
+def _mix64_(values: UInt64s) -> UInt64s:
+    """`mix64` in place: half the time, where arrays are long."""
+    scratch = values >> np.uint64(30)
+    values ^= scratch
+    values *= np.uint64(_MULTIPLIER_1)
+    np.right_shift(values, np.uint64(27), out=scratch)
+    values ^= scratch
+    values *= np.uint64(_MULTIPLIER_2)
+    np.right_shift(values, np.uint64(31), out=scratch)
+    values ^= scratch
+    return values
 
 
 def hash_int(*parts: int) -> int:
@@ -53,7 +63,7 @@ def hash64(key: Sequence[int], *parts: NDArray[Any]) -> UInt64s:
     """
     state = np.full(1, hash_int(*key), dtype=np.uint64)
     for part in parts:
-        state = mix64((state ^ part.astype(np.uint64, copy=False)) + np.uint64(_GOLDEN))
+        state = _mix64_((state ^ part.astype(np.uint64, copy=False)) + np.uint64(_GOLDEN))
     return state
 
 
@@ -63,8 +73,8 @@ def substream(keys: UInt64s, number: int | NDArray[Any]) -> UInt64s:
     It serves as a random number, or as the key of further substreams. `keys` must be at least 1-d.
     """
     if isinstance(number, int):
-        return mix64(keys + np.uint64((number + 1) * _GOLDEN & _WORD))
-    return mix64(keys + (number.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+        return _mix64_(keys + np.uint64((number + 1) * _GOLDEN & _WORD))
+    return _mix64_(keys + (number.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
 
 
 def unit_interval(hashes: UInt64s) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dsbert.errors import UserError
 
 KIND = "dsbert-data"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 UNIGRAM = "unigram.npy"
@@ -27,20 +27,28 @@ SPLITS = ("train", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of text by its name as the user gave it and the fingerprint of its content."""
+    """A source of text by its name, the fingerprint of its content, and the grouping of its rows (grouping.py)."""
 
     name: str
     fingerprint: str
+    documents: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked for: equal requests give equal data."""
+    """What was asked for: equal requests give equal data.
+
+    tokenizer: "train", or the digest of the one given; vocab_size then 0. near_duplicates: the algorithm, or "".
+    """
 
     sources: tuple[Source, ...]
+    tokenizer: str
     vocab_size: int
     validation: float
     shard_tokens: int
+    text_column: str
+    min_words: int
+    near_duplicates: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +83,15 @@ class SplitEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning."""
+    """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning.
+
+    dropped: how many documents were duplicates, near_duplicates, empty, tiny.
+    """
 
     request: Request
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
-    duplicates: int
+    dropped: dict[str, int]
     digest: str
 
     def save(self, directory: Path) -> None:
@@ -114,7 +125,10 @@ def load_manifest(directory: str | Path) -> Manifest:
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise UserError(f"{path} does not describe prepared data; {again} into another directory")
     if document.get("version") != VERSION:
-        raise UserError(f"{path} has version {document.get('version')}, expected {VERSION}; remove it and {again}")
+        raise UserError(
+            f"{path} has version {document.get('version')}, expected {VERSION}: another dsbert made it; remove "
+            f"{directory} and {again}"
+        )
     try:
         return _parse(document)
     except (KeyError, TypeError) as error:
@@ -147,6 +161,6 @@ def _parse(document: dict[str, Any]) -> Manifest:
         request=Request(**{**request, "sources": tuple(Source(**source) for source in request["sources"])}),
         tokenizer=TokenizerEntry(**document["tokenizer"]),
         splits=splits,
-        duplicates=document["duplicates"],
+        dropped=dict(document["dropped"]),
         digest=document["digest"],
     )

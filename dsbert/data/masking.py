@@ -76,38 +76,67 @@ def _ordered_words(
     their places along, and equal hashes are ordered by column.
     """
     b, S = input_ids.shape
-    # Every unmaskable token is a "word" of its own, so that each word ends where the next begins.
-    starts = np.flatnonzero(vocab.word_start[input_ids] | ~maskable | ~np.roll(maskable, 1, axis=1))
+    # A run of text ends where a token is that is no text, which is taken for a word as well: so each word ends where
+    # the next begins, and none goes on in the next row.
+    begins = vocab.word_start[input_ids]
+    begins &= maskable
+    begins[:, 1:] |= maskable[:, 1:] != maskable[:, :-1]
+    begins[:, 0] = True
+    starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=b * S)
-    real = maskable.reshape(-1)[starts]
-    starts, lengths = starts[real], lengths[real]
-    rows, columns = np.divmod(starts, S)
-    packed = substream(row_keys[rows], columns) & _HASH_MASK
-    packed |= columns.astype(np.uint64) << _SIXTEEN
-    packed |= lengths.astype(np.uint64)
-    words_in_row = np.bincount(rows, minlength=b)
-    rank = np.arange(len(rows)) - np.repeat(np.cumsum(words_in_row) - words_in_row, words_in_row)
-    words = np.full((b, max(1, int(words_in_row.max(initial=0)))), _NO_WORD)
-    words[rows, rank] = packed
+    edges = np.searchsorted(starts, np.arange(b + 1) * S)
+    words_in_row = np.diff(edges)
+    rows = np.repeat(np.arange(b), words_in_row)
+    columns = starts - rows * S
+    packed = substream(np.repeat(row_keys, words_in_row), columns)
+    packed &= _HASH_MASK
+    columns <<= 16
+    columns |= lengths
+    packed |= columns.view(np.uint64)
+    packed[~maskable.reshape(-1)[starts]] = _NO_WORD
+    longest = max(1, int(words_in_row.max(initial=0)))
+    words = np.full((b, longest), _NO_WORD)
+    places = np.arange(len(rows))
+    places += np.repeat(np.arange(b) * longest - edges[:-1], words_in_row)
+    words.reshape(-1)[places] = packed
     words.sort(axis=1)
     return words
 
 
 def _take(words: UInt64s, budgets: NDArray[np.int64], S: int) -> NDArray[np.int64]:
     """int64 [m], ascending: the flat positions of the words that fit the budgets, taken in order."""
-    lengths = np.ascontiguousarray((words & _LENGTH_MASK).astype(np.int64).T)
-    taken = np.zeros_like(lengths)
-    remaining = budgets.copy()
-    for rank, length in enumerate(lengths):
-        # `_NO_WORD` reads as a word of 65,535 tokens, which never fits.
-        np.multiply(length, length <= remaining, out=taken[rank])
-        remaining -= taken[rank]
-        if not remaining.any():
-            break
-    taken[0] += np.where(remaining == budgets, budgets, 0)
-    ranks, rows = np.nonzero(taken)
-    counts = taken[ranks, rows]
-    columns = ((words[rows, ranks] >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
+    b = len(words)
+    # Words are taken as long as all of them fit: of so many at most, since each has a token. `_NO_WORD` reads as a
+    # word of 65,535 tokens, which never fits.
+    head = words[:, : max(1, int(budgets.max(initial=0)))] & _LENGTH_MASK
+    ends = np.cumsum(head, axis=1, dtype=np.int64)
+    fitting = ends <= budgets[:, None]
+    counts = np.count_nonzero(fitting, axis=1)
+    remaining = budgets - np.where(counts > 0, ends[np.arange(b), counts - 1], 0)
+    taken = np.zeros(words.shape, dtype=np.bool_)
+    taken[:, : ends.shape[1]] = fitting
+    # ... and then the next one that still does, as often as there is one: seldom more than twice.
+    pending = np.flatnonzero(remaining > 0)
+    after = counts[pending]
+    ranks = np.arange(words.shape[1])
+    lengths = (words[pending] & _LENGTH_MASK).astype(np.int64)
+    while pending.size:
+        fits = (lengths <= remaining[pending, None]) & (ranks >= after[:, None])
+        chosen = fits.argmax(axis=1)
+        rows = np.arange(len(pending))
+        found = fits[rows, chosen]
+        taken[pending[found], chosen[found]] = True
+        remaining[pending[found]] -= lengths[rows, chosen][found]
+        more = found & (remaining[pending] > 0)
+        pending, after, lengths = pending[more], chosen[more] + 1, lengths[more]
+    # Where no word fits at all, the first one is cut.
+    cut = (remaining == budgets) & (budgets > 0)
+    taken[cut, 0] = True
+    flat = np.flatnonzero(taken)
+    rows = flat // words.shape[1]
+    packed = words.reshape(-1)[flat]
+    counts = np.where(cut[rows], budgets[rows], (packed & _LENGTH_MASK).astype(np.int64))
+    columns = ((packed >> _SIXTEEN) & _LENGTH_MASK).astype(np.int64)
     inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     positions: NDArray[np.int64] = np.repeat(rows * S + columns, counts) + inside
     positions.sort()

@@ -1,214 +1,298 @@
 """`dsbert prepare`: from sources of text to a data directory, complete or not there at all.
 
-Everything is written into a temporary directory beside the target, which one rename puts in place; what an
-interrupted call leaves behind does no harm. Equal requests give equal bytes.
+Four passes over pieces, each shared by all ranks and their workers (crew.py): look at the files, read and clean,
+encode, put shards together. Between them rank 0 decides what becomes of each document, trains the tokenizer and cuts
+the shards. Everything is kept in a directory beside the target, by names that follow from the content, until the last
+rename: whatever ends a preparation, the next one goes on from there. Equal requests give equal bytes, on any number
+of processes.
 """
 
+from __future__ import annotations
+
+import fcntl
+import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
-
-from dsbert.data.corpus import Document, document_hash, is_validation, read_documents, source_fingerprint
-from dsbert.data.manifest import (
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    UNIGRAM,
-    Manifest,
-    Request,
-    Source,
-    SplitEntry,
-    TokenizerEntry,
-    data_digest,
-    load_manifest,
-)
-from dsbert.data.shards import DEFAULT_SHARD_TOKENS, ShardWriter, checksum
-from dsbert.data.tokenizer import save_tokenizer, tokenizer_digest, train_tokenizer
+from dsbert.data.assembly import assemble, assert_text, find_existing, split_entry, summarize
+from dsbert.data.corpus import MIN_WORDS, TEXT_COLUMN
+from dsbert.data.crew import Crew, Progress, do_all
+from dsbert.data.decisions import decide
+from dsbert.data.learning import make_tokenizer
+from dsbert.data.manifest import SPLITS, Manifest, Request, Source, TokenizerEntry, data_digest, load_manifest
+from dsbert.data.marks import drop_torn_marks, read_mark
+from dsbert.data.merging import plan_shards
+from dsbert.data.plan import cut_tasks, read_tasks, source_fingerprint
+from dsbert.data.shards import DEFAULT_SHARD_TOKENS
+from dsbert.data.sources import TextSource, resolve
+from dsbert.data.spool import key_of, save_array
+from dsbert.data.workers import Task, Workers, disk_trouble
+from dsbert.durable import sync_directory
 from dsbert.errors import UserError
+from dsbert.ranks import Ranks
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total), in documents; a total of 0 means that it is not known."""
-
-_ENCODE_DOCUMENTS = 16
 _MAX_SHARD_TOKENS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a preparation is made.
+
+    documents: how rows make documents (grouping.py): none (each source's default), one for all, or one for each.
+    tokenizer: "train" (to `vocab_size`; a small corpus has fewer tokens), a directory, or a name on the hub.
+    validation: fraction of the documents held out, chosen by their text; 0 holds out none. A split that would get no
+    document gets the nearest one. shard_tokens: largest shard. min_words: documents with fewer words are dropped.
+    near_duplicates: whether near copies are, too. text_column: what tables call their text.
+    """
+
+    vocab_size: int | None = None
+    validation: float = 0.05
+    documents: Sequence[str] = ()
+    tokenizer: str = "train"
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    min_words: int = MIN_WORDS
+    near_duplicates: bool = False
+    text_column: str = TEXT_COLUMN
+
+    def check(self) -> None:
+        """Raises UserError for a number out of bounds."""
+        if not 0 <= self.validation < 1:
+            raise UserError(f"the validation fraction must be in [0, 1), got {self.validation}")
+        if not 1 <= self.shard_tokens <= _MAX_SHARD_TOKENS:
+            raise UserError(f"shard_tokens must be in [1, {_MAX_SHARD_TOKENS}], got {self.shard_tokens}")
+        if self.tokenizer == "train" and not self.vocab_size:
+            raise UserError(
+                "expected --vocab-size for a tokenizer that is trained, found none: give it, or --tokenizer DIR"
+            )
 
 
 def prepare(
     sources: Sequence[str],
     to: str | Path,
-    vocab_size: int,
-    validation: float = 0.05,
+    vocab_size: int | None = None,
+    *,
     progress: Progress | None = None,
-    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    nproc: int = 1,
+    crew: Crew | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Make the data directory `to`, or find that it is already there.
+    """Make the data directory `to`, or find that it is already there. Collective over the crew's ranks.
 
     Args:
-        sources: names of known corpora or paths of text files (corpus.py).
-        to: the directory to make.
-        vocab_size: tokens wanted; a small corpus has fewer.
-        validation: fraction of the documents held out, chosen by their text; 0 holds out none. A split that would
-            get no document gets the nearest one.
-        progress: told how far each stage is.
-        shard_tokens: largest shard.
+        sources: SOURCES, as sources.py says.
+        to: the directory to make; on a file system that all ranks share.
+        vocab_size: this and `options` are the fields of `Options`.
+        progress: told how far each stage is, on rank 0.
+        nproc: processes of this rank.
+        crew: this rank and its peers.
 
     Returns:
         documents, sentences, tokens (both splits together), duplicates (exact copies dropped), shards, digest,
-        seconds, and up_to_date: True if nothing had to be done.
+        seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; sources: the grouping of each;
+        resumed: pieces of work that an interrupted call had done.
 
     Raises:
-        UserError: a source cannot be read, a number is out of bounds, or `to` holds something else.
+        UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
+        DataError: `to` holds this data, damaged.
+        PeerError: a rank or a worker was lost.
     """
     began = time.monotonic()
-    if not 0 <= validation < 1:
-        raise UserError(f"the validation fraction must be in [0, 1), got {validation}")
-    if not 1 <= shard_tokens <= _MAX_SHARD_TOKENS:
-        raise UserError(f"shard_tokens must be in [1, {_MAX_SHARD_TOKENS}], got {shard_tokens}")
-    request = Request(
-        tuple(Source(source, source_fingerprint(source)) for source in sources), vocab_size, validation, shard_tokens
-    )
-    target = Path(to)
-    manifest = _existing(target, request)
-    up_to_date = manifest is not None
-    if manifest is None:
-        manifest = _make(target, request, progress or (lambda stage, done, total: None))
-    splits = manifest.splits.values()
-    return {
-        "documents": sum(split.documents for split in splits),
-        "sentences": sum(split.sentences for split in splits),
-        "tokens": sum(split.tokens for split in splits),
-        "duplicates": manifest.duplicates,
-        "shards": sum(len(split.shards) for split in splits),
-        "digest": manifest.digest,
-        "seconds": time.monotonic() - began,
-        "up_to_date": up_to_date,
-    }
-
-
-def _existing(target: Path, request: Request) -> Manifest | None:
-    """The manifest of a target that answers this request and is intact, or None if there is nothing there."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return None
-    if not target.is_dir() or not (target / MANIFEST).exists():
-        raise UserError(f"{target} exists and holds no prepared data; choose another directory with --to")
-    manifest = load_manifest(target)
-    pairs = [
-        (field.name, getattr(manifest.request, field.name), getattr(request, field.name)) for field in fields(Request)
-    ]
-    differing = [f"{name} {_brief(old)} instead of {_brief(new)}" for name, old, new in pairs if old != new]
-    if differing:
-        raise UserError(f"{target} was prepared with {'; '.join(differing)}; choose another directory with --to")
-    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-        path = target / shard.file
-        if not path.is_file() or checksum(path) != shard.xxh3:
-            raise UserError(f"{path} is missing or damaged; remove {target} and prepare again")
-    return manifest
-
-
-def _brief(value: object) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(f"{source.name} ({source.fingerprint})" for source in value)
-    return str(value)
-
-
-def _make(target: Path, request: Request, progress: Progress) -> Manifest:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    chosen = Options(vocab_size, **options)
+    chosen.check()
+    crew = crew or Crew(Ranks(0, 1, 0))
+    workers = Workers(nproc)
+    report = progress if progress and crew.is_main else lambda stage, done, total: None
     try:
-        manifest = _fill(temporary, request, progress)
-        temporary.chmod(0o755)
-        os.rename(temporary, target)  # fails on a target that somebody else filled meanwhile
+        summary = _Preparation(crew, workers, Path(to).absolute(), report, chosen).run(sources)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error}; check the disk, or whether another prepare ran") from error
+        raise UserError(disk_trouble(error)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+        workers.close()
+    return summary | {"seconds": time.monotonic() - began}
 
 
-def _fill(directory: Path, request: Request, progress: Progress) -> Manifest:
-    """Write all files of the data directory. The corpus is held in memory; its tokens are not."""
-    documents, duplicates = _read_unique([source.name for source in request.sources], progress)
-    held_out = _held_out(documents, request.validation)
-    progress("train tokenizer", 0, 0)
-    # The validation documents train no part of the model, so not the tokenizer either.
-    training = [document for document, held in zip(documents, held_out, strict=True) if not held]
-    tokenizer = train_tokenizer(chain.from_iterable(training), request.vocab_size)
-    progress("train tokenizer", 1, 1)
-    save_tokenizer(tokenizer, directory / TOKENIZER)
+class _Preparation:
+    """One call, on one rank. What rank 0 works out between the passes it tells the others."""
 
-    size = tokenizer.get_vocab_size()
-    writers = {split: ShardWriter(directory, split, size, request.shard_tokens) for split in SPLITS}
-    for number, (document, held) in enumerate(zip(_encode(tokenizer, documents), held_out, strict=True), start=1):
-        if document:
-            writers["validation" if held else "train"].add(document)
-        progress("encode", number, len(documents))
-    splits: dict[str, SplitEntry] = {split: writer.close() for split, writer in writers.items()}
-    np.save(directory / UNIGRAM, writers["train"].counts)
-    digest = tokenizer_digest(tokenizer)
-    manifest = Manifest(request, TokenizerEntry(digest, size, True), splits, duplicates, data_digest(digest, splits))
-    manifest.save(directory)
-    return manifest
+    def __init__(self, crew: Crew, workers: Workers, target: Path, progress: Progress, options: Options) -> None:
+        self.crew, self.workers, self.target, self.progress = crew, workers, target, progress
+        self.options = options
+        self.directory = target.with_name(f".{target.name}.preparing")
+        self.resumed = 0
 
+    def run(self, names: Sequence[str]) -> dict[str, Any]:
+        """The whole preparation; the summary, without its seconds."""
+        options = self.options
+        with self._alone():
+            sources: list[TextSource] = []
+            goal: Request | None = None
+            existing: Manifest | None = None
 
-def _read_unique(sources: Sequence[str], progress: Progress) -> tuple[list[Document], int]:
-    """The documents in order without exact copies, and how many copies there were."""
-    seen: set[bytes] = set()
-    unique: list[Document] = []
-    duplicates = 0
-    for number, document in enumerate(read_documents(sources), start=1):
-        key = xxhash.xxh3_128_digest("\n".join(document).encode())
-        if key in seen:
-            duplicates += 1
+            def look() -> list[Task]:
+                sources.extend(resolve(names, options.documents))
+                return cut_tasks(sources, options.text_column, self.directory)
+
+            def request() -> list[Task]:
+                nonlocal goal, existing
+                cuts = [read_mark(task) for task in cut]
+                goal, near = _request(sources, cuts, options), options.near_duplicates
+                existing = find_existing(self.target, goal)
+                algorithm = goal.near_duplicates if near else ""
+                return [] if existing else read_tasks(cuts, self.directory, options.min_words, algorithm)
+
+            cut = self._pass("look", look, count=False)
+            read = self._pass("read", request)
+            if self.crew.is_main and existing is None:
+                assert goal is not None
+                self._encode(goal, read)
+            elif not self.crew.is_main:
+                self._pass("encode", list)
+                self._pass("shards", list)
+            return self._finish(goal, existing)
+
+    def _pass(self, stage: str, make: Callable[[], list[Task]], count: bool = True) -> list[Task]:
+        """Have the tasks done that rank 0 makes."""
+        if self.crew.is_main:
+            tasks = make()
+            drop_torn_marks(tasks)
+            self.crew.tell(stage, json.dumps(tasks).encode())
         else:
-            seen.add(key)
-            unique.append(document)
-        progress("read", number, 0)
-    progress("read", len(unique) + duplicates, len(unique) + duplicates)
-    return unique, duplicates
+            tasks = json.loads(self.crew.hear(stage))
+        done = do_all(self.crew, self.workers, stage, tasks, self.progress) if tasks else 0
+        self.resumed += done if count else 0
+        return tasks
 
-
-def _held_out(documents: list[Document], fraction: float) -> NDArray[np.bool_]:
-    """bool [documents]: which are for validation. Each split that is wanted gets at least one document.
-
-    Raises:
-        UserError: a validation split is wanted of a single document.
-    """
-    held = np.array([is_validation(document, fraction) for document in documents])
-    if fraction == 0:
-        return held
-    if len(documents) < 2:
-        raise UserError(
-            "the corpus has one document, which cannot be split into train and validation; "
-            "separate documents by an empty line, or set the validation fraction to 0"
+    def _encode(self, goal: Request, read: list[Task]) -> None:
+        """Rank 0, from spooled pieces to a directory that only needs its name."""
+        pieces = [Path(task["to"]) for task in read]
+        counts = [read_mark(task) for task in read]
+        assert_text(read, counts)
+        self.progress("decide", 0, 0)
+        decisions = decide(
+            pieces, [count["documents"] for count in counts], goal.validation, bool(goal.near_duplicates)
         )
-    hashes = [document_hash(document) for document in documents]
-    if not held.any():
-        held[int(np.argmin(hashes))] = True
-    elif held.all():
-        held[int(np.argmax(hashes))] = False
-    return held
+        key = key_of([piece.name for piece in pieces], goal.validation, goal.near_duplicates)
+        fate = self.directory / f"fate-{key}.npy"
+        save_array(fate, decisions.fate)
+        folder, entry = make_tokenizer(
+            self.directory, pieces, decisions, self.options.tokenizer, goal.vocab_size, key, self.progress
+        )
+        tasks = [
+            {
+                "do": "encode",
+                "piece": str(piece),
+                "tokenizer": str(folder),
+                "fate": str(fate),
+                "first": int(first),
+                # By its place as well: of two equal pieces the second holds nothing but copies.
+                "to": str(self.directory / key_of("encode", key, piece.name, int(first), entry.digest)),
+                "weight": count["bytes"] + 1,
+            }
+            for piece, first, count in zip(pieces, decisions.offsets, counts, strict=False)
+        ]
+        self._pass("encode", lambda: tasks)
+        made = self.directory / "data"
+        made.mkdir(exist_ok=True)
+        shards = {split: self._shards(split, tasks, goal, entry, made) for split in SPLITS}
+        self._pass("shards", lambda: [task for split in SPLITS for task in shards[split]])
+        splits = {split: split_entry(shards[split]) for split in SPLITS}
+        dropped = {
+            "duplicates": decisions.duplicates,
+            "near_duplicates": decisions.near_duplicates,
+            **{cause: sum(count[cause] for count in counts) for cause in ("empty", "tiny")},
+        }
+        assemble(made, folder, shards["train"], entry.vocab_size)
+        Manifest(goal, entry, splits, dropped, data_digest(entry.digest, splits)).save(made)
+
+    def _shards(self, split: str, encoded: list[Task], goal: Request, entry: TokenizerEntry, made: Path) -> list[Task]:
+        files = [f"{task['to']}.{split}.arrow" for task in encoded]
+        plan = plan_shards([file for file in files if os.path.exists(file)], goal.shard_tokens)
+        return [
+            {
+                "do": "merge",
+                "segments": segments,
+                "file": str(made / f"{split}-{number:05d}.arrow"),
+                "tokenizer": entry.digest,
+                "vocab_size": entry.vocab_size,
+                "to": str(self.directory / key_of("merge", split, number, segments, entry.digest)),
+                "weight": sum(last - first for _, first, last in segments),
+            }
+            for number, segments in enumerate(plan)
+        ]
+
+    def _finish(self, goal: Request | None, existing: Manifest | None) -> dict[str, Any]:
+        """Put the directory in its place; the summary, on all ranks."""
+        if self.crew.is_main:
+            assert goal is not None
+            if existing is None:
+                self._rename()
+            manifest = load_manifest(self.target)
+            summary = summarize(manifest) | {"up_to_date": existing is not None, "resumed": self.resumed}
+            self.crew.tell("summary", json.dumps(summary).encode())
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return summary
+        told: dict[str, Any] = json.loads(self.crew.hear("summary"))
+        return told
+
+    def _rename(self) -> None:
+        try:
+            os.rename(self.directory / "data", self.target)  # fails on a target that somebody else filled meanwhile
+        except OSError as error:
+            raise UserError(f"cannot write {self.target}: {error}; check whether another prepare ran") from error
+        sync_directory(self.target.parent)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The work directory, there for all ranks, and no other preparation at work in it."""
+        if not self.crew.is_main:
+            self.crew.hear("directory")
+            yield
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"expected no other preparation of {self.target} at work, found one: wait for it, or stop it"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            self.crew.tell("directory", b"there")
+            try:
+                yield
+            finally:
+                if self.directory.exists() and not any(path.name != "lock" for path in self.directory.iterdir()):
+                    shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _encode(tokenizer: "Tokenizer", documents: Iterable[Document]) -> Iterator[list[list[int]]]:
-    """The documents' sentences as token ids, without special tokens; sentences without any token are left out."""
-    remaining = iter(documents)
-    # Several documents at once keep all cores busy; a document alone may be a single sentence.
-    while group := list(islice(remaining, _ENCODE_DOCUMENTS)):
-        texts = [sentence for document in group for sentence in document]
-        encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for document in group:
-            sentences = (encoding.ids for encoding in islice(encodings, len(document)))
-            yield [ids for ids in sentences if ids]
+def _request(sources: Sequence[TextSource], cuts: list[dict[str, Any]], options: Options) -> Request:
+    from dsbert.data.near_duplicates import algorithm
+
+    found, at = [], 0
+    for source in sources:
+        own = cuts[at : at + len(source.files)]
+        at += len(source.files)
+        found.append(Source(source.name, source_fingerprint(own), source.documents))
+    trained = options.tokenizer == "train"
+    digest = "train"
+    if not trained:
+        from dsbert.data.tokenizer import find_tokenizer, tokenizer_digest
+
+        digest = tokenizer_digest(find_tokenizer(options.tokenizer))
+    return Request(
+        sources=tuple(found),
+        tokenizer=digest,
+        vocab_size=(options.vocab_size or 0) if trained else 0,
+        validation=options.validation,
+        shard_tokens=options.shard_tokens,
+        text_column=options.text_column,
+        min_words=options.min_words,
+        near_duplicates=algorithm() if options.near_duplicates else "",
+    )

@@ -1,13 +1,15 @@
 """Token shards: Arrow stream files written once and memory-mapped by every rank.
 
 A shard holds whole documents, one row each: `tokens` (list of uint16, or int32 for more than 65,536 ids) and
-`sentence_lengths` (list of int32, which sum to the row's tokens). `datasets.Dataset.from_file` opens it as well.
+`sentence_lengths` (list of int32, which sum to the row's tokens); its schema names the digest of the tokenizer.
+`datasets.Dataset.from_file` opens it as well.
 
 Over the shards of a split the tokens have global offsets, and the documents global numbers, in shard order.
 
 Legend: T tokens, D documents and E sentences of one shard; n pieces of text.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.manifest import SPLITS, ShardEntry, SplitEntry, load_manifest
-from dsbert.errors import UserError
+from dsbert.data.manifest import SPLITS, ShardEntry, load_manifest
+from dsbert.durable import publish
+from dsbert.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
 DEFAULT_SHARD_TOKENS = 64 * 1024 * 1024
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 22
+_TOKENIZER_KEY = b"dsbert.tokenizer"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -64,23 +68,56 @@ class Shard:
         )
 
     @classmethod
-    def open(cls, path: Path, expected_bytes: int) -> "Shard":
+    def joined(cls, parts: "Sequence[Shard]", dtype: np.dtype[Any]) -> "Shard":
+        """The documents of all parts, in order."""
+        return cls(
+            np.concatenate([np.zeros(0, dtype), *(part.tokens for part in parts)], dtype=dtype),
+            _joined_offsets([part.document_offsets for part in parts]),
+            _joined_offsets([part.sentence_offsets for part in parts]),
+            np.concatenate([np.zeros(0, np.int32), *(part.sentence_lengths for part in parts)]),
+        )
+
+    def documents(self, first: int, last: int) -> "Shard":
+        """The documents [first, last), as views."""
+        tokens = self.document_offsets[first : last + 1]
+        sentences = self.sentence_offsets[first : last + 1]
+        return Shard(
+            self.tokens[tokens[0] : tokens[-1]],
+            tokens - tokens[0],
+            sentences - sentences[0],
+            self.sentence_lengths[sentences[0] : sentences[-1]],
+        )
+
+    @classmethod
+    def open(cls, path: Path, expected_bytes: int | None = None, tokenizer: str | None = None) -> "Shard":
         """Map a shard file into memory; the tokens are not copied.
 
+        Args:
+            path: the file.
+            expected_bytes: its size; None: any.
+            tokenizer: digest of the tokenizer that it must have been encoded with; None: any.
+
         Raises:
-            UserError: the file is missing, has another size than the manifest says, or is not such a shard.
+            DataError: the file is missing, has another size than the manifest says, or is not such a shard.
+            UserError: it was encoded with another tokenizer.
         """
         import pyarrow as pa
 
         found = path.stat().st_size if path.is_file() else 0
-        if found != expected_bytes:
-            raise UserError(f"{path} should have {expected_bytes} bytes, found {found}; prepare the data again")
+        if expected_bytes is not None and found != expected_bytes:
+            raise DataError(f"{path} should have {expected_bytes} bytes, found {found}; prepare the data again")
         try:
             with pa.memory_map(str(path)) as source:
                 (batch,) = pa.ipc.open_stream(source)
             tokens, sentences = batch.column("tokens"), batch.column("sentence_lengths")
         except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is not a token shard ({error}); prepare the data again") from error
+            raise DataError(f"{path} is not a token shard ({error}); prepare the data again") from error
+        held = (batch.schema.metadata or {}).get(_TOKENIZER_KEY, b"").decode("utf-8", "replace")
+        if tokenizer is not None and held != tokenizer:
+            raise UserError(
+                f"expected {path} to be encoded with the tokenizer {tokenizer}, as its manifest says, found "
+                f"{held or 'none named'}: shards of two preparations were mixed; prepare the data again"
+            )
         return cls(
             _view(tokens.values),
             _view(tokens.offsets).astype(np.int64),
@@ -88,61 +125,31 @@ class Shard:
             _view(sentences.values),
         )
 
-    def write(self, path: Path) -> ShardEntry:
-        """Write the shard as an Arrow stream of one record batch, so that each column is one array when mapped."""
+    def write(self, path: Path, tokenizer: str, durable: bool = True) -> ShardEntry:
+        """Write the shard, whole or not at all, as an Arrow stream of one record batch: so each column is one array
+        when mapped.
+
+        tokenizer: its digest. durable: whether it must survive a power cut from now on. Raises OSError.
+        """
         import pyarrow as pa
 
         columns = {
             "tokens": _list_array(pa, self.document_offsets, self.tokens),
             "sentence_lengths": _list_array(pa, self.sentence_offsets, self.sentence_lengths),
         }
-        batch = pa.RecordBatch.from_pydict(columns)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        size = path.stat().st_size
-        return ShardEntry(path.name, len(self.document_offsets) - 1, len(self.tokens), size, checksum(path))
-
-
-class ShardWriter:
-    """Writes the documents of one split into as few shards of at most `shard_tokens` tokens as their order allows.
-
-    A document is never cut: one that is larger than a shard gets a shard of its own.
-    """
-
-    def __init__(self, directory: Path, split: str, vocab_size: int, shard_tokens: int = DEFAULT_SHARD_TOKENS) -> None:
-        self._directory = directory
-        self._split = split
-        self._dtype = token_dtype(vocab_size)
-        self._shard_tokens = shard_tokens
-        self._pending: list[list[list[int]]] = []
-        self._pending_tokens = 0
-        self._sentences = 0
-        self._entries: list[ShardEntry] = []
-        self.counts = np.zeros(vocab_size, dtype=np.int64)
-        """int64 [V]: how often each id was written, complete after `close`."""
-
-    def add(self, document: list[list[int]]) -> None:
-        """Add one document: a non-empty list of sentences, each a non-empty list of ids."""
-        tokens = sum(map(len, document))
-        if self._pending and self._pending_tokens + tokens > self._shard_tokens:
-            self._flush()
-        self._pending.append(document)
-        self._pending_tokens += tokens
-        self._sentences += len(document)
-
-    def close(self) -> SplitEntry:
-        """Write what is pending and return the split's part of the manifest."""
-        if self._pending:
-            self._flush()
-        documents = sum(entry.documents for entry in self._entries)
-        tokens = sum(entry.tokens for entry in self._entries)
-        return SplitEntry(documents, self._sentences, tokens, tuple(self._entries))
-
-    def _flush(self) -> None:
-        shard = Shard.from_documents(self._pending, self._dtype)
-        self.counts += np.bincount(shard.tokens, minlength=len(self.counts))
-        self._entries.append(shard.write(self._directory / f"{self._split}-{len(self._entries):05d}.arrow"))
-        self._pending, self._pending_tokens = [], 0
+        batch = pa.RecordBatch.from_pydict(columns).replace_schema_metadata({_TOKENIZER_KEY: tokenizer})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            size, digest = temporary.stat().st_size, checksum(temporary)
+            if durable:
+                publish(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return ShardEntry(path.name, len(self.document_offsets) - 1, len(self.tokens), size, digest)
 
 
 class TokenStore:
@@ -161,10 +168,15 @@ class TokenStore:
         """Map the shards of a split ("train" or "validation").
 
         Raises:
-            UserError: there is no prepared data, or a shard is missing or damaged.
+            UserError: there is no prepared data, or a shard was encoded with another tokenizer than the manifest names.
+            DataError: a shard is missing or damaged.
         """
-        entries = load_manifest(data_dir).splits[split].shards
-        return cls([Shard.open(Path(data_dir) / entry.file, entry.bytes) for entry in entries])
+        manifest = load_manifest(data_dir)
+        opened: dict[str, Shard] = {}
+        for entry in manifest.splits[split].shards:
+            if entry.file not in opened:
+                opened[entry.file] = Shard.open(Path(data_dir) / entry.file, entry.bytes, manifest.tokenizer.digest)
+        return cls([opened[entry.file] for entry in manifest.splits[split].shards])
 
     @classmethod
     def from_documents(cls, documents: list[list[list[int]]]) -> "TokenStore":
@@ -195,14 +207,15 @@ def verify_shards(data_dir: str | Path, share: tuple[int, int] = (0, 1)) -> None
     """Read shards and compare them with the manifest. share = (k, n): every n-th shard from the k-th on.
 
     Raises:
-        UserError: a shard is not what was prepared.
+        UserError: there is no prepared data.
+        DataError: a shard is not what was prepared.
     """
     splits = load_manifest(data_dir).splits
     entries = [entry for split in SPLITS for entry in splits[split].shards]
     for entry in entries[share[0] :: share[1]]:
         path = Path(data_dir) / entry.file
         if not path.is_file() or checksum(path) != entry.xxh3:
-            raise UserError(f"expected {path} as it was prepared, found it missing or changed: prepare the data again")
+            raise DataError(f"expected {path} as it was prepared, found it missing or changed: prepare the data again")
 
 
 def checksum(path: Path) -> str:
@@ -220,6 +233,14 @@ def _view(array: Any) -> NDArray[Any]:
     """An Arrow array without nulls as numpy, not copied. (Its own `to_numpy` imports pandas, for most of a second.)"""
     flat = np.frombuffer(array.buffers()[1], dtype=array.type.to_pandas_dtype())
     return flat[array.offset : array.offset + len(array)]
+
+
+def _joined_offsets(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Offsets of parts, each from 0 to its size, as offsets into the whole."""
+    offsets = [np.zeros(1, dtype=np.int64)]
+    for part in parts:
+        offsets.append(part[1:] + offsets[-1][-1])
+    return np.concatenate(offsets)
 
 
 def _list_array(pa: "type[pyarrow]", offsets: NDArray[np.int64], values: NDArray[Any]) -> Any:

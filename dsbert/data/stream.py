@@ -7,19 +7,20 @@ purpose, epoch, sample), so any rank computes any batch at any time, and where t
 Legend: b samples in a batch, S sequence length, m masked tokens, N spans.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.hashing import ORDER, SAMPLE, UInt64s, below, hash64, hash_int, substream
-from dsbert.data.manifest import TOKENIZER
+from dsbert.data.hashing import SAMPLE, UInt64s, below, hash64, substream
+from dsbert.data.manifest import TOKENIZER, load_manifest
 from dsbert.data.masking import mask_words_
-from dsbert.data.permutation import permute
+from dsbert.data.order import Order
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
-from dsbert.data.tokenizer import Vocabulary, load_tokenizer
+from dsbert.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_digest
 from dsbert.errors import UserError
 
 IGNORE = -100
@@ -49,6 +50,23 @@ class Batch:
     num_tokens: int
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all batches, at least one of them, below each other. Those that are samples must come first."""
+    seq_len = batches[0].input_ids.shape[1]
+    first_rows = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
+    positions = [batch.mlm_positions + first * seq_len for batch, first in zip(batches, first_rows, strict=False)]
+    return Batch(
+        input_ids=np.concatenate([batch.input_ids for batch in batches]),
+        token_type_ids=np.concatenate([batch.token_type_ids for batch in batches]),
+        attention_mask=np.concatenate([batch.attention_mask for batch in batches]),
+        mlm_positions=np.concatenate(positions),
+        mlm_labels=np.concatenate([batch.mlm_labels for batch in batches]),
+        nsp_labels=np.concatenate([batch.nsp_labels for batch in batches]),
+        num_samples=sum(batch.num_samples for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+    )
+
+
 @dataclass(frozen=True)
 class _Texts:
     """What stands in each row, all int64 [b]: the tokens of A and B as (global start, length), and the NSP label."""
@@ -73,6 +91,7 @@ class SampleStream:
         seed: int,
         nsp: bool = True,
         mask_fraction: float = 0.15,
+        window: int = 0,
     ) -> None:
         """Args: `index` was built from `store` with `seq_len`. Raises UserError if it has no span."""
         if not len(index):
@@ -85,21 +104,39 @@ class SampleStream:
         self._seed = seed
         self._nsp = nsp
         self._mask_fraction = mask_fraction
+        self._order = Order(len(index), seed, window)
         self._ordinary_ids = vocab.ordinary_ids
 
     @classmethod
     def open(
-        cls, data_dir: str | Path, split: str, seq_len: int, seed: int, nsp: bool = True, mask_fraction: float = 0.15
+        cls,
+        data_dir: str | Path,
+        split: str,
+        seq_len: int,
+        seed: int,
+        nsp: bool = True,
+        mask_fraction: float = 0.15,
+        window: int = 0,
     ) -> "SampleStream":
-        """The stream over one split ("train" or "validation") of a prepared data directory.
+        """The stream over one split ("train" or "validation") of a prepared data directory. window: as in `Order`.
 
         Raises:
-            UserError: there is no prepared data, it is damaged, or the split is empty.
+            UserError: there is no prepared data, its tokenizer is not the one of its shards, or the split is empty.
+            DataError: a shard is missing or damaged.
         """
         store = TokenStore.open(data_dir, split)
-        vocab = Vocabulary.of(load_tokenizer(Path(data_dir) / TOKENIZER))
+        tokenizer = load_tokenizer(Path(data_dir) / TOKENIZER)
+        expected, found = load_manifest(data_dir).tokenizer.digest, tokenizer_digest(tokenizer)
+        if found != expected:
+            raise UserError(
+                f"expected the tokenizer {expected} in {data_dir}, with which its shards were encoded, found {found}: "
+                "put the tokenizer back, or prepare the data again"
+            )
         index = SpanIndex.open(data_dir, split, seq_len, store)
-        return cls(store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction)
+        vocab = Vocabulary.of(tokenizer)
+        return cls(
+            store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction, window=window
+        )
 
     def batch(self, position: int, count: int, rows: int | None = None) -> Batch:
         """The samples at positions [position, position + count), which may cross the end of an epoch.
@@ -116,7 +153,7 @@ class SampleStream:
         b = count if rows is None else rows
         if position < 0 or count < 0 or b < count:
             raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
-        epochs, samples = self._samples_at(position, count)
+        epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
         texts = self._pair(samples, keys) if self._nsp else self._single(samples)
         input_ids, token_type_ids, attention, maskable = self._lay_out(texts, b)
@@ -135,16 +172,6 @@ class SampleStream:
             num_samples=count,
             num_tokens=int(attention[:count].sum()),
         )
-
-    def _samples_at(self, position: int, count: int) -> tuple[Int64s, Int64s]:
-        """Epoch and span number of each position, int64 [count] both."""
-        epochs, places = np.divmod(np.arange(position, position + count, dtype=np.int64), self.num_samples)
-        samples = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            key = hash_int(self._seed, ORDER, epoch)
-            samples[here] = permute(places[here], self.num_samples, key)
-        return epochs, samples
 
     def _single(self, samples: Int64s) -> _Texts:
         """The whole span as A; no B."""

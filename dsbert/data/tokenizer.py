@@ -8,6 +8,7 @@ sorted order, which fixes the tokens, and the ids are assigned anew: the special
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
 _MAX_ALPHABET = 1000
+_AT_ONCE = 4096  # sentences whose characters are counted together
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,16 @@ class Vocabulary:
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """Train WordPiece; equal sentences give equal ids, whatever their order.
+    """Train WordPiece; equal sentences give equal ids, whatever their order and the number of threads.
 
-    The sentences are held in memory: of a very large corpus, pass a sample. A corpus with too few words gives a
-    smaller vocabulary than asked for.
+    The sentences are gone through twice and not held; what grows with them is the number of different words. A corpus
+    with too few words gives a smaller vocabulary than asked for.
 
     Raises:
         UserError: `vocab_size` leaves no room for a word beyond the special tokens and the alphabet.
     """
     from tokenizers.trainers import WordPieceTrainer
 
-    sentences = list(sentences)
     tokenizer = _build({token: number for number, token in enumerate(SPECIAL_TOKENS)})
     alphabet = _alphabet(tokenizer, sentences)
     continuations = [_CONTINUATION + char for char in alphabet if _continues_a_word(tokenizer, char)]
@@ -78,7 +79,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
         continuing_subword_prefix=_CONTINUATION,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sentences, trainer, length=len(sentences))
+    tokenizer.train_from_iterator(sentences, trainer)
     words = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
     return _build({token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])})
 
@@ -89,15 +90,49 @@ def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     config = {
         "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "strip_accents": True,
-        "tokenize_chinese_chars": True,
+        "do_lower_case": is_lowercase(tokenizer),
+        "strip_accents": normalizer.get("strip_accents"),
+        "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "vocab.txt").write_text("".join(token + "\n" for token in _tokens(tokenizer)), encoding="utf-8")
+    (directory / "vocab.txt").write_text("".join(token + "\n" for token in vocabulary_of(tokenizer)), encoding="utf-8")
+
+
+def is_lowercase(tokenizer: "Tokenizer") -> bool:
+    """Whether the vocabulary is one of lower case: the tokenizer then folds text by itself."""
+    return tokenizer.normalizer is not None and tokenizer.normalizer.normalize_str("A") == "a"
+
+
+def find_tokenizer(name: str) -> "Tokenizer":
+    """The tokenizer of a directory (tokenizer.json), of such a file, or of that name on the hub.
+
+    Raises:
+        UserError: there is none, it cannot be fetched, or it is no WordPiece tokenizer with BERT's special tokens.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    else:
+        try:
+            tokenizer = Tokenizer.from_pretrained(name)
+        except Exception as error:  # of many kinds: of the hub, of the network
+            text = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"expected a directory with tokenizer.json, or a name on the hub, found {name!r} ({text}): check it, "
+                "or give --tokenizer train"
+            ) from None
+    Vocabulary.of(tokenizer)
+    if not any(token.startswith(_CONTINUATION) for token in tokenizer.get_vocab()):
+        raise UserError(
+            f"expected a WordPiece vocabulary with {_CONTINUATION} tokens in {name}, found none: give another"
+        )
+    return tokenizer
 
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
@@ -121,13 +156,13 @@ def tokenizer_digest(tokenizer: "Tokenizer") -> str:
 
     state = json.loads(tokenizer.to_str())
     word_limit = state["model"]["max_input_chars_per_word"]
-    parts = [_tokens(tokenizer), state["normalizer"], state["pre_tokenizer"], word_limit]
+    parts = [vocabulary_of(tokenizer), state["normalizer"], state["pre_tokenizer"], word_limit]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def word_start_table(tokenizer: "Tokenizer") -> NDArray[np.bool_]:
     """bool [V]: True where the token begins a word, False for the `##` continuations."""
-    return np.array([not token.startswith(_CONTINUATION) for token in _tokens(tokenizer)])
+    return np.array([not token.startswith(_CONTINUATION) for token in vocabulary_of(tokenizer)])
 
 
 def _build(vocab: dict[str, int]) -> "Tokenizer":
@@ -146,11 +181,13 @@ def _build(vocab: dict[str, int]) -> "Tokenizer":
     return tokenizer
 
 
-def _alphabet(tokenizer: "Tokenizer", sentences: list[str]) -> list[str]:
+def _alphabet(tokenizer: "Tokenizer", sentences: Iterable[str]) -> list[str]:
     """The characters that the vocabulary must spell, sorted: the most frequent ones after normalisation."""
     raw: Counter[str] = Counter()
-    for sentence in sentences:
-        raw.update(sentence)
+    remaining = iter(sentences)
+    while text := "".join(islice(remaining, _AT_ONCE)):
+        points, numbers = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), return_counts=True)
+        raw.update(dict(zip(map(chr, points.tolist()), numbers.tolist(), strict=True)))
     counts: Counter[str] = Counter()
     for char, count in raw.items():
         for normal in tokenizer.normalizer.normalize_str(char).strip():
@@ -164,7 +201,8 @@ def _continues_a_word(tokenizer: "Tokenizer", char: str) -> bool:
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a" + char))) == 1
 
 
-def _tokens(tokenizer: "Tokenizer") -> list[str]:
+def vocabulary_of(tokenizer: "Tokenizer") -> list[str]:
+    """The tokens in the order of their ids."""
     vocab = tokenizer.get_vocab()
     return sorted(vocab, key=vocab.__getitem__)
 

@@ -12,14 +12,14 @@ _SYLLABLES = ["ba", "ko", "lim", "tor", "en", "sha", "vi", "dru", "mo", "pel", "
 
 
 def make_text(documents: int, seed: int = 0, longest: int = 30) -> str:
-    """Documents of 1 to 12 sentences of 1 to `longest` words; some sentences exceed a sample of 32 tokens."""
+    """Documents of 1 to 12 sentences of 3 to `longest` words; some sentences exceed a sample of 32 tokens."""
     rng = random.Random(seed)
 
     def word() -> str:
         return "".join(rng.choices(_SYLLABLES, k=rng.randint(1, 3)))
 
     def sentence() -> str:
-        return " ".join(word() for _ in range(rng.randint(1, longest))).capitalize() + "."
+        return " ".join(word() for _ in range(rng.randint(3, longest))).capitalize() + "."
 
     return "\n\n".join("\n".join(sentence() for _ in range(rng.randint(1, 12))) for _ in range(documents)) + "\n"
 

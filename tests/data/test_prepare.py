@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import subprocess
@@ -7,12 +8,13 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
+from dsbert.data import learning, merging, spool
 from dsbert.data.corpus import is_validation, read_documents
-from dsbert.data.manifest import load_manifest, load_unigram_counts
+from dsbert.data.manifest import Manifest, load_manifest, load_unigram_counts
 from dsbert.data.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
-from dsbert.errors import UserError
+from dsbert.errors import DataError, UserError
 from dsbert.progress import stage_bars
 from tests.data.conftest import VOCAB_SIZE, make_text
 
@@ -29,7 +31,7 @@ def texts(data_dir, split: str) -> set[str]:
 def test_what_a_data_directory_says(data_dir, corpus_file):
     manifest = load_manifest(data_dir)
     document = json.loads((data_dir / "manifest.json").read_text())
-    assert (document["kind"], document["version"]) == ("dsbert-data", 1)
+    assert (document["kind"], document["version"]) == ("dsbert-data", 2)
     assert manifest.request.sources[0].name == str(corpus_file)
     assert manifest.tokenizer.digest == tokenizer_digest(load_tokenizer(data_dir / "tokenizer"))
     assert manifest.tokenizer.vocab_size == VOCAB_SIZE
@@ -87,7 +89,8 @@ def test_a_second_call_skips(tmp_path, corpus_file):
     assert second.pop("up_to_date")
     assert first.pop("seconds") > second.pop("seconds")
     assert first == second
-    assert set(first) == {"documents", "sentences", "tokens", "duplicates", "shards", "digest"}
+    keys = {"documents", "sentences", "tokens", "duplicates", "shards", "digest", "dropped", "sources", "resumed"}
+    assert set(first) == keys
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == written
 
 
@@ -120,7 +123,7 @@ def test_a_damaged_target_is_named(tmp_path, data_dir, corpus_file):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00000\.arrow is missing or damaged"):
+    with pytest.raises(DataError, match=r"train-00000\.arrow is missing or damaged"):
         prepare([str(corpus_file)], copy, VOCAB_SIZE, validation=0.2)
 
 
@@ -138,15 +141,20 @@ def test_an_empty_directory_is_filled(tmp_path, corpus_file):
     assert load_manifest(tmp_path)
 
 
-def test_a_failure_leaves_nothing_and_a_leftover_does_no_harm(tmp_path, corpus_file, monkeypatch):
-    (tmp_path / ".data-leftover").mkdir()
+def test_what_a_failure_leaves_is_gone_on_with(tmp_path, corpus_file, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(UserError, match="disk full"):
+        patch.setattr(Manifest, "save", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+        with pytest.raises(UserError, match=r"disk full.*run the same command again"):
             prepare([str(corpus_file)], tmp_path / "data", VOCAB_SIZE)
-    assert [path.name for path in tmp_path.iterdir()] == [".data-leftover"]
-    prepare([str(corpus_file)], tmp_path / "data", VOCAB_SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == [".data.preparing"]
+    with monkeypatch.context() as patch:
+        for name in ("spool_piece", "encode_piece", "merge_shard", "train_tokenizer"):
+            module = next(m for m in (spool, merging, learning) if hasattr(m, name))
+            patch.setattr(module, name, None)  # nothing of it must be done again
+        result = prepare([str(corpus_file)], tmp_path / "data", VOCAB_SIZE)
+    assert result["resumed"] == 4  # a piece read and encoded, and two shards
     assert load_manifest(tmp_path / "data")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path):
@@ -186,7 +194,7 @@ def test_one_document_is_not_split(tmp_path):
 def test_impossible_requests(tmp_path, corpus_file, request_, message):
     with pytest.raises(UserError, match=message):
         prepare([str(corpus_file)], tmp_path / "data", **{"vocab_size": VOCAB_SIZE, **request_})
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
@@ -195,8 +203,8 @@ def test_impossible_requests(tmp_path, corpus_file, request_, message):
         (None, "no prepared data in .* dsbert prepare --source .* --to .* --vocab-size"),
         ("{", "is unreadable"),
         ("[]", "does not describe prepared data"),
-        ('{"kind": "dsbert-data", "version": 99}', "version 99, expected 1"),
-        ('{"kind": "dsbert-data", "version": 1, "request": {}}', "is damaged"),
+        ('{"kind": "dsbert-data", "version": 99}', "version 99, expected 2"),
+        ('{"kind": "dsbert-data", "version": 2, "request": {}}', "is damaged"),
     ],
 )
 def test_bad_manifests(tmp_path, content, message):

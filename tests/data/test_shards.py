@@ -3,20 +3,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsbert.data.manifest import load_manifest
+from dsbert.data.manifest import ShardEntry, load_manifest
+from dsbert.data.marks import read_mark
+from dsbert.data.merging import merge_shard, plan_shards
 from dsbert.data.prepare import prepare
-from dsbert.data.shards import Shard, ShardWriter, TokenStore, checksum, token_dtype
-from dsbert.errors import UserError
+from dsbert.data.shards import Shard, TokenStore, checksum, token_dtype
+from dsbert.errors import DataError, UserError
 from tests.data.conftest import VOCAB_SIZE
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14, 15], [16, 17]]]
 
 
-def write(directory: Path, shard_tokens: int, vocab_size: int = 100):
-    writer = ShardWriter(directory, "train", vocab_size, shard_tokens)
-    for document in DOCUMENTS:
-        writer.add(document)
-    return writer.close(), writer.counts
+def write(directory: Path, shard_tokens: int = 1000, vocab_size: int = 100) -> list[ShardEntry]:
+    """As a preparation does, from two encoded pieces."""
+    pieces = []
+    for number, documents in enumerate((DOCUMENTS[:2], DOCUMENTS[2:])):
+        pieces.append(str(directory / f"{number}.arrow"))
+        Shard.from_documents(documents, token_dtype(vocab_size)).write(Path(pieces[-1]), "abc")
+    entries = []
+    for number, segments in enumerate(plan_shards(pieces, shard_tokens)):
+        to = directory / f"done-{number}"
+        file = directory / f"train-{number:05d}.arrow"
+        task = {"segments": segments, "file": str(file), "tokenizer": "abc", "vocab_size": vocab_size, "to": str(to)}
+        merge_shard(task)
+        entries.append(ShardEntry(**read_mark(task)["entry"]))
+    return entries
 
 
 def gather(store: TokenStore, start: int, length: int) -> list[int]:
@@ -27,13 +38,15 @@ def gather(store: TokenStore, start: int, length: int) -> list[int]:
 
 @pytest.mark.parametrize(("shard_tokens", "shards"), [(1000, 1), (6, 2), (1, 3)])
 def test_shards_are_cut_between_documents(tmp_path, shard_tokens, shards):
-    entry, counts = write(tmp_path, shard_tokens)
-    assert (entry.documents, entry.sentences, entry.tokens, len(entry.shards)) == (3, 5, 13, shards)
+    entries = write(tmp_path, shard_tokens)
+    assert len(entries) == shards
+    assert (sum(entry.documents for entry in entries), sum(entry.tokens for entry in entries)) == (3, 13)
+    counts = sum(np.load(path) for path in tmp_path.glob("done-*.counts.npy"))
     assert np.array_equal(counts, np.bincount(np.arange(5, 18), minlength=100))
-    for shard in entry.shards:
+    for shard in entries:
         assert (tmp_path / shard.file).stat().st_size == shard.bytes
         assert checksum(tmp_path / shard.file) == shard.xxh3
-    store = TokenStore([Shard.open(tmp_path / shard.file, shard.bytes) for shard in entry.shards])
+    store = TokenStore([Shard.open(tmp_path / shard.file, shard.bytes, "abc") for shard in entries])
     memory = TokenStore.from_documents(DOCUMENTS)
     assert (store.num_documents, store.num_sentences, store.num_tokens) == (3, 5, 13)
     for start, length in [(0, 4), (1, 2), (4, 2), (6, 7), (12, 1)]:
@@ -45,25 +58,23 @@ def test_shards_are_cut_between_documents(tmp_path, shard_tokens, shards):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(100, "uint16"), (65_536, "uint16"), (65_537, "int32")])
 def test_datasets_opens_a_shard(tmp_path, vocab_size, dtype):
     datasets = pytest.importorskip("datasets")
-    entry, _ = write(tmp_path, 1000, vocab_size)
-    dataset = datasets.Dataset.from_file(str(tmp_path / entry.shards[0].file))
+    (entry,) = write(tmp_path, vocab_size=vocab_size)
+    dataset = datasets.Dataset.from_file(str(tmp_path / entry.file))
     assert dataset["tokens"][0] == [5, 6, 7, 8]
     assert list(dataset["sentence_lengths"]) == [[3, 1], [2], [5, 2]]
     assert dataset.features["tokens"].feature.dtype == dtype == token_dtype(vocab_size).name
 
 
 def test_tokens_are_mapped_and_not_copied(tmp_path):
-    entry, _ = write(tmp_path, 1000)
-    tokens = Shard.open(tmp_path / entry.shards[0].file, entry.shards[0].bytes).tokens
+    (entry,) = write(tmp_path)
+    tokens = Shard.open(tmp_path / entry.file, entry.bytes).tokens
     assert tokens.dtype == np.uint16
     assert not tokens.flags.owndata
     assert not tokens.flags.writeable
 
 
 def test_a_large_vocabulary_keeps_its_ids(tmp_path):
-    writer = ShardWriter(tmp_path, "train", 70_000)
-    writer.add([[69_999, 5]])
-    (entry,) = writer.close().shards
+    entry = Shard.from_documents([[[69_999, 5]]], token_dtype(70_000)).write(tmp_path / "large.arrow", "abc")
     assert gather(TokenStore([Shard.open(tmp_path / entry.file, entry.bytes)]), 0, 2) == [69_999, 5]
 
 
@@ -80,17 +91,18 @@ def test_documents_in_memory_may_have_empty_parts():
 
 
 def test_damaged_shards_are_named(tmp_path):
-    entry, _ = write(tmp_path, 1000)
-    path = tmp_path / entry.shards[0].file
-    size = entry.shards[0].bytes
+    (entry,) = write(tmp_path)
+    path, size = tmp_path / entry.file, entry.bytes
+    with pytest.raises(UserError, match="tokenizer xyz, as its manifest says, found abc"):
+        Shard.open(path, size, "xyz")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"train-00000.arrow should have {size} bytes, found {size - 1}"):
+    with pytest.raises(DataError, match=f"train-00000.arrow should have {size} bytes, found {size - 1}"):
         Shard.open(path, size)
     path.write_bytes(b"x" * size)
-    with pytest.raises(UserError, match="is not a token shard"):
+    with pytest.raises(DataError, match="is not a token shard"):
         Shard.open(path, size)
     path.unlink()
-    with pytest.raises(UserError, match="found 0"):
+    with pytest.raises(DataError, match="found 0"):
         Shard.open(path, size)
 
 

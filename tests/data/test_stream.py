@@ -5,7 +5,7 @@ import pytest
 
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
-from dsbert.data.stream import IGNORE, Batch, SampleStream
+from dsbert.data.stream import IGNORE, Batch, SampleStream, joined
 from dsbert.data.tokenizer import Vocabulary
 from dsbert.errors import UserError
 
@@ -36,19 +36,6 @@ def assert_equal(left: Batch, right: Batch) -> None:
         assert np.array_equal(getattr(left, field.name), getattr(right, field.name)), field.name
 
 
-def joined(*batches: Batch) -> Batch:
-    """The batches below each other."""
-    row_of = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
-    shifted = [batch.mlm_positions + first * S for batch, first in zip(batches, row_of, strict=False)]
-    rest = {
-        field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
-        for field in fields(Batch)
-        if field.name not in ("mlm_positions", "num_samples", "num_tokens")
-    }
-    samples, tokens = sum(batch.num_samples for batch in batches), sum(batch.num_tokens for batch in batches)
-    return Batch(**rest, mlm_positions=np.concatenate(shifted), num_samples=samples, num_tokens=tokens)
-
-
 def long_documents(documents: int = 40, sentences: int = 30, length: int = 5) -> TokenStore:
     """Token 100 * d + s is in sentence s of document d, so that a token tells where it is from."""
     return TokenStore.from_documents(
@@ -72,8 +59,8 @@ class TestDeterminism:
     def test_cuts_change_nothing(self, stream):
         for position in (0, 37, stream.num_samples - 3, 10 * stream.num_samples - 1):
             whole = stream.batch(position, 8)
-            assert_equal(whole, joined(*(stream.batch(position + i, 1) for i in range(8))))
-            assert_equal(whole, joined(stream.batch(position, 3), stream.batch(position + 3, 5)))
+            assert_equal(whole, joined([stream.batch(position + i, 1) for i in range(8)]))
+            assert_equal(whole, joined([stream.batch(position, 3), stream.batch(position + 3, 5)]))
 
     def test_every_call_and_process_gives_the_same(self, stream, data_dir):
         again = SampleStream.open(data_dir, "train", S, seed=11)

@@ -1,0 +1,94 @@
+"""The subcommands that make and show data: prepare, data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsbert.cli_checkpoints import as_json_option, show
+from dsbert.errors import UserError
+
+
+@click.command()
+@click.option(
+    "--source",
+    multiple=True,
+    required=True,
+    metavar="SOURCE",
+    help="Text: `sotu`, `wikibooks`, a file or folder (text, .jsonl, .parquet; also .xz .gz .zst .bz2), or a data set "
+    "as NAME[@REVISION][:CONFIGURATION]. Repeatable.",
+)
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="The data directory to make.")
+@click.option(
+    "--documents",
+    multiple=True,
+    metavar="row|blank-line|rows:N",
+    help="How rows (lines) make documents: each is one, empty ones stand between them, or N are one. Default: as the "
+    "source is known for. Once, or once for each source.",
+)
+@click.option(
+    "--tokenizer",
+    default="train",
+    show_default=True,
+    help="Train one, or a directory's, or one by its name on the hub.",
+)
+@click.option("--vocab-size", type=int, help="Tokens of the WordPiece vocabulary that is trained.")
+@click.option("--validation", type=float, default=0.05, show_default=True, help="Fraction of the documents held out.")
+@click.option("--min-words", type=click.IntRange(min=1), default=3, show_default=True, help="Drop shorter documents.")
+@click.option("--near-duplicates", is_flag=True, help="Drop documents that nearly repeat another, too (MinHash).")
+@click.option("--text-column", default="text", show_default=True, help="What tables call their text.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Processes here. Default: one per core; of a rank, one.")
+@as_json_option
+def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool, **options: Any) -> None:
+    """Turn text into a tokenizer and token shards.
+
+    Run it again after any interruption, and it goes on where it stopped. Under mpiexec or srun all ranks share the
+    work.
+    """
+    from dsbert.data.crew import PeerFailedError, meet
+    from dsbert.data.prepare import prepare as run
+    from dsbert.progress import overall_bar
+    from dsbert.ranks import ranks_from_environment
+
+    ranks = ranks_from_environment()
+    try:
+        with meet(ranks) as crew, overall_bar(_SHARES, show=crew.is_main) as progress:
+            summary = run(source, to, progress=progress, nproc=nproc or _processes(ranks), crew=crew, **options)
+    except PeerFailedError as error:  # that rank has said it
+        raise SystemExit(error.exit_code) from None
+    if crew.is_main:
+        show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
+
+
+# What each stage of a preparation takes of the whole, roughly, for the estimate of the time that is left.
+_SHARES = {"look": 1, "read": 30, "decide": 1, "train tokenizer": 25, "encode": 38, "shards": 5}
+
+
+def _processes(ranks: object) -> int:
+    """Of this rank: what SLURM gives it, or one; without ranks, one per core that we may use."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK")
+    if ranks is not None:
+        if given and not given.isdecimal():
+            raise UserError(f"expected a number in SLURM_CPUS_PER_TASK, found {given!r}: give --nproc")
+        return max(1, int(given or 1))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@click.command()
+@click.argument("directory", metavar="DATA", type=click.Path(path_type=Path))
+@click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of the samples to look at.")
+@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="How many samples to show.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the samples' order and masks.")
+@click.option("--nsp/--no-nsp", default=True, show_default=True, help="Whether samples are pairs of sentences.")
+@as_json_option
+def data(directory: Path, seq_len: int, examples: int, seed: int, nsp: bool, as_json: bool) -> None:
+    """What is in prepared data: counts, lengths, and samples as text with their masks shown as [word->seen]."""
+    from dsbert.data.inspection import inspect_data, report_lines
+
+    show(inspect_data(directory, seq_len, examples, seed, nsp), as_json, lines=report_lines)
+
+
+DATA_COMMANDS = (prepare, data)

@@ -1,0 +1,104 @@
+"""The ends of a preparation: what is there already, whether there is text at all, and the directory put together."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsbert.data.manifest import MANIFEST, TOKENIZER, UNIGRAM, Manifest, Request, ShardEntry, SplitEntry, load_manifest
+from dsbert.data.marks import read_mark
+from dsbert.data.shards import checksum
+from dsbert.data.spool import save_array
+from dsbert.data.workers import Task
+from dsbert.durable import replace_durably
+from dsbert.errors import DataError, UserError
+
+
+def find_existing(target: Path, request: Request) -> Manifest | None:
+    """The manifest of a target that answers this request and is intact, or None if there is nothing there."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not target.is_dir() or not (target / MANIFEST).exists():
+        raise UserError(f"{target} exists and holds no prepared data; choose another directory with --to")
+    manifest = load_manifest(target)
+    pairs = [
+        (field.name, getattr(manifest.request, field.name), getattr(request, field.name)) for field in fields(Request)
+    ]
+    differing = [f"{name} {_brief(old)} instead of {_brief(new)}" for name, old, new in pairs if old != new]
+    if differing:
+        raise UserError(f"{target} was prepared with {'; '.join(differing)}; choose another directory with --to")
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        path = target / shard.file
+        if not path.is_file() or checksum(path) != shard.xxh3:
+            raise DataError(f"{path} is missing or damaged; remove {target} and prepare again")
+    return manifest
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{source.name} ({source.fingerprint}, {source.documents})" for source in value)
+    return str(value)
+
+
+def assert_text(read: list[Task], counts: list[dict[str, int]]) -> None:
+    """Raise UserError for a file without a single document: nobody lists it on purpose."""
+    documents: dict[str, int] = {}
+    tiny: dict[str, int] = {}
+    for task, count in zip(read, counts, strict=True):
+        path = task["piece"]["file"]["path"]
+        documents[path] = documents.get(path, 0) + count["documents"]
+        tiny[path] = tiny.get(path, 0) + count["tiny"]
+    if not any(documents.values()):
+        raise UserError(f"the corpus is empty: no text in {', '.join(documents)}; name a source with text")
+    for path, number in documents.items():
+        if not number:
+            raise UserError(
+                f"{path} is empty: expected a document of enough words, found {tiny[path]} with too few: fetch it "
+                "again, or leave it out"
+            )
+
+
+def split_entry(tasks: list[Task]) -> SplitEntry:
+    """A split's part of the manifest, from what `merge_shard` wrote."""
+    found = [read_mark(task) for task in tasks]
+    entries = tuple(ShardEntry(**one["entry"]) for one in found)
+    return SplitEntry(
+        documents=sum(entry.documents for entry in entries),
+        sentences=sum(one["sentences"] for one in found),
+        tokens=sum(entry.tokens for entry in entries),
+        shards=entries,
+    )
+
+
+def assemble(made: Path, tokenizer: Path, train: list[Task], vocab_size: int) -> None:
+    """Add the tokenizer and the unigram counts to the shards, and drop what an earlier plan may have left."""
+    wanted = {Path(task["file"]).name for task in train}
+    for file in made.glob("train-*.arrow"):
+        if file.name not in wanted:
+            file.unlink()
+    shutil.copytree(tokenizer, made / TOKENIZER, dirs_exist_ok=True)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for task in train:
+        counts += np.load(f"{task['to']}.counts.npy")
+    save_array(made / UNIGRAM, counts)
+    for file in (made / TOKENIZER).iterdir():
+        replace_durably(file, file.read_bytes())
+
+
+def summarize(manifest: Manifest) -> dict[str, Any]:
+    """What there is of a prepared directory to say to its maker."""
+    splits = manifest.splits.values()
+    return {
+        "documents": sum(split.documents for split in splits),
+        "sentences": sum(split.sentences for split in splits),
+        "tokens": sum(split.tokens for split in splits),
+        "duplicates": manifest.dropped["duplicates"],
+        "shards": sum(len(split.shards) for split in splits),
+        "digest": manifest.digest,
+        "dropped": manifest.dropped,
+        "sources": {source.name: source.documents for source in manifest.request.sources},
+    }

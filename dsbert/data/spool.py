@@ -1,0 +1,128 @@
+"""What is kept between the passes of a preparation, so that none is made twice: cleaned documents, piece by piece.
+
+    <key>.arrow     the documents' texts, sentences joined by line breaks, compressed
+    <key>.facts.npy uint64 [D, 4]: the text's 128-bit hash (high, low), its 64-bit hash, its bytes
+    <key>.near.npy  uint64 [D, bands]: near_duplicates.py, where they are asked for
+    <key>.json      how many documents there are and what was dropped: the mark (marks.py) that the piece is done
+
+A key names the content: the file's fingerprint, the range, and all that decides what becomes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from dsbert.data.corpus import num_words, split_sentences, text_hash
+from dsbert.data.marks import write_mark
+from dsbert.data.pieces import Piece, read
+
+FORMAT = 1
+FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
+_BATCH_CHARS = 1 << 22
+_HALF = (1 << 64) - 1
+
+
+def key_of(*parts: Any) -> str:
+    """A name for what follows from the parts, plain JSON values."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, *parts], sort_keys=True).encode())
+
+
+def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
+    """Read, split, clean and hash a piece's documents into `task["to"]`, a path without suffix.
+
+    task: piece (`Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
+    {documents, sentences, bytes, empty, tiny}.
+
+    Raises UserError for a source that cannot be read, OSError for a disk that cannot be written.
+    """
+    import pyarrow as pa
+
+    to, near = Path(task["to"]), task["near"]
+    counts = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny"), 0)
+    facts: list[tuple[int, int, int, int]] = []
+    signatures: list[NDArray[np.uint64]] = []
+    files = [to.with_name(f"{to.name}.{kind}") for kind in ("arrow", "facts.npy")]
+    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
+    schema = pa.schema([("text", pa.large_string())])
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema, options=options) as writer:
+            for texts in _cleaned(Piece.from_json(task["piece"]), task["min_words"], counts):
+                facts += [_facts(text) for text in texts]
+                if near:
+                    from dsbert.data.near_duplicates import band_hashes
+
+                    signatures += [band_hashes(text) for text in texts]
+                writer.write_batch(pa.RecordBatch.from_arrays([pa.array(texts, pa.large_string())], schema=schema))
+        os.replace(temporary, files[0])
+    finally:
+        temporary.unlink(missing_ok=True)
+    counts["bytes"] = sum(fact[FACTS_BYTES] for fact in facts)
+    save_array(files[1], np.array(facts, dtype=np.uint64).reshape(-1, 4))
+    if near:
+        files.append(to.with_name(f"{to.name}.near.npy"))
+        save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(len(facts), -1))
+    return write_mark(task, counts, files)
+
+
+def texts_of(path: Path) -> Iterator[list[str]]:
+    """The documents of a spooled piece, in batches. Raises OSError if it cannot be read."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path.with_name(f"{path.name}.arrow"))) as source, pa.ipc.open_stream(source) as batches:
+        for batch in batches:
+            yield batch.column(0).to_pylist()
+
+
+def load_facts(path: Path) -> NDArray[np.uint64]:
+    """uint64 [D, 4], of a spooled piece. Raises OSError, ValueError."""
+    facts: NDArray[np.uint64] = np.load(path.with_name(f"{path.name}.facts.npy"))
+    return facts
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file, whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cleaned(piece: Piece, min_words: int, counts: dict[str, int]) -> Iterator[list[str]]:
+    """Batches of texts that are worth keeping; what there was is added to `counts`."""
+    batch: list[str] = []
+    chars = 0
+    for paragraphs in read(piece):
+        document = split_sentences(paragraphs)
+        text = "\n".join(document)
+        if not text:
+            counts["empty"] += 1
+        elif num_words(text) < min_words:
+            counts["tiny"] += 1
+        else:
+            batch.append(text)
+            chars += len(text)
+            counts["documents"] += 1
+            counts["sentences"] += len(document)
+            if chars >= _BATCH_CHARS:
+                yield batch
+                batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _facts(text: str) -> tuple[int, int, int, int]:
+    data = text.encode()
+    whole = xxhash.xxh3_128_intdigest(data)
+    return whole >> 64, whole & _HALF, text_hash(text), len(data)

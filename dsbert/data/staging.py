@@ -1,0 +1,80 @@
+"""Prepared data on a node's own disk: copied there once, verified, and used from there by all ranks of the node."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, ShardEntry, load_manifest
+from dsbert.data.shards import checksum
+from dsbert.errors import DataError, UserError
+
+_CHUNK_BYTES = 1 << 22
+
+
+def stage(data_dir: Path, stage_to: Path | None) -> Path:
+    """Copy prepared data, with its sample indices, into a directory of `stage_to` named by its digest.
+
+    Any number of processes of a node may call at once: one copies, the others wait. What is there already is verified
+    by sizes; a copy is verified by checksums as it is written and read back.
+
+    Returns:
+        The directory to read from: `data_dir` where nothing is to be staged.
+
+    Raises:
+        UserError: the disk cannot be written, or is full.
+        DataError: a shard is not what was prepared.
+    """
+    if stage_to is None:
+        return data_dir
+    manifest = load_manifest(data_dir)
+    target = stage_to / manifest.digest
+    shards = {shard.file: shard for split in SPLITS for shard in manifest.splits[split].shards}
+    try:
+        stage_to.mkdir(parents=True, exist_ok=True)
+        with (stage_to / f".{manifest.digest}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            target.mkdir(exist_ok=True)
+            for shard in shards.values():
+                path = target / shard.file
+                if not path.is_file() or path.stat().st_size != shard.bytes:
+                    _copy(data_dir / shard.file, path, shard)
+            for folder in (TOKENIZER, *(path.name for path in sorted(data_dir.glob("spans-*")))):
+                if not (target / folder).is_dir():
+                    temporary = target / f".{folder}.tmp"
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    shutil.copytree(data_dir / folder, temporary)
+                    temporary.rename(target / folder)
+            for name in (UNIGRAM, MANIFEST):
+                shutil.copyfile(data_dir / name, target / f".{name}.tmp")
+                os.replace(target / f".{name}.tmp", target / name)
+    except OSError as error:
+        raise UserError(
+            f"expected to stage {data_dir} in {stage_to}, found: {error.strerror or error}: make room there, or leave "
+            "out data.stage_to"
+        ) from None
+    return target
+
+
+def _copy(source: Path, target: Path, entry: ShardEntry) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    digest = xxhash.xxh3_64()
+    try:
+        with source.open("rb") as read, temporary.open("wb") as written:
+            while chunk := read.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                written.write(chunk)
+            written.flush()
+            os.fsync(written.fileno())
+            os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or the page cache would answer
+        if digest.hexdigest() != entry.xxh3:
+            raise DataError(f"expected {source} as it was prepared, found it changed: prepare the data again")
+        if checksum(temporary) != entry.xxh3:
+            raise UserError(f"{temporary} does not read back as it was written: see to that disk")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""What a worker process does: `python -m dsbert.data.worker` takes tasks as JSON lines (workers.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from dsbert.data.workers import Task, failure_of
+from dsbert.launch import die_with_parent
+
+
+def perform(task: Task) -> dict[str, Any]:
+    """Do a task, task["do"] says which. Raises what that does."""
+    return _kinds()[task["do"]](task)
+
+
+def _kinds() -> dict[str, Callable[[Task], dict[str, Any]]]:
+    from dsbert.data.merging import encode_piece, merge_shard
+    from dsbert.data.plan import cut_file
+    from dsbert.data.spool import spool_piece
+
+    return {"cut": cut_file, "read": spool_piece, "encode": encode_piece, "merge": merge_shard}
+
+
+def main() -> None:
+    """Answer each line of standard input with a line on standard output, until the input ends."""
+    die_with_parent()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    for line in sys.stdin:
+        try:
+            answer = {"result": perform(json.loads(line))}
+        except Exception as error:
+            failure = failure_of(error)
+            if not failure.user:
+                traceback.print_exc()
+            answer = {"failure": vars(failure)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

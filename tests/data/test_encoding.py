@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsbert.data.corpus import split_sentences
+from dsbert.data.encoding import Encoder, is_word_local
+from dsbert.data.tokenizer import train_tokenizer
+from tests.data.conftest import make_text
+
+TOKENIZER = train_tokenizer(make_text(40).split("\n") + ["naïve Größe 中文 [MASK] don't ¿qué? ﬁx É"] * 3, 300)
+
+
+def plainly(texts: list[str]) -> list[list[list[int]]]:
+    """A sentence at a time, by the tokenizer itself."""
+    return [
+        [TOKENIZER.encode(sentence, add_special_tokens=False).ids for sentence in text.split("\n")] for text in texts
+    ]
+
+
+def unpacked(ids, lengths, sentences):
+    parts = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    edges = np.cumsum(sentences).tolist()
+    return [parts[last - count : last] for last, count in zip(edges, sentences.tolist(), strict=True)]
+
+
+def cleaned(documents: list[list[str]]) -> list[str]:
+    return [text for document in documents if (text := "\n".join(split_sentences(document)))]
+
+
+HARD = st.text(
+    st.sampled_from(
+        list("abkoBKO .,!?-'\"[]()") + list("éÉßıİΣς中文ﬁ\u0301\u200b\u200d\u00ad\ufeff\x00\x1f\x85\u2028\u3000😀각")
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(HARD, min_size=1, max_size=4), min_size=1, max_size=4))
+def test_ids_are_those_of_the_tokenizer(documents):
+    texts = cleaned(documents)
+    if texts:
+        assert unpacked(*Encoder(TOKENIZER).encode(texts)) == plainly(texts)
+
+
+@pytest.mark.parametrize("max_words", [1, 50, 1 << 20])
+def test_forgetting_changes_nothing(max_words):
+    encoder = Encoder(TOKENIZER, max_words)
+    assert encoder.by_word
+    for seed in range(4):
+        texts = cleaned([document.split("\n") for document in make_text(5, seed).split("\n\n")] + [["[MASK] [SEP]."]])
+        assert unpacked(*encoder.encode(texts)) == plainly(texts)
+
+
+def test_other_tokenizers_see_whole_sentences():
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+    other = Tokenizer.from_str(TOKENIZER.to_str())
+    assert is_word_local(other)
+    other.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer()])
+    assert not is_word_local(other)
+    other = Tokenizer.from_str(TOKENIZER.to_str())
+    # What no word shows: that the text around it is changed.
+    other.normalizer = normalizers.Replace("ba ko", "lim")
+    encoder = Encoder(other)
+    assert not encoder.by_word
+    expected = other.encode("ba ko ba", add_special_tokens=False).ids
+    assert unpacked(*encoder.encode(["ba ko ba"])) == [[expected]]
+    assert unpacked(*Encoder(TOKENIZER).encode(["ba ko ba"])) != [[expected]]
