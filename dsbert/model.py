@@ -7,6 +7,7 @@ Shapes: b sequences, S positions, H hidden, V vocabulary, m masked positions in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -155,3 +156,16 @@ def _initial(name: str, module: nn.Module, meta: Tensor, device: torch.device, s
         generator = torch.Generator().manual_seed(word % 2**63)
         nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
     return nn.Parameter(value.to(device))
+
+
+def layer_shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Shape [out, in], block size (None where dense) and kept weights of every fully connected encoder weight."""
+    shapes: dict[str, dict[str, Any]] = {}
+    for name, module in encoder_linears(model).items():
+        if isinstance(module, BlockSparseLinear):
+            shapes[name] = {"shape": list(module.shape), "block_size": module.block_size, "kept": module.blocks.numel()}
+        else:
+            assert isinstance(module, torch.nn.Linear)
+            shape = [module.out_features, module.in_features]
+            shapes[name] = {"shape": shape, "block_size": None, "kept": shape[0] * shape[1]}
+    return shapes

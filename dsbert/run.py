@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsbert import distributed
 from dsbert.checkpoint import load_checkpoint
 from dsbert.checkpoint_writer import CheckpointWriter
@@ -29,11 +27,11 @@ from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
 from dsbert.evaluate import EVAL_SEED
 from dsbert.health import Culprit, Heartbeat
-from dsbert.model import build_model, encoder_linears
+from dsbert.model import build_model, layer_shapes
 from dsbert.publication import Retention
 from dsbert.reporting import Reporter
 from dsbert.run_directory import RunDirectory, first_difference
-from dsbert.sparse import BlockSparseLinear, MaskManager
+from dsbert.sparse import MaskManager
 
 # A rank whose file system hangs as well must still leave.
 _LEAVE_S = 15.0
@@ -91,7 +89,7 @@ class Run:
         assert built is not None
         self.train, self.held_out = streams
         model, layers = built
-        shapes = _layer_shapes(model)
+        shapes = layer_shapes(model)
         self.engine = TrainEngine(recipe, model, layers, world)
         self.engine.on_progress = self.heartbeat.advance
         total_steps = recipe.optim.total_steps
@@ -268,19 +266,6 @@ def _open_streams(recipe: Recipe, path: Path) -> tuple[SampleStream, SampleStrea
     if load_manifest(path).splits["validation"].documents:
         held_out = SampleStream.open(path, "validation", data.seq_len, EVAL_SEED, *options)
     return train, held_out
-
-
-def _layer_shapes(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """Shape [out, in], block size (None where dense) and kept weights of every fully connected encoder weight."""
-    shapes: dict[str, dict[str, Any]] = {}
-    for name, module in encoder_linears(model).items():
-        if isinstance(module, BlockSparseLinear):
-            shapes[name] = {"shape": list(module.shape), "block_size": module.block_size, "kept": module.blocks.numel()}
-        else:
-            assert isinstance(module, torch.nn.Linear)
-            shape = [module.out_features, module.in_features]
-            shapes[name] = {"shape": shape, "block_size": None, "kept": shape[0] * shape[1]}
-    return shapes
 
 
 def _with_absolute_path(recipe: Recipe) -> Recipe:

@@ -30,6 +30,6 @@ def test_every_file_of_the_tour_is_there() -> None:
     tour = text.split("## Where things are")[1].split("##")[0]
     for name in re.findall(r"\b[a-z_]+\.py\b", tour):
         assert (ROOT / "dsbert" / name).is_file(), name
-    (tools,) = re.findall(r"tools/\s+(.*)", tour)
-    for name in tools.split(", "):
+    (tools,) = re.findall(r"tools/\s+((?:.*,\n)*.*)", tour)
+    for name in re.split(r",\s+", tools):
         assert (ROOT / "tools" / f"{name}.py").is_file(), name

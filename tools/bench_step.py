@@ -5,8 +5,8 @@
 
 One rank, through DeepSpeed (ZeRO 1), the whole BERT with heads and dropout as in the recipe; dense is the same code
 with sparsity.pattern=dense. Random tokens, masked at 1/7 of the positions. The two take turns; each time is the median
-of the turns after a warm one. The breakdown is one more step of each under torch's profiler: self times by what an
-operator is part of; `python` is what no operator accounts for, DeepSpeed's own work included.
+of the turns after a warm one. The breakdown is the median of as many more turns under torch's profiler: self times by
+what an operator is part of; `python` is what no operator accounts for, DeepSpeed's own work included.
 
 amdahl_limit: the dense step over everything in the sparse step but its sparse products, as if those were free.
 density_limit: the same as if they took the density's share of the time of the dense products.
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for turn in range(options.rounds + 1):
         for side in sides.values():
             side.timed() if turn else side.step()
-    parts = {name: breakdown(side.step, options.vocab_size) for name, side in sides.items()}
+    parts = _median_parts(sides, options)
     dense_s, sparse_s = (statistics.median(side.seconds) for side in sides.values())
     # By their shares of the profiled steps, which are a little slower than the timed ones.
     share = {name: found[PRODUCTS] / sum(found.values()) for name, found in parts.items()}
@@ -161,6 +161,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "density": density,
         "device": _device_name(world.device),
         "kernels": list(sides["sparse"].engine.kernels.lines()),
+    }
+
+
+def _median_parts(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The breakdown of both sides, profiled in turns."""
+    turns = [
+        {name: breakdown(side.step, options.vocab_size) for name, side in sides.items()} for _ in range(options.rounds)
+    ]
+    return {
+        name: {
+            part: statistics.median(turn[name].get(part, 0.0) for turn in turns)
+            for part in {part for turn in turns for part in turn[name]}
+        }
+        for name in sides
     }
 
 
