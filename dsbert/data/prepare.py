@@ -151,7 +151,7 @@ class _Preparation:
             if self.crew.is_main and existing is None:
                 assert goal is not None
                 self._encode(goal, read)
-            elif not self.crew.is_main:
+            else:  # the others hear what to do; of data that is there already, nothing
                 self._pass("encode", list)
                 self._pass("shards", list)
             return self._finish(goal, existing)

@@ -73,6 +73,9 @@ def test_under_mpiexec(corpus, digest, tmp_path):
     summary = json.loads(done.stdout)  # of one rank alone
     assert summary["digest"] == digest
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".data")] == []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr  # no rank waits for work on data that is there
+    assert json.loads(done.stdout)["up_to_date"]
 
 
 def processes_of(group: int) -> list[int]:
