@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -177,6 +178,20 @@ def test_what_a_power_cut_has_torn_is_made_again(corpus, digest, tmp_path, monke
     encoded.write_bytes(content)
     sorted(path for path in work.glob("*.json"))[-1].write_text("{")
     assert prepare([str(corpus)], tmp_path / "data", 400)["digest"] == digest
+
+
+def test_a_given_tokenizer_that_changed_meanwhile_is_the_one_used(corpus_file, data_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(data_dir / "tokenizer", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(corpus_file)], tmp_path / "data", tokenizer=str(folder))
+    prepare([str(corpus_file)], tmp_path / "other", 80)
+    shutil.copy(tmp_path / "other" / "tokenizer" / "tokenizer.json", folder)
+    prepare([str(corpus_file)], tmp_path / "data", tokenizer=str(folder))
+    manifest = load_manifest(tmp_path / "data")
+    assert manifest.tokenizer.digest == manifest.request.tokenizer
 
 
 def test_two_at_once_are_told_apart(corpus, tmp_path):
