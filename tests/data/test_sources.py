@@ -93,6 +93,27 @@ def test_a_packed_file_is_cut_too(tmp_path, monkeypatch, suffix, grouping):
     assert list(chain.from_iterable(reversed(backwards))) == documents_of(str(plain), grouping)
 
 
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_members_of_a_packed_file_are_read_or_complained_of(tmp_path, suffix):
+    """None is taken for the end because it is damaged."""
+    path = tmp_path / f"a.txt{suffix}"
+    first, second = (PACKERS[suffix](f"{word} member\n\n".encode() * 9) for word in ("first", "second"))
+    path.write_bytes(first + second)
+    whole = documents_of(str(path))
+    assert whole == [["first member"]] * 9 + [["second member"]] * 9
+    if suffix in (".xz", ".bz2"):
+        path.write_bytes(first + bytes(8) + second + bytes(4))
+        assert documents_of(str(path)) == whole
+    for at in (2, len(second) // 2):
+        damaged = bytearray(second)
+        damaged[at] ^= 1
+        seen = at == 2 or suffix != ".zst"  # whose text has no checksum here
+        for rest in (damaged, second[:at], b"no member") if seen else (second[:at],):
+            path.write_bytes(first + rest)
+            with pytest.raises(UserError, match=f"cannot read .*a.txt{suffix}: .*expected a whole file"):
+                documents_of(str(path))
+
+
 def test_a_packed_file_is_unpacked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 4096)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
