@@ -55,6 +55,19 @@ class Lines:
                 skip = False
             yield from self._texts(start, lines)
 
+    def line_at(self, offset: int) -> int:
+        """Where the line begins that the byte at `offset` belongs to; of a line that is too long, a place in it.
+
+        Raises as `from_offset` does.
+        """
+        index, end = divmod(offset, _BLOCK_BYTES)
+        while index >= 0 and index * _BLOCK_BYTES + _MAX_LINE_BYTES >= offset:
+            found = self._block(index).rfind(b"\n", 0, end)
+            if found >= 0:
+                return index * _BLOCK_BYTES + found + 1
+            index, end = index - 1, _BLOCK_BYTES
+        return max(0, (index + 1) * _BLOCK_BYTES)
+
     def from_line(self, number: int) -> Iterator[Row]:
         """(line number, text) from line `number` on, counted from 0. Raises as `from_offset` does."""
         start = self._start_of(number)

@@ -320,12 +320,13 @@ def test_a_full_disk_is_one_line_and_is_gone_on_with(corpus, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_near_copies_are_dropped_if_asked_for(tmp_path):
+def test_near_copies_are_dropped_if_asked_for(tmp_path, monkeypatch):
     documents = make_text(20, seed=5, longest=25).strip().split("\n\n")
     long = max(documents, key=len)
     near = long.replace(long.split()[40], "quaqua", 1)
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join([*documents, near]))
+    path = tmp_path / "text.txt.xz"
+    path.write_bytes(lzma.compress("\n\n".join([*documents, near]).encode()))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)  # so that there are pieces without a document, too
     plain = prepare([str(path)], tmp_path / "plain", 300)
     assert (plain["documents"], plain["dropped"]["near_duplicates"]) == (21, 0)
     result = prepare([str(path)], tmp_path / "near", 300, near_duplicates=True)
