@@ -73,7 +73,8 @@ def prepare(
     workers = Workers(nproc)
     report = progress if progress and crew.is_main else lambda stage, done, total: None
     try:
-        summary = _Preparation(crew, workers, Path(to).absolute(), report, chosen).run(sources)
+        # A link to a directory elsewhere is no name that could be given to the one that is made here.
+        summary = _Preparation(crew, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
     except OSError as error:
         raise UserError(disk_trouble(error)) from error
     finally:
@@ -171,8 +172,8 @@ class _Preparation:
             "near_duplicates": decisions.near_duplicates,
             **{cause: sum(count[cause] for count in counts) for cause in ("empty", "tiny")},
         }
-        assemble(made, folder, shards["train"], entry.vocab_size)
-        Manifest(goal, entry, splits, dropped, data_digest(entry.digest, splits)).save(made)
+        files = assemble(made, folder, shards, entry.vocab_size)
+        Manifest(goal, entry, splits, dropped, data_digest(entry.digest, splits), files).save(made)
 
     def _shards(self, split: str, encoded: list[Task], goal: Request, entry: TokenizerEntry, made: Path) -> list[Task]:
         files = [f"{task['to']}.{split}.arrow" for task in encoded]

@@ -194,6 +194,26 @@ def test_a_given_tokenizer_that_changed_meanwhile_is_the_one_used(corpus_file, d
     assert manifest.tokenizer.digest == manifest.request.tokenizer
 
 
+def test_what_an_interrupted_call_left_is_not_kept(corpus_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(corpus_file)], tmp_path / "data", 300, validation=0.5)
+    (tmp_path / ".data.preparing" / "data" / ".train-00000.arrow.123.tmp").write_bytes(b"of a merge that was killed")
+    prepare([str(corpus_file)], tmp_path / "data", 300, validation=0)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {
+        "manifest.json", "tokenizer", "train-00000.arrow", "unigram.npy",
+    }  # fmt: skip
+
+
+def test_a_link_to_an_empty_directory_is_filled(corpus_file, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "large disk")
+    prepare([str(corpus_file)], tmp_path / "data", 300)
+    assert (tmp_path / "data").is_symlink()
+    assert (tmp_path / "large disk" / "manifest.json").exists()
+
+
 def test_two_at_once_are_told_apart(corpus, tmp_path):
     import fcntl
 
