@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 _CHUNK_BYTES = 1 << 20
 _CHUNKS_A_SYNC = 64
+_SEAL = "xxh3"
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
@@ -90,6 +93,19 @@ def checksum(path: Path, count: Callable[[int], object] = lambda nbytes: None) -
             hasher.update(chunk)
             count(len(chunk))
     return hasher.hexdigest()
+
+
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of itself."""
+    return {**document, _SEAL: xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())}
+
+
+def unsealed(document: dict[str, Any]) -> dict[str, Any]:
+    """What was given to `sealed`; one without a seal is taken as it is. Raises ValueError if it has changed."""
+    inside = {key: value for key, value in document.items() if key != _SEAL}
+    if _SEAL in document and sealed(inside) != document:
+        raise ValueError("it is not what was written")
+    return inside
 
 
 def sync_directory(path: Path) -> None:

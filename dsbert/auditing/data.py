@@ -3,6 +3,7 @@ named."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from dsbert.data.manifest import (
     load_unigram_counts,
 )
 from dsbert.data.shards import Shard
+from dsbert.data.spans import damaged_files
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
+from dsbert.durable import checksum, unsealed
 from dsbert.errors import DsbertError
 
 _CHUNK_BYTES = 1 << 22
@@ -37,6 +40,10 @@ def audit_data(path: Path, count: Callable[[int], object] = lambda nbytes: None)
     except DsbertError as error:
         audit.problems.append(Problem(MANIFEST, str(error)))
         return audit
+    try:
+        unsealed(json.loads((path / MANIFEST).read_text()))
+    except (OSError, ValueError):
+        audit.problems.append(Problem(MANIFEST, "expected what was written, found it changed: prepare the data again"))
     if data_digest(manifest.tokenizer.digest, manifest.splits) != manifest.digest:
         audit.problems.append(Problem(MANIFEST, "expected the digest of its own entries, found another"))
     vocab_size = _audit_tokenizer(path, manifest, audit)
@@ -57,6 +64,7 @@ def audit_data(path: Path, count: Callable[[int], object] = lambda nbytes: None)
                 for shard in found:
                     counts += np.bincount(shard.tokens, minlength=vocab_size) if shard else 0
                 _audit_unigram(path, counts, audit)
+    _audit_other_files(path, manifest, audit)
     return audit
 
 
@@ -112,3 +120,19 @@ def _audit_unigram(path: Path, counts: np.ndarray, audit: Audit) -> None:
             )
     except DsbertError as error:
         audit.problems.append(Problem(UNIGRAM, str(error)))
+
+
+def _audit_other_files(path: Path, manifest: Manifest, audit: Audit) -> None:
+    """What the manifest names beside the shards, unless it was found wrong already; and the sample indices."""
+    known = {problem.file for problem in audit.problems}
+    for name, digest in manifest.files.items():
+        try:
+            wrong = "" if checksum(path / name) == digest else "the checksum differs: prepare the data again"
+        except OSError as error:
+            wrong = f"unreadable: {error.strerror}"
+        if wrong and name not in known:
+            audit.problems.append(Problem(name, wrong))
+    for folder in sorted(path.glob("spans-*")):
+        for name in damaged_files(folder):
+            message = f"not what was written: remove {folder.name}, it is made again"
+            audit.problems.append(Problem(f"{folder.name}/{name}", message))

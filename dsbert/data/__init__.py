@@ -4,10 +4,11 @@ Preparing, in the order of the work:
 
     sources.py      what a SOURCE is: files, tables, data sets, packages
     grouping.py     which rows of a source make a document
-    lines.py        lines of plain and packed text from any offset
+    lines.py        lines of plain and packed text from any offset; unpacking.py
     pieces.py       what one worker reads in about a second
     corpus.py       sentences; which documents are held out
     prepare.py      `dsbert prepare`: four passes over pieces, and what rank 0 decides between them
+    options.py      how a preparation is to be made
     crew.py         the ranks and their queue; workers.py, worker.py the processes of one rank
     plan.py         pieces by names that follow from their content; marks.py what was done and is whole
     spool.py        cleaned documents between the passes

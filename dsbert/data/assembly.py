@@ -14,7 +14,8 @@ from dsbert.data.marks import read_mark
 from dsbert.data.shards import checksum
 from dsbert.data.spool import save_array
 from dsbert.data.workers import Task
-from dsbert.durable import replace_durably
+from dsbert.durable import checksum as checksum_128
+from dsbert.durable import replace_durably, sync_directory
 from dsbert.errors import DataError, UserError
 
 
@@ -74,19 +75,27 @@ def split_entry(tasks: list[Task]) -> SplitEntry:
     )
 
 
-def assemble(made: Path, tokenizer: Path, train: list[Task], vocab_size: int) -> None:
-    """Add the tokenizer and the unigram counts to the shards, and drop what an earlier plan may have left."""
-    wanted = {Path(task["file"]).name for task in train}
-    for file in made.glob("train-*.arrow"):
-        if file.name not in wanted:
-            file.unlink()
-    shutil.copytree(tokenizer, made / TOKENIZER, dirs_exist_ok=True)
+def assemble(made: Path, tokenizer: Path, shards: dict[str, list[Task]], vocab_size: int) -> dict[str, str]:
+    """Add the tokenizer and the unigram counts to the shards, and drop what an earlier plan, or who was killed, left.
+
+    Returns the checksums of what was added, as `Manifest.files`.
+    """
+    wanted = {Path(task["file"]).name for tasks in shards.values() for task in tasks}
+    for path in made.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in wanted:
+            path.unlink()
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for task in train:
+    for task in shards["train"]:
         counts += np.load(f"{task['to']}.counts.npy")
     save_array(made / UNIGRAM, counts)
-    for file in (made / TOKENIZER).iterdir():
+    shutil.copytree(tokenizer, made / TOKENIZER)
+    added = [made / UNIGRAM, *sorted((made / TOKENIZER).iterdir())]
+    for file in added:
         replace_durably(file, file.read_bytes())
+    sync_directory(made / TOKENIZER)
+    return {str(file.relative_to(made)): checksum_128(file) for file in added}
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:

@@ -66,13 +66,15 @@ class Grouping:
 
 def _counted(rows: Iterable[Row], end: float, count: int) -> Iterator[list[str]]:
     group: list[str] = []
+    number = chars = 0
     for position, text in rows:
         if position >= end:
             break
         group.append(text)
-        if len(group) == count:
+        number, chars = number + 1, chars + len(text)
+        if number == count or chars >= MAX_DOCUMENT_CHARS:
             yield group
-            group = []
+            group, number, chars = [], number % count, 0
     if group:
         yield group
 

@@ -6,9 +6,6 @@ on where one stood costs nothing: a worker reads a file's pieces in rising order
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import lzma
 import zlib
 from collections import OrderedDict
@@ -18,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsbert.data.grouping import Row
+from dsbert.data.unpacking import PACKED, open_packed
 from dsbert.errors import UserError
 
-PACKED = (".gz", ".xz", ".zst", ".bz2")
 # How much longer than the file its text may be; only a guess: the last piece of a file goes to the text's end.
 PACKED_RATIO = 6
 LOOKBACK_BYTES = 1 << 16
@@ -57,6 +54,19 @@ class Lines:
                 start += len(lines.pop(0)) + 1
                 skip = False
             yield from self._texts(start, lines)
+
+    def line_at(self, offset: int) -> int:
+        """Where the line begins that the byte at `offset` belongs to; of a line that is too long, a place in it.
+
+        Raises as `from_offset` does.
+        """
+        index, end = divmod(offset, _BLOCK_BYTES)
+        while index >= 0 and index * _BLOCK_BYTES + _MAX_LINE_BYTES >= offset:
+            found = self._block(index).rfind(b"\n", 0, end)
+            if found >= 0:
+                return index * _BLOCK_BYTES + found + 1
+            index, end = index - 1, _BLOCK_BYTES
+        return max(0, (index + 1) * _BLOCK_BYTES)
 
     def from_line(self, number: int) -> Iterator[Row]:
         """(line number, text) from line `number` on, counted from 0. Raises as `from_offset` does."""
@@ -157,18 +167,7 @@ class Lines:
 
     def _open(self) -> IO[bytes]:
         try:
-            if self.path.suffix == ".gz":
-                return io.BufferedReader(gzip.GzipFile(self.path))
-            if self.path.suffix == ".xz":
-                return lzma.open(self.path)
-            if self.path.suffix == ".bz2":
-                return bz2.open(self.path)
-            if self.path.suffix == ".zst":
-                import pyarrow as pa
-
-                stream: IO[bytes] = pa.input_stream(str(self.path), compression="zstd")
-                return stream
-            return self.path.open("rb")
+            return open_packed(self.path) if self._packed else self.path.open("rb")
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}: check the path") from None
 

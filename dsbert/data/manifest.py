@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.durable import replace_durably, sealed, sync_directory
 from dsbert.errors import UserError
 
 KIND = "dsbert-data"
@@ -85,7 +86,8 @@ class SplitEntry:
 class Manifest:
     """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning.
 
-    dropped: how many documents were duplicates, near_duplicates, empty, tiny.
+    dropped: how many documents were duplicates, near_duplicates, empty, tiny. files: of the other files, by their paths
+    in the directory, the hex xxh3_128 of their bytes.
     """
 
     request: Request
@@ -93,11 +95,13 @@ class Manifest:
     splits: dict[str, SplitEntry]
     dropped: dict[str, int]
     digest: str
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
-        """Write manifest.json into the directory."""
-        document = {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}
-        (directory / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+        """Write manifest.json into the directory, with a checksum of itself, to survive a power cut."""
+        document = sealed({"kind": KIND, "version": VERSION, **dataclasses.asdict(self)})
+        replace_durably(directory / MANIFEST, (json.dumps(document, indent=2) + "\n").encode())
+        sync_directory(directory)
 
 
 def data_digest(tokenizer_digest: str, splits: dict[str, SplitEntry]) -> str:
@@ -131,7 +135,7 @@ def load_manifest(directory: str | Path) -> Manifest:
         )
     try:
         return _parse(document)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove {directory} and {again}") from error
 
 
@@ -144,8 +148,9 @@ def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
     path = Path(directory) / UNIGRAM
     try:
         counts: NDArray[np.int64] = np.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is unreadable ({error}); prepare the data again") from error
+    except Exception as error:  # of many kinds, where the file's head is damaged
+        text = " ".join(str(error).split())
+        raise UserError(f"{path} is unreadable ({text}); prepare the data again") from error
     return counts
 
 
@@ -163,4 +168,5 @@ def _parse(document: dict[str, Any]) -> Manifest:
         splits=splits,
         dropped=dict(document["dropped"]),
         digest=document["digest"],
+        files=dict(document.get("files", {})),
     )

@@ -7,19 +7,22 @@ follows from its size and metadata alone.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsbert.data.grouping import Grouping, Paragraphs, Row
-from dsbert.data.lines import LOOKBACK_BYTES, PACKED, PACKED_RATIO, Lines
+from dsbert.data.lines import LOOKBACK_BYTES, PACKED_RATIO, Lines
 from dsbert.data.sources import SourceFile, import_package
+from dsbert.data.unpacking import PACKED
 from dsbert.errors import UserError
 
 PIECE_BYTES = 8 << 20
 _LINE_BYTES = 64  # what a line of a source of sentences takes, for cutting it by lines; only a guess
 _BATCH_ROWS = 1024
+_HALF_ESCAPED, _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def read(piece: Piece) -> Iterator[Paragraphs]:
         if grouping.kind == "rows":
             rows = lines.from_line(piece.first)
         else:
-            back = LOOKBACK_BYTES if grouping.kind == "blank-line" else 0
-            rows = lines.from_offset(max(0, piece.first - back))
-            at_start = piece.first <= back
+            # For blank-line with a whole row before it, however long that is.
+            looks_back = grouping.kind == "blank-line"
+            start = lines.line_at(max(0, piece.first - LOOKBACK_BYTES)) if looks_back else piece.first
+            rows = lines.from_offset(start)
+            at_start = start == 0
         if piece.file.kind == "json":
             rows = _json_rows(rows, piece.file.path, piece.column)
     elif piece.file.kind == "parquet":
@@ -119,12 +124,19 @@ def _json_rows(rows: Iterator[Row], path: str, column: str) -> Iterator[Row]:
             raise UserError(
                 f"expected one JSON object a line in {path}, found at {position}: {error}: convert it, e.g. with jq -c"
             ) from None
-        if not isinstance(value, dict) or column not in value:
-            found = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        if not isinstance(value, dict):
+            raise UserError(
+                f"expected one JSON object a line in {path}, found at {position}: {type(value).__name__}: convert it, "
+                "e.g. with jq -c '.[]'"
+            )
+        if column not in value:
+            found = ", ".join(value)
             raise UserError(
                 f"expected a column {column!r} in {path}, found at {position}: {found[:200]}: give --text-column"
             )
-        yield position, _text(value[column], path, column)
+        text = _text(value[column], path, column)
+        # Half a character is an escape in JSON, and no text.
+        yield position, _HALF_CHARACTER.sub("\ufffd", text) if _HALF_ESCAPED.search(line) else text
 
 
 def _text(value: Any, path: str, column: str) -> str:
@@ -144,7 +156,11 @@ def _open_parquet(path: str, column: str) -> Any:
 
     try:
         file = pq.ParquetFile(path if "://" not in path else fsspec.open(path, "rb").open())
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:
+        if "://" in path:
+            raise _unreachable(path, error) from None
+        if not isinstance(error, OSError | pa.ArrowException):
+            raise
         raise UserError(
             f"cannot read {path}: {' '.join(str(error).split())[:200]}: expected a parquet file, check it and fetch it "
             "again"
@@ -159,6 +175,15 @@ def _open_parquet(path: str, column: str) -> Any:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"expected text in column {column!r} of {path}, found {kind}: give --text-column")
     return file
+
+
+def _unreachable(path: str, error: Exception) -> UserError:
+    """Of a file that is elsewhere: errors of the network are of many kinds."""
+    text = " ".join(str(error).split())[:200]
+    return UserError(
+        f"cannot read {path}: {type(error).__name__}: {text}: check the network and the name, and run the same command "
+        "again: it goes on where it stopped"
+    )
 
 
 def _row_groups(path: str, column: str, multiple: int) -> tuple[list[int], int]:
@@ -193,7 +218,11 @@ def _parquet_rows(path: str, column: str, first: int) -> Iterator[Row]:
                 for number, text in enumerate(batch.column(0).slice(skip).to_pylist(), start=row + skip):
                     yield number, text or ""
                 row += batch.num_rows
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except Exception as error:
+        if "://" in path:
+            raise _unreachable(path, error) from None
+        if not isinstance(error, OSError | pa.ArrowException | UnicodeDecodeError):
+            raise
         raise UserError(
             f"cannot read {path}: {' '.join(str(error).split())[:200]} (row {row}): expected a whole parquet file, "
             "fetch it again"

@@ -16,60 +16,24 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsbert.data.assembly import assemble, assert_text, find_existing, split_entry, summarize
-from dsbert.data.corpus import MIN_WORDS, TEXT_COLUMN
 from dsbert.data.crew import Crew, Progress, do_all
 from dsbert.data.decisions import decide
 from dsbert.data.learning import make_tokenizer
-from dsbert.data.manifest import SPLITS, Manifest, Request, Source, TokenizerEntry, data_digest, load_manifest
+from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.marks import drop_torn_marks, read_mark
 from dsbert.data.merging import plan_shards
-from dsbert.data.plan import cut_tasks, read_tasks, source_fingerprint
-from dsbert.data.shards import DEFAULT_SHARD_TOKENS
+from dsbert.data.options import Options, make_request
+from dsbert.data.plan import cut_tasks, read_tasks
 from dsbert.data.sources import TextSource, resolve
 from dsbert.data.spool import key_of, save_array
 from dsbert.data.workers import Task, Workers, disk_trouble
 from dsbert.durable import sync_directory
 from dsbert.errors import UserError
 from dsbert.ranks import Ranks
-
-_MAX_SHARD_TOKENS = 1 << 30
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a preparation is made.
-
-    documents: how rows make documents (grouping.py): none (each source's default), one for all, or one for each.
-    tokenizer: "train" (to `vocab_size`; a small corpus has fewer tokens), a directory, or a name on the hub.
-    validation: fraction of the documents held out, chosen by their text; 0 holds out none. A split that would get no
-    document gets the nearest one. shard_tokens: largest shard. min_words: documents with fewer words are dropped.
-    near_duplicates: whether near copies are, too. text_column: what tables call their text.
-    """
-
-    vocab_size: int | None = None
-    validation: float = 0.05
-    documents: Sequence[str] = ()
-    tokenizer: str = "train"
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
-    min_words: int = MIN_WORDS
-    near_duplicates: bool = False
-    text_column: str = TEXT_COLUMN
-
-    def check(self) -> None:
-        """Raises UserError for a number out of bounds."""
-        if not 0 <= self.validation < 1:
-            raise UserError(f"the validation fraction must be in [0, 1), got {self.validation}")
-        if not 1 <= self.shard_tokens <= _MAX_SHARD_TOKENS:
-            raise UserError(f"shard_tokens must be in [1, {_MAX_SHARD_TOKENS}], got {self.shard_tokens}")
-        if self.tokenizer == "train" and not self.vocab_size:
-            raise UserError(
-                "expected --vocab-size for a tokenizer that is trained, found none: give it, or --tokenizer DIR"
-            )
 
 
 def prepare(
@@ -109,7 +73,8 @@ def prepare(
     workers = Workers(nproc)
     report = progress if progress and crew.is_main else lambda stage, done, total: None
     try:
-        summary = _Preparation(crew, workers, Path(to).absolute(), report, chosen).run(sources)
+        # A link to a directory elsewhere is no name that could be given to the one that is made here.
+        summary = _Preparation(crew, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
     except OSError as error:
         raise UserError(disk_trouble(error)) from error
     finally:
@@ -141,7 +106,7 @@ class _Preparation:
             def request() -> list[Task]:
                 nonlocal goal, existing
                 cuts = [read_mark(task) for task in cut]
-                goal, near = _request(sources, cuts, options), options.near_duplicates
+                goal, near = make_request(sources, cuts, options), options.near_duplicates
                 existing = find_existing(self.target, goal)
                 algorithm = goal.near_duplicates if near else ""
                 return [] if existing else read_tasks(cuts, self.directory, options.min_words, algorithm)
@@ -151,7 +116,7 @@ class _Preparation:
             if self.crew.is_main and existing is None:
                 assert goal is not None
                 self._encode(goal, read)
-            elif not self.crew.is_main:
+            else:  # the others hear what to do; of data that is there already, nothing
                 self._pass("encode", list)
                 self._pass("shards", list)
             return self._finish(goal, existing)
@@ -180,9 +145,9 @@ class _Preparation:
         key = key_of([piece.name for piece in pieces], goal.validation, goal.near_duplicates)
         fate = self.directory / f"fate-{key}.npy"
         save_array(fate, decisions.fate)
-        folder, entry = make_tokenizer(
-            self.directory, pieces, decisions, self.options.tokenizer, goal.vocab_size, key, self.progress
-        )
+        # By its digest as well: since an interrupted call, the directory that is given may hold another one.
+        named, name = key_of(key, goal.tokenizer), self.options.tokenizer
+        folder, entry = make_tokenizer(self.directory, pieces, decisions, name, goal.vocab_size, named, self.progress)
         tasks = [
             {
                 "do": "encode",
@@ -207,8 +172,8 @@ class _Preparation:
             "near_duplicates": decisions.near_duplicates,
             **{cause: sum(count[cause] for count in counts) for cause in ("empty", "tiny")},
         }
-        assemble(made, folder, shards["train"], entry.vocab_size)
-        Manifest(goal, entry, splits, dropped, data_digest(entry.digest, splits)).save(made)
+        files = assemble(made, folder, shards, entry.vocab_size)
+        Manifest(goal, entry, splits, dropped, data_digest(entry.digest, splits), files).save(made)
 
     def _shards(self, split: str, encoded: list[Task], goal: Request, entry: TokenizerEntry, made: Path) -> list[Task]:
         files = [f"{task['to']}.{split}.arrow" for task in encoded]
@@ -270,29 +235,3 @@ class _Preparation:
             finally:
                 if self.directory.exists() and not any(path.name != "lock" for path in self.directory.iterdir()):
                     shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _request(sources: Sequence[TextSource], cuts: list[dict[str, Any]], options: Options) -> Request:
-    from dsbert.data.near_duplicates import algorithm
-
-    found, at = [], 0
-    for source in sources:
-        own = cuts[at : at + len(source.files)]
-        at += len(source.files)
-        found.append(Source(source.name, source_fingerprint(own), source.documents))
-    trained = options.tokenizer == "train"
-    digest = "train"
-    if not trained:
-        from dsbert.data.tokenizer import find_tokenizer, tokenizer_digest
-
-        digest = tokenizer_digest(find_tokenizer(options.tokenizer))
-    return Request(
-        sources=tuple(found),
-        tokenizer=digest,
-        vocab_size=(options.vocab_size or 0) if trained else 0,
-        validation=options.validation,
-        shard_tokens=options.shard_tokens,
-        text_column=options.text_column,
-        min_words=options.min_words,
-        near_duplicates=algorithm() if options.near_duplicates else "",
-    )

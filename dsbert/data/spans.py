@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import Shard, TokenStore
+from dsbert.durable import checksum, sealed, unsealed
 from dsbert.errors import UserError
 
 NUM_SPECIAL = 3
@@ -118,6 +119,22 @@ class SpanIndex:
         return heads
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """The files of an index on disk that are not what was written."""
+    try:
+        files = unsealed(json.loads((folder / _META).read_text())).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        return [_META]
+    damaged = []
+    for name, digest in files.items():
+        try:
+            whole = checksum(folder / name) == digest
+        except OSError:
+            whole = False
+        damaged += [] if whole else [name]
+    return damaged
+
+
 def _spans_of_shard(shard: Shard, first_token: int, first_document: int, capacity: int) -> SpanIndex:
     """The spans of one shard; token offsets and document numbers become global."""
     piece_lengths, piece_offsets = _cut_sentences(shard, capacity)
@@ -175,12 +192,12 @@ def _arrays() -> list[str]:
 def _load(target: Path, meta: dict[str, Any]) -> SpanIndex | None:
     """The cached index, or None if there is none for this data."""
     try:
-        found = json.loads((target / _META).read_text())
-        dropped = found.pop("dropped_tokens")
+        found = unsealed(json.loads((target / _META).read_text()))
+        dropped, _ = found.pop("dropped_tokens"), found.pop("files")
         if found != meta:
             return None
         arrays = {name: _map(target / f"{name}.npy") for name in _arrays()}
-    except (OSError, EOFError, ValueError, KeyError):
+    except Exception:  # of many kinds, where a file's head is damaged
         return None
     return SpanIndex(**arrays, dropped_tokens=dropped)
 
@@ -200,7 +217,9 @@ def _save(index: SpanIndex, target: Path, meta: dict[str, Any]) -> None:
     try:
         for name in _arrays():
             np.save(temporary / f"{name}.npy", getattr(index, name))
-        (temporary / _META).write_text(json.dumps({**meta, "dropped_tokens": index.dropped_tokens}) + "\n")
+        files = {f"{name}.npy": checksum(temporary / f"{name}.npy") for name in _arrays()}
+        found = sealed({**meta, "dropped_tokens": index.dropped_tokens, "files": files})
+        (temporary / _META).write_text(json.dumps(found) + "\n")
         temporary.chmod(0o755)
         if target.exists() and _load(target, meta) is None:
             shutil.rmtree(target, ignore_errors=True)

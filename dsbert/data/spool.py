@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dsbert.data.corpus import num_words, split_sentences, text_hash
 from dsbert.data.marks import write_mark
+from dsbert.data.near_duplicates import BANDS
 from dsbert.data.pieces import Piece, read
 
 FORMAT = 1
@@ -69,7 +70,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     save_array(files[1], np.array(facts, dtype=np.uint64).reshape(-1, 4))
     if near:
         files.append(to.with_name(f"{to.name}.near.npy"))
-        save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(len(facts), -1))
+        save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(-1, BANDS))
     return write_mark(task, counts, files)
 
 

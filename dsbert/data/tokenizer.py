@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
+_FILE = "tokenizer.json"
 _MAX_ALPHABET = 1000
 _AT_ONCE = 4096  # sentences whose characters are counted together
 
@@ -85,11 +86,15 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 
 def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and vocab.txt, as transformers' AutoTokenizer expects them."""
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt, as transformers' AutoTokenizer expects them.
+
+    Raises OSError.
+    """
     import json
 
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Not with `tokenizer.save`, whose errors of the disk are no OSError.
+    (directory / _FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     config = {
         "tokenizer_class": "BertTokenizer",
@@ -113,39 +118,59 @@ def find_tokenizer(name: str) -> "Tokenizer":
     Raises:
         UserError: there is none, it cannot be fetched, or it is no WordPiece tokenizer with BERT's special tokens.
     """
+    import json
+
     from tokenizers import Tokenizer
 
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
-        tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+        tokenizer = _read(path / _FILE if path.is_dir() else path, "give another, or --tokenizer train")
     else:
         try:
-            tokenizer = Tokenizer.from_pretrained(name)
+            tokenizer = _bare(Tokenizer.from_pretrained(name))
         except Exception as error:  # of many kinds: of the hub, of the network
             text = " ".join(str(error).split())[:200]
             raise UserError(
                 f"expected a directory with tokenizer.json, or a name on the hub, found {name!r} ({text}): check it, "
                 "or give --tokenizer train"
             ) from None
-    Vocabulary.of(tokenizer)
-    if not any(token.startswith(_CONTINUATION) for token in tokenizer.get_vocab()):
+    vocab = tokenizer.get_vocab()
+    kind = json.loads(tokenizer.to_str())["model"]["type"]
+    if kind != "WordPiece" or not any(token.startswith(_CONTINUATION) for token in vocab):
         raise UserError(
-            f"expected a WordPiece vocabulary with {_CONTINUATION} tokens in {name}, found none: give another"
+            f"expected a WordPiece vocabulary with {_CONTINUATION} tokens in {name}, found none ({kind}): give another"
+        )
+    Vocabulary.of(tokenizer)
+    if (largest := max(vocab.values())) >= len(vocab):
+        # As of a vocab.txt that lists a token twice.
+        raise UserError(
+            f"expected ids without gaps in the tokenizer {name}, found {len(vocab)} tokens with ids up to {largest}: "
+            "give another"
         )
     return tokenizer
 
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
     """Raises UserError if the directory has no readable tokenizer.json."""
+    return _read(directory / _FILE, "prepare the data again")
+
+
+def _read(path: Path, remedy: str) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}; prepare the data again")
+        raise UserError(f"no tokenizer at {path}; {remedy}")
     try:
-        return Tokenizer.from_file(str(path))
+        return _bare(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{path} is not a tokenizer ({error}); prepare the data again") from error
+        raise UserError(f"{path} is not a tokenizer ({error}); {remedy}") from error
+
+
+def _bare(tokenizer: "Tokenizer") -> "Tokenizer":
+    """Without the padding and truncation that a tokenizer.json may bring along: they would become part of the data."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def tokenizer_digest(tokenizer: "Tokenizer") -> str:

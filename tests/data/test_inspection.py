@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsbert.auditing.data import audit_data
 from dsbert.data import staging
 from dsbert.data.inspection import inspect_data, report_lines
 from dsbert.data.manifest import load_manifest
@@ -59,6 +60,21 @@ def test_verify_names_what_is_damaged(copy, file, damage, message):
     report = json.loads(out)
     assert (code, report["ok"]) == (4, False)
     assert any(entry["file"] == file and message in entry["problem"] for entry in report["problems"]), report
+
+
+def test_verify_sees_a_flipped_bit_in_any_file(copy):
+    inspect_data(copy, 32)  # makes the sample indices
+    assert not audit_data(copy).problems
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for path in files:
+        content = path.read_bytes()
+        for share in (0.3, 0.99):
+            flip(path, share)
+            assert str(path.relative_to(copy)) in {problem.file for problem in audit_data(copy).problems}, (path, share)
+            path.write_bytes(content)
+    shutil.rmtree(copy / "spans-train-32")  # nothing but time is lost
+    assert not audit_data(copy).problems
 
 
 def test_a_damaged_shard_does_not_train(copy):

@@ -189,6 +189,7 @@ def test_one_document_is_not_split(tmp_path):
         ({"validation": -0.1}, "validation fraction"),
         ({"shard_tokens": 0}, "shard_tokens"),
         ({"vocab_size": 10}, "vocab_size 10 is too small"),
+        ({"vocab_size": 1 << 70}, "vocab_size of at most"),
     ],
 )
 def test_impossible_requests(tmp_path, corpus_file, request_, message):

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,6 +74,9 @@ def test_under_mpiexec(corpus, digest, tmp_path):
     summary = json.loads(done.stdout)  # of one rank alone
     assert summary["digest"] == digest
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".data")] == []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr  # no rank waits for work on data that is there
+    assert json.loads(done.stdout)["up_to_date"]
 
 
 def processes_of(group: int) -> list[int]:
@@ -174,6 +178,40 @@ def test_what_a_power_cut_has_torn_is_made_again(corpus, digest, tmp_path, monke
     encoded.write_bytes(content)
     sorted(path for path in work.glob("*.json"))[-1].write_text("{")
     assert prepare([str(corpus)], tmp_path / "data", 400)["digest"] == digest
+
+
+def test_a_given_tokenizer_that_changed_meanwhile_is_the_one_used(corpus_file, data_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(data_dir / "tokenizer", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(corpus_file)], tmp_path / "data", tokenizer=str(folder))
+    prepare([str(corpus_file)], tmp_path / "other", 80)
+    shutil.copy(tmp_path / "other" / "tokenizer" / "tokenizer.json", folder)
+    prepare([str(corpus_file)], tmp_path / "data", tokenizer=str(folder))
+    manifest = load_manifest(tmp_path / "data")
+    assert manifest.tokenizer.digest == manifest.request.tokenizer
+
+
+def test_what_an_interrupted_call_left_is_not_kept(corpus_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(corpus_file)], tmp_path / "data", 300, validation=0.5)
+    (tmp_path / ".data.preparing" / "data" / ".train-00000.arrow.123.tmp").write_bytes(b"of a merge that was killed")
+    prepare([str(corpus_file)], tmp_path / "data", 300, validation=0)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {
+        "manifest.json", "tokenizer", "train-00000.arrow", "unigram.npy",
+    }  # fmt: skip
+
+
+def test_a_link_to_an_empty_directory_is_filled(corpus_file, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "large disk")
+    prepare([str(corpus_file)], tmp_path / "data", 300)
+    assert (tmp_path / "data").is_symlink()
+    assert (tmp_path / "large disk" / "manifest.json").exists()
 
 
 def test_two_at_once_are_told_apart(corpus, tmp_path):
@@ -302,12 +340,13 @@ def test_a_full_disk_is_one_line_and_is_gone_on_with(corpus, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_near_copies_are_dropped_if_asked_for(tmp_path):
+def test_near_copies_are_dropped_if_asked_for(tmp_path, monkeypatch):
     documents = make_text(20, seed=5, longest=25).strip().split("\n\n")
     long = max(documents, key=len)
     near = long.replace(long.split()[40], "quaqua", 1)
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join([*documents, near]))
+    path = tmp_path / "text.txt.xz"
+    path.write_bytes(lzma.compress("\n\n".join([*documents, near]).encode()))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)  # so that there are pieces without a document, too
     plain = prepare([str(path)], tmp_path / "plain", 300)
     assert (plain["documents"], plain["dropped"]["near_duplicates"]) == (21, 0)
     result = prepare([str(path)], tmp_path / "near", 300, near_duplicates=True)

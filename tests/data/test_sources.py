@@ -2,10 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsbert.data import grouping as grouping_module
 from dsbert.data import lines, pieces
 from dsbert.data.grouping import Grouping
 from dsbert.data.pieces import cut, read
@@ -93,6 +96,27 @@ def test_a_packed_file_is_cut_too(tmp_path, monkeypatch, suffix, grouping):
     assert list(chain.from_iterable(reversed(backwards))) == documents_of(str(plain), grouping)
 
 
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_members_of_a_packed_file_are_read_or_complained_of(tmp_path, suffix):
+    """None is taken for the end because it is damaged."""
+    path = tmp_path / f"a.txt{suffix}"
+    first, second = (PACKERS[suffix](f"{word} member\n\n".encode() * 9) for word in ("first", "second"))
+    path.write_bytes(first + second)
+    whole = documents_of(str(path))
+    assert whole == [["first member"]] * 9 + [["second member"]] * 9
+    if suffix in (".xz", ".bz2"):
+        path.write_bytes(first + bytes(8) + second + bytes(4))
+        assert documents_of(str(path)) == whole
+    for at in (2, len(second) // 2):
+        damaged = bytearray(second)
+        damaged[at] ^= 1
+        seen = at == 2 or suffix != ".zst"  # whose text has no checksum here
+        for rest in (damaged, second[:at], b"no member") if seen else (second[:at],):
+            path.write_bytes(first + rest)
+            with pytest.raises(UserError, match=f"cannot read .*a.txt{suffix}: .*expected a whole file"):
+                documents_of(str(path))
+
+
 def test_a_packed_file_is_unpacked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 4096)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
@@ -135,6 +159,62 @@ def test_json_lines(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps({"body": f"Text {n}\nmore"}) + "\n" for n in range(3)).encode()))
     assert documents_of(str(path), column="body") == [[f"Text {n}", "more"] for n in range(3)]
+
+
+def test_halves_of_characters_are_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "half \\ud800 of \\uDC00x"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert documents_of(str(path)) == [["half \ufffd of \ufffdx"], ["whole \U0001f600"]]
+
+
+def test_a_json_array_is_told_from_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "one"}, {"text": "two"}]\n')
+    with pytest.raises(UserError, match=r"expected one JSON object a line .* found at 0: list: .* jq -c '\.\[\]'"):
+        documents_of(str(path))
+
+
+def test_a_long_blank_row_before_a_piece_is_seen(tmp_path, monkeypatch):
+    """Rows of JSON are as long as their other columns."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 200_000)
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", 4096)
+    path = tmp_path / "a.jsonl"
+    rows = [[{"text": f"{n}", "more": "x" * 20_000}, {"text": "", "more": "x" * 100_000}] for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in chain(*rows)))
+    assert documents_of(str(path), "blank-line") == [[f"{n}"] for n in range(30)]
+
+
+@pytest.mark.parametrize("grouping", ["blank-line", "rows:1000000"])
+def test_no_document_exceeds_what_memory_is_bounded_by(tmp_path, monkeypatch, grouping):
+    monkeypatch.setattr(grouping_module, "MAX_DOCUMENT_CHARS", 1000)
+    path = tmp_path / "a.txt"
+    path.write_text("ten chars.\n" * 1000)
+    assert [len(document) for document in documents_of(str(path), grouping)] == [100] * 10
+
+
+@pytest.mark.parametrize("step", ["open", "read"])
+def test_a_network_that_fails_is_one_line(tmp_path, monkeypatch, step):
+    import fsspec
+
+    class NetworkError(Exception):
+        """As of httpx: no OSError."""
+
+    class Remote(io.BytesIO):
+        def read(self, *args):
+            if self.tell() < 8:  # where the data are
+                raise NetworkError("connection lost")
+            return super().read(*args)
+
+    def opened(*args):
+        if step == "open":
+            raise NetworkError("no route")
+        return SimpleNamespace(open=lambda: Remote((tmp_path / "a.parquet").read_bytes()))
+
+    write_parquet(tmp_path / "a.parquet", ["some text"] * 99)
+    monkeypatch.setattr(fsspec, "open", opened)
+    file = SourceFile("hf://datasets/some/set/a.parquet", "parquet", "known")
+    with pytest.raises(UserError, match=r"cannot read hf://.*NetworkError: .* goes on where it stopped"):
+        list(read(cut(file, "row", "text")[0]))
 
 
 def hub(root: Path) -> None:
@@ -201,6 +281,17 @@ def test_unknown_sources_are_one_line(tmp_path, monkeypatch, name, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve([name])
     assert "\n" not in str(caught.value)
+
+
+def test_folders_behind_links_count_and_hidden_ones_do_not(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "b c", root / ".ipynb_checkpoints", root / "_tmp", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "x.txt").write_text("text")
+    (root / "link").symlink_to(elsewhere)
+    (root / "loop").symlink_to(root)
+    (source,) = resolve([str(root)])
+    assert [file.path for file in source.files] == [str(root / "b c" / "x.txt"), str(elsewhere / "x.txt")]
 
 
 def test_a_folder_of_mixed_kinds_is_refused(tmp_path):

@@ -1,13 +1,17 @@
+import json
+import os
 import random
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from dsbert.data.tokenizer import (
     SPECIAL_TOKENS,
     Vocabulary,
+    find_tokenizer,
     load_tokenizer,
     save_tokenizer,
     tokenizer_digest,
@@ -104,6 +108,37 @@ def test_load_errors(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_padding_and_truncation_are_left_behind(tmp_path):
+    tokenizer = train_tokenizer(TIES, 100)
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "any.json"))
+    found = find_tokenizer(str(tmp_path / "any.json"))
+    assert len(found.encode("aio bjp ckq dlr", add_special_tokens=False).ids) not in (4, 16)
+    assert (found.padding, found.truncation) == (None, None)
+
+
+def test_tokenizers_that_do_not_serve(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(TIES, 100).save(str(path))
+    state = json.loads(path.read_text())
+    state["model"]["vocab"]["late"] = 200
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"ids without gaps .* 101 tokens with ids up to 200"):
+        find_tokenizer(str(tmp_path))
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, "a", "##b", "ab"])}
+    Tokenizer(models.BPE(vocab, [("a", "##b")], continuing_subword_prefix="##")).save(str(path))
+    with pytest.raises(UserError, match=r"expected a WordPiece vocabulary .* found none \(BPE\)"):
+        find_tokenizer(str(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is always full")
+def test_a_full_disk_is_an_oserror(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_tokenizer(train_tokenizer(TIES, 100), tmp_path)
 
 
 def test_too_small_a_vocabulary():

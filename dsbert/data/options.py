@@ -1,0 +1,81 @@
+"""How a preparation is to be made, and what that asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsbert.data.corpus import MIN_WORDS, TEXT_COLUMN
+from dsbert.data.manifest import Request, Source
+from dsbert.data.plan import source_fingerprint
+from dsbert.data.shards import DEFAULT_SHARD_TOKENS
+from dsbert.data.sources import TextSource
+from dsbert.errors import UserError
+
+_MAX_SHARD_TOKENS = 1 << 30
+_MAX_VOCAB_SIZE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a preparation is made.
+
+    documents: how rows make documents (grouping.py): none (each source's default), one for all, or one for each.
+    tokenizer: "train" (to `vocab_size`; a small corpus has fewer tokens), a directory, or a name on the hub.
+    validation: fraction of the documents held out, chosen by their text; 0 holds out none. A split that would get no
+    document gets the nearest one. shard_tokens: largest shard. min_words: documents with fewer words are dropped.
+    near_duplicates: whether near copies are, too. text_column: what tables call their text.
+    """
+
+    vocab_size: int | None = None
+    validation: float = 0.05
+    documents: Sequence[str] = ()
+    tokenizer: str = "train"
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    min_words: int = MIN_WORDS
+    near_duplicates: bool = False
+    text_column: str = TEXT_COLUMN
+
+    def check(self) -> None:
+        """Raises UserError for a number out of bounds."""
+        if not 0 <= self.validation < 1:
+            raise UserError(f"the validation fraction must be in [0, 1), got {self.validation}")
+        if not 1 <= self.shard_tokens <= _MAX_SHARD_TOKENS:
+            raise UserError(f"shard_tokens must be in [1, {_MAX_SHARD_TOKENS}], got {self.shard_tokens}")
+        if self.tokenizer == "train" and not self.vocab_size:
+            raise UserError(
+                "expected --vocab-size for a tokenizer that is trained, found none: give it, or --tokenizer DIR"
+            )
+        if self.vocab_size is not None and self.vocab_size > _MAX_VOCAB_SIZE:
+            raise UserError(f"expected a vocab_size of at most {_MAX_VOCAB_SIZE}, found {self.vocab_size}")
+
+
+def make_request(sources: Sequence[TextSource], cuts: Sequence[dict[str, Any]], options: Options) -> Request:
+    """What is asked for. cuts: what `cut_file` has written, a file each.
+
+    Raises UserError if the tokenizer or the library for near duplicates is missing.
+    """
+    from dsbert.data.near_duplicates import algorithm
+
+    found, at = [], 0
+    for source in sources:
+        own = cuts[at : at + len(source.files)]
+        at += len(source.files)
+        found.append(Source(source.name, source_fingerprint(own), source.documents))
+    trained = options.tokenizer == "train"
+    digest = "train"
+    if not trained:
+        from dsbert.data.tokenizer import find_tokenizer, tokenizer_digest
+
+        digest = tokenizer_digest(find_tokenizer(options.tokenizer))
+    return Request(
+        sources=tuple(found),
+        tokenizer=digest,
+        vocab_size=(options.vocab_size or 0) if trained else 0,
+        validation=options.validation,
+        shard_tokens=options.shard_tokens,
+        text_column=options.text_column,
+        min_words=options.min_words,
+        near_duplicates=algorithm() if options.near_duplicates else "",
+    )
