@@ -24,6 +24,12 @@ DTYPES = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # lar
 ABLE = [name for name in build.ISA_FLAGS if build._NEEDS[name] <= build._cpu_flags()]
 
 
+def forget() -> None:
+    """As in a process that has not asked for the kernels yet."""
+    build.load.cache_clear()
+    build.unavailable.cache_clear()
+
+
 def topologies(shape: tuple[int, int], size: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Random, one block, full, one column, one row: rows and cols."""
     num_rows, num_cols = shape[0] // size, shape[1] // size
@@ -90,14 +96,14 @@ def test_products_on_every_instruction_set(
     extra = ("-DDSBERT_PAIRS", "-DDSBERT_LANES=16") if emulated else ()
     library = build.compile_library(ABLE[0] if emulated else isa, folder, extra)
     monkeypatch.setattr(build, "compile_library", lambda *_: library)
-    build.load.cache_clear()
+    forget()
     try:
         assert build.load()._name == str(library)
         for dtype in DTYPES:
             for tokens in (1, 50, 131):
                 check_products((size * 3, size * 5), size, dtype, tokens)
     finally:
-        build.load.cache_clear()
+        forget()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "avx2" not in ABLE, reason="needs an x86 assembler")
@@ -219,11 +225,11 @@ def test_what_cannot_be_built_is_one_line(
     monkeypatch.setenv("DSBERT_CACHE", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    build.load.cache_clear()
+    forget()
     try:
         reason = cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16)
     finally:
-        build.load.cache_clear()
+        forget()
     assert reason is not None
     assert "\n" not in reason
     assert re.search(says, reason)
