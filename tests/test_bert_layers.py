@@ -107,3 +107,12 @@ def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
         model.train(training)
         twin.train(training)
         torch.testing.assert_close(outputs(model, batch), outputs(twin, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_all_falls_or_nothing_does(p: float) -> None:
+    x = torch.randn(50, requires_grad=True)
+    y = drop(x, p)
+    y.sum().backward()
+    assert torch.equal(y, x * (1 - p))
+    assert torch.equal(x.grad, torch.full_like(x, 1 - p))

@@ -27,6 +27,8 @@ POLL_S = 0.05
 _LOOK_S = 0.2
 # Without a new result for so long, a rank takes what others claimed and did not finish: work done twice does no harm.
 PATIENCE_S = 60.0
+# How long rank 0 waits at the end for ranks that may be dead.
+LEAVE_S = 30.0
 _FAILURE = "failure"
 
 
@@ -124,7 +126,7 @@ def meet(ranks: Ranks | None, timeout_s: float = 300.0) -> Iterator[Crew]:
         )
         crew.leave(5.0)
         raise
-    crew.leave(30.0)
+    crew.leave(LEAVE_S)
 
 
 def do_all(crew: Crew, workers: Workers, stage: str, tasks: Sequence[Task], progress: Progress) -> int:

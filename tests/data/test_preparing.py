@@ -146,7 +146,7 @@ def test_a_killed_rank_loses_nothing(corpus, digest, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    impatient = f"import dsbert.data.crew as c; c.PATIENCE_S = 1.0; {CUT}"
+    impatient = f"import dsbert.data.crew as c; c.PATIENCE_S = c.LEAVE_S = 1.0; {CUT}"
     command = [sys.executable, "-c", impatient, *arguments(corpus, tmp_path / "data")]
     ranks = []
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +243,16 @@ def test_shares_the_threads_of_torch() -> None:
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}) <= 1
     assert isinstance(build.load(), ctypes.CDLL)
+
+
+def test_a_library_that_lost_its_end_is_compiled_again(tmp_path: Path) -> None:
+    library = build.compile_library(ABLE[0], tmp_path)
+    whole = library.read_bytes()
+    assert stat.S_IMODE(library.stat().st_mode) == 0o755
+    library.write_bytes(whole[: len(whole) // 2])
+    assert build.compile_library(ABLE[0], tmp_path) == library
+    assert len(library.read_bytes()) == len(whole)
+
+
+def test_blocks_of_more_than_128() -> None:
+    check_products((288, 432), 144, torch.float32, 33)

@@ -131,6 +131,10 @@ def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: 
     stored["layers"]["second"]["forward"]["backend"] = "abacus"
     (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored).notes
     assert note.endswith("this version has no kernels 'abacus'")
+    elsewhere = (("dtype", "torch.bfloat16", "for torch.bfloat16, and"), ("device", "NVIDIA H100", "NVIDIA"))
+    for key, value, says in elsewhere:
+        (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=fresh.record | {key: value}).notes
+        assert says in note
     named = {"first": layer("reference"), "second": layer("reference")}
     (note,) = plan_kernels(named, tokens=32, dtype=torch.float32, stored=fresh.record).notes
     assert note == "2 layers go on with other kernels than before: the recipe asks for reference"

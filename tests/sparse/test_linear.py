@@ -1,4 +1,5 @@
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
+from dsbert.sparse.kernels import ops
 from dsbert.sparse.kernels.dense import scratch_bytes
 from dsbert.sparse.linear import dense_weight
 from tests.sparse.toys import densify
@@ -312,3 +314,59 @@ def test_refuses_unknown_kernels():
         ValueError, match=r"expected kernels in \['auto', 'cpu', 'dense', 'reference', 'triton'\], found 'fast'"
     ):
         BlockSparseLinear(BlockTopology.random((16, 16), 4, 0.5, DrawKey(0, "init", 0, "x")), kernels="fast")
+
+
+def test_a_layer_that_is_loaded_multiplies_by_what_was_loaded():
+    layers = [make((64, 96), 16, "cpu", seed=seed) for seed in (0, 1)]
+    x, dy = inputs(layers[0], 7)
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert layers[1].digest() == layers[0].digest()
+    check(layers[1], x, dy)
+    state = layers[0].state_dict() | {
+        "rows": torch.zeros_like(layers[0].rows),
+        "cols": torch.zeros_like(layers[0].cols),
+    }
+    with pytest.raises(RuntimeError, match="rows and cols"):
+        layers[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("backend", EXACT)
+def test_gradients_of_gradients(backend, activation):
+    layer = make((12, 8), 4, backend, dtype=torch.float64)
+    layer.activation = activation
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+    def forward(x, blocks, bias):
+        return torch.func.functional_call(layer, {"blocks": blocks, "bias": bias}, (x,))
+
+    arguments = (x, layer.blocks, layer.bias)
+    assert torch.autograd.gradcheck(forward, arguments)
+    assert torch.autograd.gradgradcheck(forward, arguments)
+
+
+def test_a_layer_that_was_used_under_inference_mode_still_trains():
+    layer = make((96, 160), 16, "dense", dtype=torch.float16)  # a dtype whose scratch no other test has made larger
+    x, dy = inputs(layer, 5)
+    with torch.inference_mode():
+        layer(x)
+    check(layer, x, dy)
+
+
+def test_operands_that_do_not_fit_are_refused():
+    layer = make((64, 96), 16, "cpu")
+    arguments = (layer.rows, layer.cols, layer.order, layer.shape, "cpu,cpu,cpu")
+    for x in (torch.randn(5, 95), torch.randn(5, 96, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="expected"):
+            ops.linear(x, layer.blocks, layer.bias, *arguments)
+
+
+def test_layers_of_several_threads_share_the_scratch():
+    layers = [make((256, 256), 16, "dense", seed=seed) for seed in range(4)]
+    operands = [inputs(layer, 200) for layer in layers]
+    expected = [results(layer, *pair) for layer, pair in zip(layers, operands, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda pair: results(pair[0], *pair[1]), zip(layers, operands, strict=True)))
+            for one, other in zip(found, expected, strict=True):
+                assert all(torch.equal(one[name], other[name]) for name in one)
