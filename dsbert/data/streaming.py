@@ -63,6 +63,8 @@ class StreamingSamples:
 
         Raises UserError if the source cannot be read, or has no sample.
         """
+        if position < 0 or count < 0 or (rows is not None and rows < count):
+            raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
         if position < self._first:
             self._rewind()
         parts = []

@@ -59,6 +59,9 @@ def _epoch(stream: StreamingSamples) -> int:
 def test_filler_and_errors(make, tmp_path, data_dir):
     batch = make().batch(5, 0, rows=2)
     assert (batch.num_samples, len(batch.input_ids)) == (0, 2)
+    for wrong in ((-1, 2), (0, -1), (3, 4, 2)):
+        with pytest.raises(ValueError, match="expected position >= 0"):
+            make().batch(*wrong)
     (tmp_path / "blank.txt").write_text(" \n")
     with pytest.raises(UserError, match="corpus is empty"):
         StreamingSamples([str(tmp_path / "blank.txt")], str(data_dir / "tokenizer"), seq_len=32, seed=1)
