@@ -5,11 +5,14 @@ Shapes: K active blocks, B block size, T tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dsbert.sparse.kernels import ops
+from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.dispatch import KERNELS, Choice, choose
 from dsbert.sparse.kernels.index import KernelIndex, order_size
 from dsbert.sparse.topology import BlockTopology, topology_digest
@@ -20,7 +23,8 @@ class BlockSparseLinear(nn.Module):
 
     The dense weight is in no parameter, gradient or optimizer state. `set_topology` re-points slots in place: shapes,
     parameters and optimizer state keep their identity. kernels: a name of `KERNELS`; which backends that means for the
-    three products is `choice`, measured on the first call unless it was set before (see kernels/dispatch.py).
+    three products is `choice`, measured on the first call unless it was set before, and again where the layer is moved
+    to a device or dtype that they cannot compute on (see kernels/dispatch.py).
     activation "gelu" has the layer return gelu(y), the exact one, from the same kernel where the backend can.
     Raises ValueError for unknown kernels, KernelError where the kernels asked for cannot run.
     """
@@ -46,15 +50,17 @@ class BlockSparseLinear(nn.Module):
         self.num_active = topology.num_active
         self.kernels = kernels
         self.choice: Choice | None = None
+        self._place: tuple[torch.device, torch.dtype] | None = None  # where `choice` is known to run
         self.activation: str | None = None
         size = (self.num_active, self.block_size, self.block_size)
         self.blocks = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
-        buffer_device = "cpu" if device is None or torch.device(device).type == "meta" else device
+        buffer_device = torch.device("cpu") if self.blocks.device.type == "meta" else self.blocks.device
         self.register_buffer("rows", topology.rows.clone().to(buffer_device))
         self.register_buffer("cols", topology.cols.clone().to(buffer_device))
-        order = torch.empty(order_size(*self.shape, self.block_size, self.num_active), dtype=torch.int32)
-        self.register_buffer("order", order.to(buffer_device), persistent=False)
+        size_of_order = order_size(*self.shape, self.block_size, self.num_active)
+        order = torch.empty(size_of_order, dtype=torch.int32, device=buffer_device)
+        self.register_buffer("order", order, persistent=False)
         self.index.rebuild_()
         # fp32 [out, in] while the gradient with respect to the DENSE weight is being collected, else None.
         self.dense_gradient: Tensor | None = None
@@ -96,8 +102,10 @@ class BlockSparseLinear(nn.Module):
             x, blocks = x.to(dtype), blocks.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         flat = x.reshape(-1, self.in_features)
-        if self.choice is None:
+        place = (flat.device, blocks.dtype)
+        if self.choice is None or (place != self._place and not self._runs_on(*place)):
             self.choice = choose(self.index, self.kernels, tokens=flat.shape[0], dtype=blocks.dtype).choice
+        self._place = place
         arguments = (flat, blocks, bias, self.rows, self.cols, self.order, self.shape, ",".join(self.choice))
         y: Tensor
         if self.dense_gradient is not None:
@@ -110,6 +118,10 @@ class BlockSparseLinear(nn.Module):
         else:
             y, _ = ops.linear_gelu(*arguments)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        names = self.choice or ()
+        return all(BACKENDS[name].why_not(device, dtype, self.block_size) is None for name in names)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
@@ -129,6 +141,29 @@ class BlockSparseLinear(nn.Module):
         self.rows.copy_(topology.rows)
         self.cols.copy_(topology.cols)
         self.index.rebuild_()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As of any module, and `order` follows the coordinates that came in."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not {f"{prefix}rows", f"{prefix}cols"} & set(state_dict) or self.rows.device.type == "meta":
+            return
+        if self.order.device != self.rows.device:  # load_state_dict(assign=True)
+            self.order = torch.empty_like(self.order, device=self.rows.device)
+        try:
+            self.set_topology(self.topology)  # checks the coordinates
+        except ValueError as error:
+            error_msgs.append(f"{prefix}rows and {prefix}cols: {error}")
 
     def digest(self) -> int:
         """64-bit digest of the buffers that the kernels read, in slot order. Where their order says something else than

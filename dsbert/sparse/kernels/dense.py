@@ -8,6 +8,7 @@ message or checkpoint. `scratch_bytes` reports it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from dsbert.sparse.kernels.index import Backend, KernelIndex
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_in_use = threading.Lock()  # torch gives Python's lock away: another thread would overwrite the weight meanwhile
 
 # x [T, k], w [n, k], bias [n] or None -> x w^T + bias, [T, n]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -40,21 +42,25 @@ def with_product(
     """A backend that multiplies by `linear`, in fp32 if `wider`."""
 
     def forward(x: Tensor, blocks: Tensor, index: KernelIndex, bias: Tensor | None) -> Tensor:
-        weight = scatter(blocks, index, torch.float32 if wider else None)
-        y = linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+        with _in_use:
+            weight = scatter(blocks, index, torch.float32 if wider else None)
+            y = linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
         return y.to(x.dtype)
 
     def dgrad(dy: Tensor, blocks: Tensor, index: KernelIndex) -> Tensor:
-        weight = scatter(blocks, index, torch.float32 if wider else None)
-        return linear(dy.to(weight.dtype), weight.t(), None).to(dy.dtype)
+        with _in_use:
+            weight = scatter(blocks, index, torch.float32 if wider else None)
+            dx = linear(dy.to(weight.dtype), weight.t(), None)
+        return dx.to(dy.dtype)
 
     def wgrad(dy: Tensor, x: Tensor, index: KernelIndex) -> Tensor:
         dtype = torch.float32 if wider else dy.dtype
         if linear is functional.linear:
-            weight = _take(index.shape, dtype, dy.device)
-            torch.mm(dy.to(dtype).t(), x.to(dtype), out=weight)
-        else:
-            weight = linear(dy.to(dtype).t(), x.to(dtype).t(), None)
+            with _in_use:
+                weight = _take(index.shape, dtype, dy.device)
+                torch.mm(dy.to(dtype).t(), x.to(dtype), out=weight)
+                return _blocked(weight, index)[index.rows, index.cols].to(dy.dtype)
+        weight = linear(dy.to(dtype).t(), x.to(dtype).t(), None)
         return _blocked(weight, index)[index.rows, index.cols].to(dy.dtype)
 
     return Backend(name, forward, dgrad, wgrad, why_not=why_not or (lambda *place: None))
@@ -64,7 +70,8 @@ def _take(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> T
     numel = shape[0] * shape[1]
     buffer = _scratch.get((device, dtype))
     if buffer is None or buffer.numel() < numel:
-        buffer = _scratch[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made there can only be written there
+            buffer = _scratch[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel].view(shape)
 
 
@@ -75,6 +82,8 @@ def _blocked(weight: Tensor, index: KernelIndex) -> Tensor:
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.numel():  # no tokens, of which oneDNN knows no product
+        return functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")  # type: ignore[no-any-return]
 
 

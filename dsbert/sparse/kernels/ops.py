@@ -5,6 +5,7 @@ size; shape = (out, in).
 """
 
 # No `from __future__ import annotations`: torch reads the types of what it registers.
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,9 +37,20 @@ def _index(blocks: Tensor, rows: Tensor, cols: Tensor, order: Tensor, shape: Seq
     return KernelIndex((shape[0], shape[1]), blocks.shape[1], rows, cols, order)
 
 
+def _check(features: int, x: Tensor, *others: Tensor | None) -> None:
+    """Raises RuntimeError unless x is [T, features] and all are of one device and dtype: kernels take pointers."""
+    if x.dim() != 2 or x.shape[1] != features:
+        raise RuntimeError(f"expected [tokens, {features}], found {list(x.shape)}")
+    for other in others:
+        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+            found = f"{x.dtype} on {x.device} and {other.dtype} on {other.device}"
+            raise RuntimeError(f"expected activations and weights of one dtype on one device, found {found}")
+
+
 @_operator(f"linear({_ARGUMENTS}) -> Tensor")
 def linear(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
     """X W^T + b: [T, out]."""
+    _check(shape[1], x, blocks, bias)
     backend = BACKENDS[kernels.split(",")[0]]
     return backend.forward(x, blocks, _index(blocks, rows, cols, order, shape), bias)
 
@@ -46,6 +58,7 @@ def linear(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[
 @_operator(f"linear_gelu({_ARGUMENTS}) -> (Tensor, Tensor)")
 def linear_gelu(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
     """(gelu(Y), Y) of Y = X W^T + b: [T, out] each."""
+    _check(shape[1], x, blocks, bias)
     backend = BACKENDS[kernels.split(",")[0]]
     index = _index(blocks, rows, cols, order, shape)
     if backend.forward_gelu is not None:
@@ -57,12 +70,14 @@ def linear_gelu(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ig
 @_operator(f"dgrad(Tensor dy, Tensor blocks, {_INDEX}, str kernels) -> Tensor")
 def dgrad(dy, blocks, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
     """dY W: [T, in]."""
+    _check(shape[0], dy, blocks)
     return BACKENDS[kernels.split(",")[1]].dgrad(dy, blocks, _index(blocks, rows, cols, order, shape))
 
 
 @_operator(f"wgrad(Tensor dy, Tensor x, {_INDEX}, int block_size, str kernels) -> Tensor")
 def wgrad(dy, x, rows, cols, order, shape, block_size, kernels):  # type: ignore[no-untyped-def]
     """dY^T X at the active blocks: [K, B, B]."""
+    _check(shape[0], dy, x)
     index = KernelIndex((shape[0], shape[1]), block_size, rows, cols, order)
     return BACKENDS[kernels.split(",")[2]].wgrad(dy, x, index)
 
@@ -107,9 +122,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     activated_from = (output[1],) if isinstance(output, tuple) else ()
     ctx.save_for_backward(x, blocks, rows, cols, order, *activated_from)
     ctx.has_bias, ctx.shape, ctx.kernels = bias is not None, shape, kernels
+    ctx.set_materialize_grads(False)  # nobody reads Y beside gelu(Y): its gradient would be zeros to add
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
     x, blocks, *index = ctx.saved_tensors[:5]
     needs_x, needs_blocks, needs_bias = ctx.needs_input_grad[:3]
     dx = dgrad(dy, blocks, *index, ctx.shape, ctx.kernels) if needs_x else None
@@ -118,10 +136,59 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db, None, None, None, None, None
 
 
-def _gelu_gradients(ctx: Any, d_activated: Tensor, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gelu_gradients(ctx: Any, d_activated: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_activated is None:
+        return _gradients(ctx, dy)
     own = gelu_gradient(d_activated, ctx.saved_tensors[5], ctx.kernels)
     return _gradients(ctx, own if dy is None else own + dy)
 
 
+# Gradients of gradients, by the same products.
+
+
+def _save_dgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.shape, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _dgrad_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, blocks, *index = ctx.saved_tensors
+    needs_dy, needs_blocks = ctx.needs_input_grad[:2]
+    d_dy = linear(g, blocks, None, *index, ctx.shape, ctx.kernels) if needs_dy else None
+    d_blocks = wgrad(dy, g, *index, ctx.shape, blocks.shape[1], ctx.kernels) if needs_blocks else None
+    return d_dy, d_blocks, None, None, None, None, None
+
+
+def _save_wgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.shape, _, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _wgrad_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, *index = ctx.saved_tensors
+    needs_dy, needs_x = ctx.needs_input_grad[:2]
+    d_dy = linear(x, g, None, *index, ctx.shape, ctx.kernels) if needs_dy else None
+    d_x = dgrad(dy, g, *index, ctx.shape, ctx.kernels) if needs_x else None
+    return d_dy, d_x, None, None, None, None, None, None
+
+
+def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, ctx.kernels = inputs
+    ctx.save_for_backward(dy, x)
+
+
+def _gelu_gradient_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x = ctx.saved_tensors
+    near = x.clamp(-13.0, 13.0)  # beyond, gelu'' is 0
+    needs_dy, needs_x = ctx.needs_input_grad[:2]
+    second = (2.0 - near * near) * torch.exp(-0.5 * near * near) * (2.0 * math.pi) ** -0.5  # gelu''
+    return gelu_gradient(g, x, ctx.kernels) if needs_dy else None, g * dy * second if needs_x else None, None
+
+
 torch.library.register_autograd("dsbert::linear", _gradients, setup_context=_save, lib=_library)
 torch.library.register_autograd("dsbert::linear_gelu", _gelu_gradients, setup_context=_save, lib=_library)
+torch.library.register_autograd("dsbert::dgrad", _dgrad_gradients, setup_context=_save_dgrad, lib=_library)
+torch.library.register_autograd("dsbert::wgrad", _wgrad_gradients, setup_context=_save_wgrad, lib=_library)
+torch.library.register_autograd(
+    "dsbert::gelu_gradient", _gelu_gradient_gradients, setup_context=_save_gelu, lib=_library
+)
