@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsbert.sparse import BlockTopology, DrawKey
+from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
 from dsbert.sparse.kernels import cpu
 from dsbert.sparse.kernels.cpu import build
 from dsbert.sparse.kernels.index import KernelIndex
@@ -22,6 +22,12 @@ from tests.sparse.toys import densify
 
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # largest Frobenius error allowed
 ABLE = [name for name in build.ISA_FLAGS if build._NEEDS[name] <= build._cpu_flags()]
+
+
+def forget() -> None:
+    """As in a process that has not asked for the kernels yet."""
+    build.load.cache_clear()
+    build.unavailable.cache_clear()
 
 
 def topologies(shape: tuple[int, int], size: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -78,6 +84,12 @@ def test_products_on_adversarial_topologies(size: int, dtype: torch.dtype) -> No
         check_products(shape, size, dtype, tokens)
 
 
+@pytest.mark.parametrize("size", [2, 3, 24, 48, 144, 256])
+def test_products_of_unusual_blocks(size: int) -> None:
+    for dtype in DTYPES:
+        check_products((size * 2, size * 3), size, dtype, 7)
+
+
 @pytest.mark.parametrize("size", [4, 16, 32])
 @pytest.mark.parametrize("isa", [*ABLE[1:], "avx512_bf16 in plain vectors"])
 def test_products_on_every_instruction_set(
@@ -90,14 +102,14 @@ def test_products_on_every_instruction_set(
     extra = ("-DDSBERT_PAIRS", "-DDSBERT_LANES=16") if emulated else ()
     library = build.compile_library(ABLE[0] if emulated else isa, folder, extra)
     monkeypatch.setattr(build, "compile_library", lambda *_: library)
-    build.load.cache_clear()
+    forget()
     try:
         assert build.load()._name == str(library)
         for dtype in DTYPES:
             for tokens in (1, 50, 131):
                 check_products((size * 3, size * 5), size, dtype, tokens)
     finally:
-        build.load.cache_clear()
+        forget()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "avx2" not in ABLE, reason="needs an x86 assembler")
@@ -219,14 +231,63 @@ def test_what_cannot_be_built_is_one_line(
     monkeypatch.setenv("DSBERT_CACHE", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    build.load.cache_clear()
+    forget()
     try:
         reason = cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16)
     finally:
-        build.load.cache_clear()
+        forget()
     assert reason is not None
     assert "\n" not in reason
     assert re.search(says, reason)
+
+
+def test_a_failed_build_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Dropout asks at every call whether there are kernels."""
+    tried = []
+
+    def failing(*_: object) -> Path:
+        tried.append(1)
+        raise build.BuildError("broken")
+
+    monkeypatch.setattr(build, "compile_library", failing)
+    forget()
+    try:
+        for _ in range(3):
+            assert cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16) == "broken"
+    finally:
+        forget()
+    assert len(tried) == 1
+
+
+def test_a_library_that_lost_its_end_is_compiled_again(tmp_path: Path) -> None:
+    """To load it would be a bus error."""
+    library = build.compile_library("plain", tmp_path)
+    whole = library.read_bytes()
+    for torn in (whole[:30000], b"", bytes(len(whole))):
+        library.write_bytes(torn)
+        assert build.compile_library("plain", tmp_path) == library
+        assert library.stat().st_size == len(whole)
+        ctypes.CDLL(str(library))
+    assert library.stat().st_mode & 0o777 == 0o755  # other users may share the cache
+    assert list(tmp_path.iterdir()) == [library]
+
+
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DSBERT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    forget()
+    try:
+        reason = cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16)
+        drawn = BlockTopology.random((16, 32), 16, 0.5, DrawKey(0, "init", 0, "x"))
+        BlockSparseLinear(drawn)(torch.zeros(2, 32))
+    finally:
+        forget()
+    assert reason == "no cache for compiled kernels, no home directory: set DSBERT_CACHE"
 
 
 def test_shares_the_threads_of_torch() -> None:

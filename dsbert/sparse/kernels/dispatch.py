@@ -14,10 +14,11 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 import dsbert
 from dsbert.errors import UserError
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
-from dsbert.sparse.kernels.cache import cache_directory
+from dsbert.sparse.kernels.cache import cache_directory, readable_by_all
 from dsbert.sparse.kernels.index import Backend, KernelIndex
 
 PRODUCTS = ("forward", "dgrad", "wgrad")
@@ -74,10 +75,19 @@ class Decision:
         return found
 
 
-def candidates(kernels: str, device: torch.device, dtype: torch.dtype, block_size: int) -> tuple[str, ...]:
-    """The backends that `kernels` leaves to measure there. Raises UserError, one line, if none of them can run."""
+def candidates(
+    kernels: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[str, ...]:
+    """The backends that `kernels` leaves to measure there; `without`: backend -> why it is ruled out elsewhere.
+
+    Raises UserError, one line, if none of them can run.
+    """
     named = KERNELS[kernels]
-    reasons = {name: BACKENDS[name].why_not(device, dtype, block_size) for name in named}
+    reasons = {name: without.get(name) or BACKENDS[name].why_not(device, dtype, block_size) for name in named}
     able = tuple(name for name, reason in reasons.items() if reason is None)
     if not able:
         reason = next(iter(reasons.values()))
@@ -98,10 +108,17 @@ def decide(timings: dict[str, float]) -> str:
     return best_sparse if sparse[best_sparse] * _ADVANTAGE <= dense[best_dense] else best_dense
 
 
-def choose(index: KernelIndex, kernels: str, *, tokens: int, dtype: torch.dtype) -> Decision:
+def choose(
+    index: KernelIndex,
+    kernels: str,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> Decision:
     """The choice for one layer; measures what no process on this hardware has measured before. Raises UserError."""
     device = index.rows.device
-    names = candidates(kernels, device, dtype, index.block_size)
+    names = candidates(kernels, device, dtype, index.block_size, without)
     if len(names) == 1:
         return Decision(Choice(names[0], names[0], names[0]), {})
     most = _MOST_TOKENS.get(device.type, 512)
@@ -170,30 +187,38 @@ def _synchronize(device: torch.device) -> None:
 class _Table:
     """The timings of this hardware and these versions: in memory, and in a file that other processes share."""
 
-    _memory: dict[tuple[Path, str], Timings] = {}  # noqa: RUF012
+    _memory: dict[tuple[str, str], Timings] = {}  # noqa: RUF012
 
     def __init__(self, device: torch.device) -> None:
         self._about = {"hardware": _hardware(device), "versions": _versions()}
-        name = xxhash.xxh3_64_hexdigest(json.dumps(self._about).encode())
-        self._path = cache_directory() / f"timings-{name}.json"
+        self._name = xxhash.xxh3_64_hexdigest(json.dumps(self._about).encode())
 
     def read(self, key: str) -> Timings:
-        known = self._memory.get((self._path, key))
+        known = self._memory.get((self._name, key))
         return {product: dict(ms) for product, ms in (known or self._file().get(key, {})).items()}
 
     def write(self, key: str, timings: Timings) -> None:
-        self._memory[self._path, key] = timings
+        self._memory[self._name, key] = timings
         with suppress(OSError):  # without a cache, the next process measures again
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            path = self._path()
+            path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self._about | {"milliseconds": self._file() | {key: timings}}, indent=1)
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self._path)
+            handle, temporary = tempfile.mkstemp(dir=path.parent)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                readable_by_all(temporary)
+                os.replace(temporary, path)
+            except OSError:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+    def _path(self) -> Path:
+        return cache_directory() / f"timings-{self._name}.json"
 
     def _file(self) -> dict[str, Timings]:
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))["milliseconds"]
+            found = json.loads(self._path().read_text(encoding="utf-8"))["milliseconds"]
             return {
                 str(key): {product: {str(n): float(ms) for n, ms in row.items()} for product, row in timings.items()}
                 for key, timings in found.items()
@@ -202,16 +227,20 @@ class _Table:
             return {}
 
 
-@functools.cache
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()} {torch.get_num_threads()} threads {os.environ.get('DSBERT_CPU_ISA', '')}"
+
+
+@functools.cache
+def _cpu_model() -> str:
     model = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         wanted = ("model name", "cpu family", "model\t", "flags")
         model = " ".join(line.partition(":")[2].strip() for line in lines[:40] if line.startswith(wanted))
-    return f"{model} {torch.get_num_threads()} threads {os.environ.get('DSBERT_CPU_ISA', '')}"
+    return model
 
 
 @functools.cache

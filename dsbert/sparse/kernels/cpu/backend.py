@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsbert.sparse.kernels.cpu.build import BuildError, load
+from dsbert.sparse.kernels.cpu.build import load, unavailable
 from dsbert.sparse.kernels.index import Backend, KernelIndex
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -72,11 +72,7 @@ def why_not(device: torch.device, dtype: torch.dtype, block_size: int) -> str | 
         return f"the cpu kernels do not run on {device.type}"
     if dtype not in _DTYPES:
         return f"the cpu kernels do not compute in {dtype}"
-    try:
-        load()
-    except BuildError as error:
-        return str(error)
-    return None
+    return unavailable()
 
 
 def _product(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from dsbert.sparse.kernels.cache import cache_directory
+from dsbert.sparse.kernels.cache import cache_directory, readable_by_all
 
 SOURCES = ("block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "packing.h", "panels.h", "vectors.h")
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
@@ -64,7 +64,7 @@ def _cpu_flags() -> set[str]:
 
 
 def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> Path:
-    """The shared library for `isa` in `directory`, compiled unless it is there. Raises BuildError, one line."""
+    """The shared library for `isa` in `directory`, compiled unless it is there whole. Raises BuildError, one line."""
     compiler = shlex_which(os.environ.get("CXX")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise BuildError("no C++ compiler was found: install g++, or set CXX")
@@ -76,7 +76,7 @@ def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> P
     for name in SOURCES:
         hasher.update((here / name).read_bytes())
     library = directory / f"block_sparse-{isa}-{hasher.hexdigest()}.so"
-    if library.is_file():
+    if _is_whole(library):
         return library
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -94,12 +94,32 @@ def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> P
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise BuildError(f"{compiler} failed: {(lines or ['no message'])[0].strip()}")
+        _seal(temporary)
         os.replace(temporary, library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} could not be run: {error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
     return library
+
+
+# A library that lost its end, to a power cut or a full disk, would kill whoever loads it: a checksum stands behind what
+# the loader reads.
+
+
+def _seal(library: str) -> None:
+    with open(library, "r+b") as file:
+        digest = xxhash.xxh3_64(file.read()).digest()
+        file.write(digest)
+    readable_by_all(library, executable=True)
+
+
+def _is_whole(library: Path) -> bool:
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return xxhash.xxh3_64(content[:-8]).digest() == content[-8:]
 
 
 def shlex_which(command: str | None) -> str | None:
@@ -125,9 +145,23 @@ def _openmp_of_torch() -> str | None:
 
 
 @functools.cache
+def unavailable() -> str | None:
+    """Why the kernels cannot be had in this process, one line; None if they can. Asked often, tried once."""
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
 def load() -> ctypes.CDLL:
     """The kernels for this machine, compiled on the first call ever (seconds). Raises BuildError, one line."""
-    library = compile_library(instruction_set(), cache_directory())
+    try:
+        directory = cache_directory()
+    except OSError as error:
+        raise BuildError(f"no cache for compiled kernels, {error.strerror}: set DSBERT_CACHE") from None
+    library = compile_library(instruction_set(), directory)
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:

@@ -60,7 +60,8 @@ class Scratch {
 // A block as [panel][k][PANEL], k the summed side.
 template <class T>
 void pack_block(FloatDot, const typename T::Raw* block, bool transpose, int B, float* to) {
-  alignas(64) float values[128 * 128];
+  static thread_local Scratch unpacked;
+  float* values = unpacked.take<float>(int64_t(B) * B);
   for (int64_t i = 0; i < int64_t(B) * B; i += LANES) put(values + i, T::get(block + i));
   for (int p = 0; p < B; p += PANEL)
     for (int k = 0; k < B; ++k, to += PANEL)
