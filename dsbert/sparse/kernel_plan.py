@@ -6,7 +6,7 @@ Another kernel means other bits, so rank 0 chooses for all, and a resumed run go
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,43 +49,73 @@ def plan_kernels(
     tokens: int,
     dtype: torch.dtype,
     stored: dict[str, Any] | None = None,
-    group: dist.ProcessGroup | None = None,
 ) -> KernelPlan:
     """Set every layer's `choice`, the same on all ranks: what `stored` (a plan's record) says where that can run and
-    fits the layer's `kernels`, else what rank 0 measures for products of `tokens` tokens in `dtype`. Collective.
+    fits the layer's `kernels`, else what rank 0 measures for products of `tokens` tokens in `dtype`. What some rank
+    cannot run, no rank runs. Collective.
 
-    Raises UserError on every rank if kernels were asked for that cannot run.
+    Raises UserError on every rank if kernels were asked for that cannot run on all of them.
     """
-    found: list[KernelPlan] = []
-
-    def work() -> None:
-        found.append(_plan(layers, tokens, dtype, (stored or {}).get("layers", {})))
-
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        work()
-        answer = None
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        plan = _plan(layers, tokens, dtype, stored or {}, {})
     else:
-        patiently(work)
-        answer = gather_json([found[0].record, found[0].notes] if found else None, group)[0]
-    plan = found[0] if answer is None else KernelPlan(answer[0], tuple(answer[1]))
+        plan = _plan_together(layers, tokens, dtype, stored or {})
     for name, layer in layers.items():
         layer.choice = Choice(*(plan.record["layers"][name][product]["backend"] for product in PRODUCTS))
     return plan
 
 
-def _plan(layers: dict[str, BlockSparseLinear], tokens: int, dtype: torch.dtype, stored: dict[str, Any]) -> KernelPlan:
+def _plan_together(
+    layers: dict[str, BlockSparseLinear], tokens: int, dtype: torch.dtype, stored: dict[str, Any]
+) -> KernelPlan:
+    without: dict[str, str] = {}  # backend -> which rank cannot run it, and why
+    while True:
+        found: list[KernelPlan] = []
+        patiently(lambda: found.append(_plan(layers, tokens, dtype, stored, without)))  # noqa: B023
+        record, notes = gather_json([found[0].record, found[0].notes] if found else None)[0]
+        unable: dict[str, str] = {}
+        patiently(lambda: unable.update(_unable(record, layers, dtype)), everywhere=True)  # noqa: B023
+        missing = {
+            name: f"rank {rank}: {reason}"
+            for rank, reasons in reversed(list(enumerate(gather_json(unable))))
+            for name, reason in reasons.items()
+        }
+        if not missing:
+            return KernelPlan(record, tuple(notes))
+        without.update(missing)
+
+
+def _unable(record: dict[str, Any], layers: dict[str, BlockSparseLinear], dtype: torch.dtype) -> dict[str, str]:
+    """Of the backends of a plan, those that this rank cannot run, and why."""
+    found = {}
+    for name, layer in layers.items():
+        for row in record["layers"][name].values():
+            reason = BACKENDS[row["backend"]].why_not(layer.rows.device, dtype, layer.block_size)
+            if reason:
+                found[row["backend"]] = reason
+    return found
+
+
+def _plan(
+    layers: dict[str, BlockSparseLinear],
+    tokens: int,
+    dtype: torch.dtype,
+    stored: dict[str, Any],
+    without: Mapping[str, str],
+) -> KernelPlan:
     rows: dict[str, Any] = {}
     changed: Counter[str] = Counter()
-    device = torch.device("cpu")
+    device = next((layer.rows.device for layer in layers.values()), torch.device("cpu"))
+    stored_rows = stored.get("layers", {})
+    elsewhere = _why_elsewhere(stored, device, dtype)
     for name, layer in layers.items():
-        device = layer.rows.device
-        reason = _why_not_stored(stored[name], layer, dtype) if name in stored else "nothing is stored"
-        if reason is None:
-            rows[name] = stored[name]
-            continue
-        if name in stored:
+        if name in stored_rows:
+            reason = elsewhere or _why_not_stored(stored_rows[name], layer, dtype, without)
+            if reason is None:
+                rows[name] = stored_rows[name]
+                continue
             changed[reason] += 1
-        decision = choose(layer.index, layer.kernels, tokens=tokens, dtype=dtype)
+        decision = choose(layer.index, layer.kernels, tokens=tokens, dtype=dtype, without=without)
         gains = decision.gains()
         rows[name] = {}
         for product, backend in zip(PRODUCTS, decision.choice, strict=True):
@@ -93,27 +123,42 @@ def _plan(layers: dict[str, BlockSparseLinear], tokens: int, dtype: torch.dtype,
             rows[name][product] = {"backend": backend, "ms": ms, "speedup": speedup}
     notes = [f"{count} layers go on with other kernels than before: {reason}" for reason, count in changed.items()]
     record = {"tokens": tokens, "dtype": str(dtype), "device": _device_name(device), "layers": rows}
-    return KernelPlan(record, (*_missing(layers, device, dtype), *notes))
+    return KernelPlan(record, (*_missing(layers, device, dtype, without), *notes))
 
 
-def _why_not_stored(row: dict[str, Any], layer: BlockSparseLinear, dtype: torch.dtype) -> str | None:
+def _why_elsewhere(stored: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why what is stored says nothing about this device and dtype: the bits are others in any case."""
+    before = stored.get("dtype", str(dtype))
+    if before != str(dtype):
+        return f"they were chosen for {before}, and the run is in {dtype}"
+    before, now = stored.get("device", "cpu" if device.type == "cpu" else ""), _device_name(device)
+    if (before == "cpu") != (now == "cpu"):
+        return f"they were chosen for {before}, and the run is on {now}"
+    return None
+
+
+def _why_not_stored(
+    row: dict[str, Any], layer: BlockSparseLinear, dtype: torch.dtype, without: Mapping[str, str]
+) -> str | None:
     for product in PRODUCTS:
         name = row[product]["backend"]
         if name not in BACKENDS:
             return f"this version has no kernels {name!r}"
         if name not in KERNELS[layer.kernels]:
             return f"the recipe asks for {layer.kernels}"
-        reason = BACKENDS[name].why_not(layer.rows.device, dtype, layer.block_size)
+        reason = without.get(name) or BACKENDS[name].why_not(layer.rows.device, dtype, layer.block_size)
         if reason:
             return reason
     return None
 
 
-def _missing(layers: dict[str, BlockSparseLinear], device: torch.device, dtype: torch.dtype) -> list[str]:
+def _missing(
+    layers: dict[str, BlockSparseLinear], device: torch.device, dtype: torch.dtype, without: Mapping[str, str]
+) -> list[str]:
     """Why the kernels made for this device cannot be had, where they cannot."""
     own = "triton" if device.type == "cuda" else "cpu"
     sizes = {layer.block_size for layer in layers.values() if layer.kernels == "auto"}
-    reasons = {BACKENDS[own].why_not(device, dtype, size) for size in sizes} - {None}
+    reasons = {without.get(own) or BACKENDS[own].why_not(device, dtype, size) for size in sizes} - {None}
     return [f"the {own} kernels cannot be used, sparse products run through torch: {reason}" for reason in reasons]
 
 
