@@ -53,7 +53,7 @@ torch.library.register_autograd("dsbert::dropout", _gradient, setup_context=_sav
 def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
     """torch's dropout. On a CPU the mask is a hash of a seed, drawn from torch's generator, and the position: none is
     kept for backward."""
-    if not training or not p or cpu.BACKEND.why_not(x.device, x.dtype, 1) is not None:
+    if not training or not 0.0 < p < 1.0 or cpu.BACKEND.why_not(x.device, x.dtype, 1) is not None:
         return functional.dropout(x, p, training)
     seed = torch.empty((), dtype=torch.int64).random_()
     return torch.ops.dsbert.dropout(x, seed, p)
@@ -85,9 +85,9 @@ def attention(
     q, k, v = (tensor.reshape(sequences * heads, -1, size) for tensor in (query, key, value))
     scores = torch.bmm(q * (size**-0.5 if scaling is None else scaling), k.transpose(1, 2))
     if attention_mask is not None:
-        # Finite, so that a sequence of nothing but padding has shares, too.
+        # Finite, also after a score is added to it, so that a sequence of nothing but padding has shares, too.
         hidden = torch.zeros(attention_mask.shape, dtype=scores.dtype)
-        hidden.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+        hidden.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min / 2)
         scores.view(sequences, heads, positions, -1).add_(hidden)
     shares = drop(torch.softmax(scores, -1), dropout)
     return torch.bmm(shares, v).view(sequences, heads, positions, size).transpose(1, 2), None
