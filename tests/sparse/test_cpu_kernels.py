@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsbert.sparse import BlockTopology, DrawKey
+from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
 from dsbert.sparse.kernels import cpu
 from dsbert.sparse.kernels.cpu import build
 from dsbert.sparse.kernels.index import KernelIndex
@@ -83,6 +82,12 @@ def test_products_on_adversarial_topologies(size: int, dtype: torch.dtype) -> No
     shape = (12, 20) if size == 1 else (size * 3, size * 5)
     for tokens in (1, 7, 101):
         check_products(shape, size, dtype, tokens)
+
+
+@pytest.mark.parametrize("size", [2, 3, 24, 48, 144, 256])
+def test_products_of_unusual_blocks(size: int) -> None:
+    for dtype in DTYPES:
+        check_products((size * 2, size * 3), size, dtype, 7)
 
 
 @pytest.mark.parametrize("size", [4, 16, 32])
@@ -236,6 +241,55 @@ def test_what_cannot_be_built_is_one_line(
     assert re.search(says, reason)
 
 
+def test_a_failed_build_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Dropout asks at every call whether there are kernels."""
+    tried = []
+
+    def failing(*_: object) -> Path:
+        tried.append(1)
+        raise build.BuildError("broken")
+
+    monkeypatch.setattr(build, "compile_library", failing)
+    forget()
+    try:
+        for _ in range(3):
+            assert cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16) == "broken"
+    finally:
+        forget()
+    assert len(tried) == 1
+
+
+def test_a_library_that_lost_its_end_is_compiled_again(tmp_path: Path) -> None:
+    """To load it would be a bus error."""
+    library = build.compile_library("plain", tmp_path)
+    whole = library.read_bytes()
+    for torn in (whole[:30000], b"", bytes(len(whole))):
+        library.write_bytes(torn)
+        assert build.compile_library("plain", tmp_path) == library
+        assert library.stat().st_size == len(whole)
+        ctypes.CDLL(str(library))
+    assert library.stat().st_mode & 0o777 == 0o755  # other users may share the cache
+    assert list(tmp_path.iterdir()) == [library]
+
+
+def test_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DSBERT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    forget()
+    try:
+        reason = cpu.BACKEND.why_not(torch.device("cpu"), torch.float32, 16)
+        drawn = BlockTopology.random((16, 32), 16, 0.5, DrawKey(0, "init", 0, "x"))
+        BlockSparseLinear(drawn)(torch.zeros(2, 32))
+    finally:
+        forget()
+    assert reason == "no cache for compiled kernels, no home directory: set DSBERT_CACHE"
+
+
 def test_shares_the_threads_of_torch() -> None:
     """A second OpenMP runtime would be a second pool of threads that fights for the cores."""
     build.load()
@@ -243,16 +297,3 @@ def test_shares_the_threads_of_torch() -> None:
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}) <= 1
     assert isinstance(build.load(), ctypes.CDLL)
-
-
-def test_a_library_that_lost_its_end_is_compiled_again(tmp_path: Path) -> None:
-    library = build.compile_library(ABLE[0], tmp_path)
-    whole = library.read_bytes()
-    assert stat.S_IMODE(library.stat().st_mode) == 0o755
-    library.write_bytes(whole[: len(whole) // 2])
-    assert build.compile_library(ABLE[0], tmp_path) == library
-    assert len(library.read_bytes()) == len(whole)
-
-
-def test_blocks_of_more_than_128() -> None:
-    check_products((288, 432), 144, torch.float32, 33)

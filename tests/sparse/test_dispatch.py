@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dsbert.sparse.kernel_plan import gain_of, plan_kernels
 from dsbert.sparse.kernels import dispatch
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
 from dsbert.sparse.kernels.dispatch import Choice, choose, decide
+from tests.helpers import run_distributed
 
 # Milliseconds of BERT-Base's products at density 0.1, on one core of an AVX2 machine.
 RECORDED = {
@@ -131,13 +133,63 @@ def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: 
     stored["layers"]["second"]["forward"]["backend"] = "abacus"
     (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored).notes
     assert note.endswith("this version has no kernels 'abacus'")
-    elsewhere = (("dtype", "torch.bfloat16", "for torch.bfloat16, and"), ("device", "NVIDIA H100", "NVIDIA"))
-    for key, value, says in elsewhere:
-        (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=fresh.record | {key: value}).notes
-        assert says in note
     named = {"first": layer("reference"), "second": layer("reference")}
     (note,) = plan_kernels(named, tokens=32, dtype=torch.float32, stored=fresh.record).notes
     assert note == "2 layers go on with other kernels than before: the recipe asks for reference"
+
+
+def test_on_another_device_or_dtype_the_kernels_are_chosen_anew(cache: Path) -> None:
+    layers = {"layer": layer()}
+    fresh = plan_kernels(layers, tokens=32, dtype=torch.float32).record
+    stored = json.loads(json.dumps(fresh))
+    for product in dispatch.PRODUCTS:
+        stored["layers"]["layer"][product]["backend"] = "dense"
+    for place in ({"dtype": "torch.bfloat16"}, {"device": "NVIDIA H100"}):
+        plan = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored | place)
+        assert plan.record == fresh
+        (note,) = plan.notes
+        assert next(iter(place.values())) in note
+
+
+def test_timings_are_of_a_number_of_threads(cache: Path) -> None:
+    threads, index = torch.get_num_threads(), layer().index
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            choose(index, "auto", tokens=32, dtype=torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    paths = list(cache.glob("timings-*.json"))
+    assert len(paths) == 2
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in paths)  # other users may share the cache
+
+
+def plan_where_one_rank_has_no_compiler(directory: str) -> list[str]:
+    from dsbert import distributed
+    from dsbert.sparse.kernels.cpu import build
+
+    rank = distributed.init(60).rank
+    os.environ["DSBERT_CACHE"] = f"{directory}/{rank}"
+    build.load.cache_clear()
+    build.unavailable.cache_clear()
+    if rank == 1:
+        os.environ["PATH"] = os.environ["CXX"] = ""
+    made = layer()
+    plan = plan_kernels({"layer": made}, tokens=32, dtype=torch.float32)
+    made(torch.zeros(2, 96)).sum().backward()
+    with pytest.raises(UserError) as error:
+        plan_kernels({"layer": layer("cpu")}, tokens=32, dtype=torch.float32)
+    assert made.choice is not None
+    return [*made.choice, *plan.notes, str(error.value)]
+
+
+def test_what_one_rank_cannot_run_no_rank_runs(tmp_path: Path) -> None:
+    first, second = run_distributed(plan_where_one_rank_has_no_compiler, 2, {"directory": str(tmp_path)})
+    assert first == second
+    *choice, note, error = first
+    assert "cpu" not in choice
+    for text in (note, error):
+        assert "rank 1: no C++ compiler was found" in text
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "dense", "reference"])
@@ -154,9 +206,9 @@ def test_torch_accepts_the_operators(kernels: str, gelu: bool) -> None:
     torch.library.opcheck(op, (x, made.blocks, made.bias, *index))
     torch.library.opcheck(op, (x[:0], made.blocks, None, *index))
     if not gelu:
-        dy, blocks, plain = torch.randn(7, 64), made.blocks.detach(), x.detach()
-        torch.library.opcheck(ops.dgrad, (dy, blocks, *index))
-        torch.library.opcheck(ops.wgrad, (dy, plain, *index[:4], made.block_size, index[4]))
+        dy = torch.randn(7, 64, requires_grad=True)
+        torch.library.opcheck(ops.dgrad, (dy, made.blocks, *index))
+        torch.library.opcheck(ops.wgrad, (dy, x, *index[:4], made.block_size, index[4]))
         torch.library.opcheck(ops.gelu_gradient, (dy, dy, index[4]))
 
 

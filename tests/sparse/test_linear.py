@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional
 
 from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
-from dsbert.sparse.kernels import ops
+from dsbert.sparse.kernels import dense
 from dsbert.sparse.kernels.dense import scratch_bytes
+from dsbert.sparse.kernels.dispatch import Choice
 from dsbert.sparse.linear import dense_weight
 from tests.sparse.toys import densify
 
@@ -316,57 +317,105 @@ def test_refuses_unknown_kernels():
         BlockSparseLinear(BlockTopology.random((16, 16), 4, 0.5, DrawKey(0, "init", 0, "x")), kernels="fast")
 
 
-def test_a_layer_that_is_loaded_multiplies_by_what_was_loaded():
-    layers = [make((64, 96), 16, "cpu", seed=seed) for seed in (0, 1)]
-    x, dy = inputs(layers[0], 7)
-    layers[1].load_state_dict(layers[0].state_dict())
-    assert layers[1].digest() == layers[0].digest()
-    check(layers[1], x, dy)
-    state = layers[0].state_dict() | {
-        "rows": torch.zeros_like(layers[0].rows),
-        "cols": torch.zeros_like(layers[0].cols),
-    }
-    with pytest.raises(RuntimeError, match="rows and cols"):
-        layers[1].load_state_dict(state)
+def test_load_state_dict_moves_the_kernels_too():
+    """`order` is derived and in no state dict; kernels that read it must see the coordinates that came in."""
+    source, x = make((64, 96), 16, "cpu", seed=1), torch.randn(5, 96)
+    for target in (make((64, 96), 16, "cpu", seed=2), make((64, 96), 16, "cpu").to("meta").to_empty(device="cpu")):
+        target.load_state_dict(source.state_dict())
+        assert target.index.is_consistent()
+        assert torch.equal(target(x), source(x))
+    assigned = make((64, 96), 16, "cpu").to("meta")
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(assigned(x), source(x))
+    damaged = source.state_dict() | {"rows": torch.full_like(source.rows, 9)}
+    with pytest.raises(RuntimeError, match=r"rows and cols: expected rows in 0\.\.3, found 9\.\.9"):
+        make((64, 96), 16).load_state_dict(damaged)
+
+
+def test_made_under_a_meta_device_the_topology_is_real():
+    topology = BlockTopology.random((64, 96), 16, 0.3, DrawKey(0, "init", 0, "x"))
+    with torch.device("meta"):
+        layer = BlockSparseLinear(topology)
+    assert layer.blocks.device.type == "meta"
+    assert layer.rows.device.type == layer.order.device.type == "cpu"
+    assert layer.index.is_consistent()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_mixed_dtypes_are_refused(backend, dtypes):
+    """The C++ kernels would read one as the other."""
+    layer = make((64, 96), 16, backend, dtype=dtypes[0])
+    with pytest.raises(RuntimeError, match="one dtype"):
+        layer(torch.zeros(3, 96, dtype=dtypes[1]))
+
+
+@pytest.mark.parametrize("choice", ["cpu", "dense_onednn", "dense"])
+def test_moved_to_another_dtype_the_kernels_are_chosen_anew_where_they_must(choice):
+    layer, x = make((64, 96), 16, "auto"), torch.randn(7, 96)
+    layer(x)
+    layer.choice = Choice(choice, choice, choice)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        y.sum().backward()
+        assert y.dtype == dtype
+    assert (layer.choice == (choice,) * 3) == (choice != "dense_onednn")
+    double = layer.double()
+    torch.testing.assert_close(double(x.double()), functional.linear(x.double(), double.to_dense(), double.bias))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("backend", EXACT)
 def test_gradients_of_gradients(backend, activation):
-    layer = make((12, 8), 4, backend, dtype=torch.float64)
+    layer = make((8, 12), 4, backend, dtype=torch.float64)
     layer.activation = activation
-    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
 
-    def forward(x, blocks, bias):
+    def function(x, blocks, bias):
         return torch.func.functional_call(layer, {"blocks": blocks, "bias": bias}, (x,))
 
-    arguments = (x, layer.blocks, layer.bias)
-    assert torch.autograd.gradcheck(forward, arguments)
-    assert torch.autograd.gradgradcheck(forward, arguments)
+    inputs = (torch.randn(3, 12, dtype=torch.float64, requires_grad=True), layer.blocks, layer.bias)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_a_layer_that_was_used_under_inference_mode_still_trains():
-    layer = make((96, 160), 16, "dense", dtype=torch.float16)  # a dtype whose scratch no other test has made larger
-    x, dy = inputs(layer, 5)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_gradients_of_gradients_in_cpp(activation):
+    found = []
+    for backend in ("reference", "cpu"):
+        layer = make((64, 96), 16, backend)
+        layer.activation = activation
+        x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        found.append((x.grad, layer.blocks.grad))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("backend", ["dense", "dense_onednn", "reference", "cpu"])
+def test_no_tokens(backend):
+    layer = make((64, 96), 16, "auto")
+    layer.choice = Choice(backend, backend, backend)
+    x = torch.zeros(0, 96, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, 96)
+    assert not layer.blocks.grad.any()
+
+
+def test_the_scratch_serves_inference_mode_training_and_threads():
+    layers = [make((256, 256), 16, "dense", seed=seed) for seed in (1, 2)]
+    for layer in layers:
+        layer.choice = Choice("dense", "dense", "dense")
+    x = torch.randn(32, 256)
+    dense._scratch.clear()
     with torch.inference_mode():
-        layer(x)
-    check(layer, x, dy)
+        expected = [layer(x).clone() for layer in layers]
+    layers[0](x).sum().backward()
 
+    def wrong(index):
+        with torch.no_grad():
+            return sum(not torch.equal(layers[index](x), expected[index]) for _ in range(200))
 
-def test_operands_that_do_not_fit_are_refused():
-    layer = make((64, 96), 16, "cpu")
-    arguments = (layer.rows, layer.cols, layer.order, layer.shape, "cpu,cpu,cpu")
-    for x in (torch.randn(5, 95), torch.randn(5, 96, dtype=torch.bfloat16)):
-        with pytest.raises(RuntimeError, match="expected"):
-            ops.linear(x, layer.blocks, layer.bias, *arguments)
-
-
-def test_layers_of_several_threads_share_the_scratch():
-    layers = [make((256, 256), 16, "dense", seed=seed) for seed in range(4)]
-    operands = [inputs(layer, 200) for layer in layers]
-    expected = [results(layer, *pair) for layer, pair in zip(layers, operands, strict=True)]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            found = list(pool.map(lambda pair: results(pair[0], *pair[1]), zip(layers, operands, strict=True)))
-            for one, other in zip(found, expected, strict=True):
-                assert all(torch.equal(one[name], other[name]) for name in one)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(wrong, (0, 1))) == [0, 0]

@@ -82,6 +82,8 @@ def _blocked(weight: Tensor, index: KernelIndex) -> Tensor:
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.numel():  # no tokens, of which oneDNN knows no product
+        return functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
