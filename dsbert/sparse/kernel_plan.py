@@ -15,15 +15,16 @@ import torch.distributed as dist
 
 from dsbert.distributed import gather_json, patiently
 from dsbert.sparse.kernels.backends import BACKENDS
+from dsbert.sparse.kernels.cpu.build import instruction_set
 from dsbert.sparse.kernels.dispatch import KERNELS, PRODUCTS, Choice, choose
 from dsbert.sparse.linear import BlockSparseLinear
 
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """record: what the checkpoint keeps, {"tokens", "dtype", "device", "layers": {name: {product: {"backend", "ms",
-    "speedup"}}}}; ms is of one call as measured (None: nothing was), speedup against the best dense product.
-    notes: lines that a user should read."""
+    """record: what the checkpoint keeps, {"tokens", "dtype", "device", "instructions" (of the cpu kernels), "layers":
+    {name: {product: {"backend", "ms", "speedup"}}}}; ms is of one call as measured (None: nothing was), speedup against
+    the best dense product. notes: lines that a user should read."""
 
     record: dict[str, Any]
     notes: tuple[str, ...] = field(default=())
@@ -123,7 +124,17 @@ def _plan(
             rows[name][product] = {"backend": backend, "ms": ms, "speedup": speedup}
     notes = [f"{count} layers go on with other kernels than before: {reason}" for reason, count in changed.items()]
     record = {"tokens": tokens, "dtype": str(dtype), "device": _device_name(device), "layers": rows}
+    record["instructions"] = instructions = _instructions(rows)
+    before = stored.get("instructions")
+    if instructions and before and instructions != before:
+        notes.append(f"the cpu kernels use {instructions} here and used {before} before: sums are rounded otherwise")
     return KernelPlan(record, (*_missing(layers, device, dtype, without), *notes))
+
+
+def _instructions(rows: dict[str, Any]) -> str | None:
+    """Which vectors the cpu kernels of a plan use, if it has any: their bits depend on it."""
+    in_use = any(product["backend"] == "cpu" for row in rows.values() for product in row.values())
+    return instruction_set() if in_use else None
 
 
 def _why_elsewhere(stored: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str | None:

@@ -151,6 +151,14 @@ def test_on_another_device_or_dtype_the_kernels_are_chosen_anew(cache: Path) -> 
         assert next(iter(place.values())) in note
 
 
+def test_other_vectors_are_other_bits_and_one_line_says_so(cache: Path) -> None:
+    layers = {"layer": layer("cpu")}
+    stored = plan_kernels(layers, tokens=32, dtype=torch.float32).record
+    assert not plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored).notes
+    (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored | {"instructions": "vax"}).notes
+    assert note.startswith(f"the cpu kernels use {stored['instructions']} here and used vax before")
+
+
 def test_timings_are_of_a_number_of_threads(cache: Path) -> None:
     threads, index = torch.get_num_threads(), layer().index
     try:
