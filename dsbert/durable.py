@@ -95,6 +95,19 @@ def checksum(path: Path, count: Callable[[int], object] = lambda nbytes: None) -
     return hasher.hexdigest()
 
 
+def differences(directory: Path, files: dict[str, str]) -> dict[str, str]:
+    """Which of the files (name -> `checksum`) of a directory are not what was written: name -> what is wrong."""
+    found = {}
+    for name, expected in files.items():
+        try:
+            wrong = None if checksum(directory / name) == expected else "the checksum differs"
+        except OSError as error:
+            wrong = f"unreadable: {error.strerror}"
+        if wrong:
+            found[name] = wrong
+    return found
+
+
 def sealed(document: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of itself."""
     return {**document, _SEAL: xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())}

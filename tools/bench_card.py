@@ -57,8 +57,8 @@ def parity(blocks: list[int], device: Any) -> list[dict[str, Any]]:
     from card_problems import AWKWARD, awkward_problem, exact
     from torch.nn import functional
 
+    from dsbert.sparse.kernels.index import PRODUCTS
     from dsbert.sparse.kernels.triton_gpu import forward_gelu
-    from dsbert.sparse.kernels.triton_gpu.configs import PRODUCTS
     from dsbert.sparse.kernels.triton_gpu.tuning import relative_error
 
     # Sums of products in fp32; rounding of one result, and in the interpreter its truncation, for the half precisions.
@@ -82,7 +82,8 @@ def tuned(blocks: list[int], shapes: list[Shape], options: argparse.Namespace, t
     import torch
     from card_problems import problem_of
 
-    from dsbert.sparse.kernels.triton_gpu.configs import PRODUCTS, set_config
+    from dsbert.sparse.kernels.index import PRODUCTS
+    from dsbert.sparse.kernels.triton_gpu.configs import set_config
     from dsbert.sparse.kernels.triton_gpu.tuning import candidates, tune
 
     rows = []

@@ -7,14 +7,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsbert.sparse.kernels.index import KernelIndex
-from dsbert.sparse.kernels.triton_gpu.configs import PRODUCTS, Product
+from dsbert.sparse.kernels.index import PRODUCTS, KernelIndex, Product
 from dsbert.sparse.kernels.triton_gpu.tuning import Problem, relative_error
 
 # As many bytes of inputs as this are used in turn, so that none of them waits in L2 from the time before.
@@ -199,7 +199,7 @@ def _records(
         calls["torch_bsr"] = [torch_call(product, p, dense_weight(p, torch.bfloat16)) for p in problems[:4]]
     else:
         calls["dense"] = [dense_call(product, problem, weight) for problem in problems]
-        calls["triton"] = [lambda problem=problem: problem.call(product) for problem in problems]  # type: ignore[misc]
+        calls["triton"] = [partial(problem.call, product) for problem in problems]
     records = []
     for backend, every in calls.items():
         try:

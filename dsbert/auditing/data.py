@@ -24,9 +24,9 @@ from dsbert.data.manifest import (
     load_unigram_counts,
 )
 from dsbert.data.shards import Shard
-from dsbert.data.spans import damaged_files
+from dsbert.data.spans import index_differences
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
-from dsbert.durable import checksum, unsealed
+from dsbert.durable import differences, unsealed
 from dsbert.errors import DsbertError
 
 _CHUNK_BYTES = 1 << 22
@@ -125,14 +125,10 @@ def _audit_unigram(path: Path, counts: np.ndarray, audit: Audit) -> None:
 def _audit_other_files(path: Path, manifest: Manifest, audit: Audit) -> None:
     """What the manifest names beside the shards, unless it was found wrong already; and the sample indices."""
     known = {problem.file for problem in audit.problems}
-    for name, digest in manifest.files.items():
-        try:
-            wrong = "" if checksum(path / name) == digest else "the checksum differs: prepare the data again"
-        except OSError as error:
-            wrong = f"unreadable: {error.strerror}"
-        if wrong and name not in known:
-            audit.problems.append(Problem(name, wrong))
+    for name, wrong in differences(path, manifest.files).items():
+        if name not in known:
+            audit.problems.append(Problem(name, f"{wrong}: prepare the data again"))
     for folder in sorted(path.glob("spans-*")):
-        for name in damaged_files(folder):
-            message = f"not what was written: remove {folder.name}, it is made again"
+        for name, wrong in index_differences(folder).items():
+            message = f"{wrong}: remove {folder.name}, it is made again"
             audit.problems.append(Problem(f"{folder.name}/{name}", message))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import Shard, TokenStore
-from dsbert.durable import checksum, sealed, unsealed
+from dsbert.durable import checksum, differences, sealed, unsealed
 from dsbert.errors import UserError
 
 NUM_SPECIAL = 3
@@ -119,20 +119,12 @@ class SpanIndex:
         return heads
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """The files of an index on disk that are not what was written."""
+def index_differences(folder: Path) -> dict[str, str]:
+    """The files of an index on disk that are not what was written: name -> what is wrong."""
     try:
-        files = unsealed(json.loads((folder / _META).read_text())).get("files", {})
+        return differences(folder, unsealed(json.loads((folder / _META).read_text())).get("files", {}))
     except (OSError, ValueError, AttributeError):
-        return [_META]
-    damaged = []
-    for name, digest in files.items():
-        try:
-            whole = checksum(folder / name) == digest
-        except OSError:
-            whole = False
-        damaged += [] if whole else [name]
-    return damaged
+        return {_META: "it is not what was written"}
 
 
 def _spans_of_shard(shard: Shard, first_token: int, first_document: int, capacity: int) -> SpanIndex:

@@ -67,6 +67,12 @@ def joined(batches: Sequence[Batch]) -> Batch:
     )
 
 
+def check_rows(position: int, count: int, rows: int) -> None:
+    """Raises ValueError for a negative position or count, or fewer rows than samples."""
+    if position < 0 or not 0 <= count <= rows:
+        raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
+
+
 @dataclass(frozen=True)
 class _Texts:
     """What stands in each row, all int64 [b]: the tokens of A and B as (global start, length), and the NSP label."""
@@ -151,8 +157,7 @@ class SampleStream:
             ValueError: a negative position or count, or fewer rows than samples.
         """
         b = count if rows is None else rows
-        if position < 0 or count < 0 or b < count:
-            raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
+        check_rows(position, count, b)
         epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
         texts = self._pair(samples, keys) if self._nsp else self._single(samples)

@@ -18,7 +18,7 @@ from dsbert.data.pieces import cut, read
 from dsbert.data.shards import TokenStore
 from dsbert.data.sources import resolve
 from dsbert.data.spans import SpanIndex
-from dsbert.data.stream import Batch, SampleStream, joined
+from dsbert.data.stream import Batch, SampleStream, check_rows, joined
 from dsbert.data.tokenizer import Vocabulary, find_tokenizer
 from dsbert.errors import UserError
 
@@ -63,8 +63,7 @@ class StreamingSamples:
 
         Raises UserError if the source cannot be read, or has no sample.
         """
-        if position < 0 or count < 0 or (rows is not None and rows < count):
-            raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
+        check_rows(position, count, count if rows is None else rows)
         if position < self._first:
             self._rewind()
         parts = []

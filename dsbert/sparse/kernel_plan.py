@@ -16,7 +16,8 @@ import torch.distributed as dist
 from dsbert.distributed import gather_json, patiently
 from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.cpu.build import instruction_set
-from dsbert.sparse.kernels.dispatch import KERNELS, PRODUCTS, Choice, choose
+from dsbert.sparse.kernels.dispatch import KERNELS, Choice, choose
+from dsbert.sparse.kernels.index import PRODUCTS
 from dsbert.sparse.linear import BlockSparseLinear
 
 
@@ -71,19 +72,35 @@ def _plan_together(
 ) -> KernelPlan:
     without: dict[str, str] = {}  # backend -> which rank cannot run it, and why
     while True:
-        found: list[KernelPlan] = []
-        patiently(lambda: found.append(_plan(layers, tokens, dtype, stored, without)))  # noqa: B023
-        record, notes = gather_json([found[0].record, found[0].notes] if found else None)[0]
-        unable: dict[str, str] = {}
-        patiently(lambda: unable.update(_unable(record, layers, dtype)), everywhere=True)  # noqa: B023
-        missing = {
-            name: f"rank {rank}: {reason}"
-            for rank, reasons in reversed(list(enumerate(gather_json(unable))))
-            for name, reason in reasons.items()
-        }
+        plan = _plan_of_rank_0(layers, tokens, dtype, stored, without)
+        missing = _missing_somewhere(plan, layers, dtype)
         if not missing:
-            return KernelPlan(record, tuple(notes))
+            return plan
         without.update(missing)
+
+
+def _plan_of_rank_0(
+    layers: dict[str, BlockSparseLinear],
+    tokens: int,
+    dtype: torch.dtype,
+    stored: dict[str, Any],
+    without: Mapping[str, str],
+) -> KernelPlan:
+    found: list[KernelPlan] = []
+    patiently(lambda: found.append(_plan(layers, tokens, dtype, stored, without)))
+    record, notes = gather_json([found[0].record, found[0].notes] if found else None)[0]
+    return KernelPlan(record, tuple(notes))
+
+
+def _missing_somewhere(plan: KernelPlan, layers: dict[str, BlockSparseLinear], dtype: torch.dtype) -> dict[str, str]:
+    """Of the backends of a plan, those that some rank cannot run: the first such rank, and why."""
+    unable: dict[str, str] = {}
+    patiently(lambda: unable.update(_unable(plan.record, layers, dtype)), everywhere=True)
+    return {
+        name: f"rank {rank}: {reason}"
+        for rank, reasons in reversed(list(enumerate(gather_json(unable))))
+        for name, reason in reasons.items()
+    }
 
 
 def _unable(record: dict[str, Any], layers: dict[str, BlockSparseLinear], dtype: torch.dtype) -> dict[str, str]:

@@ -104,12 +104,16 @@ def test_killed_in_the_middle_and_run_again(corpus, digest, tmp_path, stage):
     """KILL of the whole: its workers die with it, what was published stays, and is not made again."""
     command = [sys.executable, "-c", CUT, *arguments(corpus, tmp_path / "data", "--nproc", "2")]
     work = tmp_path / ".data.preparing"
-    # The mark comes last: without it a piece is not done.
-    pieces_read = lambda: [p for p in work.glob("*.facts.npy") if (work / p.name.replace("facts.npy", "json")).exists()]  # noqa: E731
-    encoded = lambda: list(work.glob("*.train.arrow"))  # noqa: E731
+
+    def pieces_done() -> list[Path]:
+        if stage == "encode":
+            return list(work.glob("*.train.arrow"))
+        # The mark comes last: without it a piece is not done.
+        return [path for path in work.glob("*.facts.npy") if Path(str(path).replace("facts.npy", "json")).exists()]
+
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        wait_for(lambda: len(pieces_read() if stage == "read" else encoded()) >= 3)
+        wait_for(lambda: len(pieces_done()) >= 3)
         workers = processes_of(running.pid)
         running.kill()
     finally:

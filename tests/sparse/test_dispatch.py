@@ -15,6 +15,7 @@ from dsbert.sparse.kernel_plan import gain_of, plan_kernels
 from dsbert.sparse.kernels import dispatch
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
 from dsbert.sparse.kernels.dispatch import Choice, choose, decide
+from dsbert.sparse.kernels.index import PRODUCTS
 from tests.helpers import run_distributed
 
 # Milliseconds of BERT-Base's products at density 0.1, on one core of an AVX2 machine.
@@ -56,7 +57,7 @@ def test_measured_once_and_remembered_on_disk(cache: Path, monkeypatch: pytest.M
     first = choose(index, "auto", tokens=32, dtype=torch.float32)
     assert set(first.timings) == {"forward", "dgrad", "wgrad"}
     assert {"cpu", "reference", "dense", "dense_onednn"} == set(first.timings["forward"])
-    assert first.choice == Choice(*(decide(first.timings[product]) for product in dispatch.PRODUCTS))
+    assert first.choice == Choice(*(decide(first.timings[product]) for product in PRODUCTS))
     (path,) = cache.glob("timings-*.json")
     recorded = json.loads(path.read_text())
     assert recorded["hardware"]
@@ -118,13 +119,13 @@ def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: 
     layers = {"first": layer(), "second": layer()}
     fresh = plan_kernels(layers, tokens=32, dtype=torch.float32)
     stored = json.loads(json.dumps(fresh.record))
-    for product in dispatch.PRODUCTS:
+    for product in PRODUCTS:
         stored["layers"]["second"][product]["backend"] = "reference"
     again = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored)
     assert again.record == stored
     assert not again.notes
     assert layers["second"].choice == ("reference",) * 3
-    for product in dispatch.PRODUCTS:
+    for product in PRODUCTS:
         stored["layers"]["second"][product]["backend"] = "triton"
     moved = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored)
     assert moved.record == fresh.record
@@ -142,7 +143,7 @@ def test_on_another_device_or_dtype_the_kernels_are_chosen_anew(cache: Path) -> 
     layers = {"layer": layer()}
     fresh = plan_kernels(layers, tokens=32, dtype=torch.float32).record
     stored = json.loads(json.dumps(fresh))
-    for product in dispatch.PRODUCTS:
+    for product in PRODUCTS:
         stored["layers"]["layer"][product]["backend"] = "dense"
     for place in ({"dtype": "torch.bfloat16"}, {"device": "NVIDIA H100"}):
         plan = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored | place)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from dsbert.sparse.kernels.index import PRODUCTS
 from dsbert.sparse.kernels.triton_gpu import BACKEND, why_not
 from dsbert.sparse.kernels.triton_gpu.configs import (
     ARCHITECTURES,
     KINDS,
-    PRODUCTS,
     TABLE,
     LinearConfig,
     config_of,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,6 +21,18 @@ def cache_directory() -> Path:
         raise OSError(errno.ENOENT, "no home directory", "~") from None
 
 
-def readable_by_all(path: str | Path, executable: bool = False) -> None:
-    """A cache may be shared by users, and temporary files are made for one alone."""
-    os.chmod(path, 0o755 if executable else 0o644)
+@contextmanager
+def whole_file(path: Path, executable: bool = False) -> Iterator[Path]:
+    """Another name to write a file under, which takes its place at the end, whole: several processes may do so at once.
+
+    Readable by all, for a cache may be shared by users. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o755 if executable else 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -84,7 +84,8 @@ def _blocked(weight: Tensor, index: KernelIndex) -> Tensor:
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not x.numel():  # no tokens, of which oneDNN knows no product
         return functional.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return y
 
 
 def _onednn_why_not(device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:

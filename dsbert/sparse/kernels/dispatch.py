@@ -12,14 +12,13 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import xxhash
@@ -28,10 +27,9 @@ from torch import Tensor
 import dsbert
 from dsbert.errors import UserError
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
-from dsbert.sparse.kernels.cache import cache_directory, readable_by_all
-from dsbert.sparse.kernels.index import Backend, KernelIndex
+from dsbert.sparse.kernels.cache import cache_directory, whole_file
+from dsbert.sparse.kernels.index import PRODUCTS, Backend, KernelIndex
 
-PRODUCTS = ("forward", "dgrad", "wgrad")
 # The names that a recipe may give, and what each leaves to measure.
 KERNELS: dict[str, tuple[str, ...]] = {
     "auto": ("triton", "cpu", "reference", *DENSE),
@@ -66,7 +64,7 @@ class Decision:
 
     def gains(self) -> dict[str, tuple[float, float]]:
         """product -> (milliseconds, times faster than the best dense product), for what was measured."""
-        found = {}
+        found: dict[str, tuple[float, float]] = {}
         for product, name in zip(PRODUCTS, self.choice, strict=True):
             ms = self.timings.get(product, {})
             dense = [ms[other] for other in DENSE if other in ms]
@@ -132,7 +130,7 @@ def choose(
         for product, ms in _measure(index, names, measured_tokens, dtype).items():
             timings.setdefault(product, {}).update(ms)
         table.write(key, timings)
-    kept = {product: {name: timings[product][name] for name in names} for product in PRODUCTS}
+    kept: Timings = {product: {name: timings[product][name] for name in names} for product in PRODUCTS}
     return Decision(Choice(*(decide(kept[product]) for product in PRODUCTS)), kept)
 
 
@@ -187,7 +185,7 @@ def _synchronize(device: torch.device) -> None:
 class _Table:
     """The timings of this hardware and these versions: in memory, and in a file that other processes share."""
 
-    _memory: dict[tuple[str, str], Timings] = {}  # noqa: RUF012
+    _memory: ClassVar[dict[tuple[str, str], Timings]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self._about = {"hardware": _hardware(device), "versions": _versions()}
@@ -200,18 +198,9 @@ class _Table:
     def write(self, key: str, timings: Timings) -> None:
         self._memory[self._name, key] = timings
         with suppress(OSError):  # without a cache, the next process measures again
-            path = self._path()
-            path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self._about | {"milliseconds": self._file() | {key: timings}}, indent=1)
-            handle, temporary = tempfile.mkstemp(dir=path.parent)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                readable_by_all(temporary)
-                os.replace(temporary, path)
-            except OSError:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            with whole_file(self._path()) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def _path(self) -> Path:
         return cache_directory() / f"timings-{self._name}.json"

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Product = Literal["forward", "dgrad", "wgrad"]
+PRODUCTS: tuple[Product, ...] = ("forward", "dgrad", "wgrad")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +79,10 @@ class KernelIndex:
     def addresses(self) -> tuple[int, int, int, int]:
         """Where row_ptr, row_slots, col_ptr and col_slots begin in memory: for kernels that take pointers."""
         num_rows, num_cols = self.grid
-        starts = (0, num_rows + 1, num_rows + 1 + self.num_active, num_rows + num_cols + 2 + self.num_active)
-        base = self.order.data_ptr()
-        return tuple(base + 4 * start for start in starts)  # type: ignore[return-value]
+        row_ptr, size = self.order.data_ptr(), self.order.element_size()
+        row_slots = row_ptr + size * (num_rows + 1)
+        col_ptr = row_slots + size * self.num_active
+        return row_ptr, row_slots, col_ptr, col_ptr + size * (num_cols + 1)
 
     def rebuild_(self) -> None:
         """Derive `order` from rows and cols, in place."""

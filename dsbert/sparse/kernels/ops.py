@@ -4,7 +4,8 @@
 size; shape = (out, in).
 """
 
-# No `from __future__ import annotations`: torch reads the types of what it registers.
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsbert.sparse.kernels import cpu
 from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.index import KernelIndex
 
@@ -33,8 +35,8 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _index(blocks: Tensor, rows: Tensor, cols: Tensor, order: Tensor, shape: Sequence[int]) -> KernelIndex:
-    return KernelIndex((shape[0], shape[1]), blocks.shape[1], rows, cols, order)
+def _index(block_size: int, rows: Tensor, cols: Tensor, order: Tensor, shape: Sequence[int]) -> KernelIndex:
+    return KernelIndex((shape[0], shape[1]), block_size, rows, cols, order)
 
 
 def _check(features: int, x: Tensor, *others: Tensor | None) -> None:
@@ -47,73 +49,75 @@ def _check(features: int, x: Tensor, *others: Tensor | None) -> None:
             raise RuntimeError(f"expected activations and weights of one dtype on one device, found {found}")
 
 
+# In what follows `index` is rows, cols, order, shape, as in _INDEX.
+
+
 @_operator(f"linear({_ARGUMENTS}) -> Tensor")
-def linear(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """X W^T + b: [T, out]."""
-    _check(shape[1], x, blocks, bias)
-    backend = BACKENDS[kernels.split(",")[0]]
-    return backend.forward(x, blocks, _index(blocks, rows, cols, order, shape), bias)
+    *index, kernels = rest
+    _check(index[3][1], x, blocks, bias)
+    return BACKENDS[kernels.split(",")[0]].forward(x, blocks, _index(blocks.shape[1], *index), bias)
 
 
 @_operator(f"linear_gelu({_ARGUMENTS}) -> (Tensor, Tensor)")
-def linear_gelu(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+def linear_gelu(x: Tensor, blocks: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """(gelu(Y), Y) of Y = X W^T + b: [T, out] each."""
-    _check(shape[1], x, blocks, bias)
+    *index, kernels = rest
+    _check(index[3][1], x, blocks, bias)
     backend = BACKENDS[kernels.split(",")[0]]
-    index = _index(blocks, rows, cols, order, shape)
     if backend.forward_gelu is not None:
-        return backend.forward_gelu(x, blocks, index, bias)
-    y = backend.forward(x, blocks, index, bias)
+        return backend.forward_gelu(x, blocks, _index(blocks.shape[1], *index), bias)
+    y = backend.forward(x, blocks, _index(blocks.shape[1], *index), bias)
     return torch.nn.functional.gelu(y), y
 
 
 @_operator(f"dgrad(Tensor dy, Tensor blocks, {_INDEX}, str kernels) -> Tensor")
-def dgrad(dy, blocks, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
+def dgrad(dy: Tensor, blocks: Tensor, *rest: Any) -> Tensor:
     """dY W: [T, in]."""
-    _check(shape[0], dy, blocks)
-    return BACKENDS[kernels.split(",")[1]].dgrad(dy, blocks, _index(blocks, rows, cols, order, shape))
+    *index, kernels = rest
+    _check(index[3][0], dy, blocks)
+    return BACKENDS[kernels.split(",")[1]].dgrad(dy, blocks, _index(blocks.shape[1], *index))
 
 
 @_operator(f"wgrad(Tensor dy, Tensor x, {_INDEX}, int block_size, str kernels) -> Tensor")
-def wgrad(dy, x, rows, cols, order, shape, block_size, kernels):  # type: ignore[no-untyped-def]
+def wgrad(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     """dY^T X at the active blocks: [K, B, B]."""
-    _check(shape[0], dy, x)
-    index = KernelIndex((shape[0], shape[1]), block_size, rows, cols, order)
-    return BACKENDS[kernels.split(",")[2]].wgrad(dy, x, index)
+    *index, block_size, kernels = rest
+    _check(index[3][0], dy, x)
+    return BACKENDS[kernels.split(",")[2]].wgrad(dy, x, _index(block_size, *index))
 
 
 @_operator("gelu_gradient(Tensor dy, Tensor x, str kernels) -> Tensor")
-def gelu_gradient(dy, x, kernels):  # type: ignore[no-untyped-def]
+def gelu_gradient(dy: Tensor, x: Tensor, kernels: str) -> Tensor:
     """dY gelu'(X), of the exact GELU."""
     if kernels.split(",")[0] == "cpu":
-        from dsbert.sparse.kernels import cpu
-
         return cpu.gelu_gradient(dy, x)
-    return torch.ops.aten.gelu_backward(dy, x)
+    dx: Tensor = torch.ops.aten.gelu_backward(dy, x)
+    return dx
 
 
-@torch.library.register_fake("dsbert::linear", lib=_library)
-def _(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], shape[0])
+# The shapes that come out, for fake tensors.
 
 
-@torch.library.register_fake("dsbert::linear_gelu", lib=_library)
-def _(x, blocks, bias, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], shape[0]), x.new_empty(x.shape[0], shape[0])
+def _of_linear(x: Tensor, blocks: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rest[3][0])
 
 
-@torch.library.register_fake("dsbert::dgrad", lib=_library)
-def _(dy, blocks, rows, cols, order, shape, kernels):  # type: ignore[no-untyped-def]
-    return dy.new_empty(dy.shape[0], shape[1])
+def _of_linear_gelu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _of_linear(*arguments), _of_linear(*arguments)
 
 
-@torch.library.register_fake("dsbert::wgrad", lib=_library)
-def _(dy, x, rows, cols, order, shape, block_size, kernels):  # type: ignore[no-untyped-def]
+def _of_dgrad(dy: Tensor, blocks: Tensor, *rest: Any) -> Tensor:
+    return dy.new_empty(dy.shape[0], rest[3][1])
+
+
+def _of_wgrad(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    rows, block_size = rest[0], rest[4]
     return x.new_empty(rows.shape[0], block_size, block_size)
 
 
-@torch.library.register_fake("dsbert::gelu_gradient", lib=_library)
-def _(dy, x, kernels):  # type: ignore[no-untyped-def]
+def _of_gelu_gradient(dy: Tensor, x: Tensor, kernels: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -185,10 +189,12 @@ def _gelu_gradient_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return gelu_gradient(g, x, ctx.kernels) if needs_dy else None, g * dy * second if needs_x else None, None
 
 
-torch.library.register_autograd("dsbert::linear", _gradients, setup_context=_save, lib=_library)
-torch.library.register_autograd("dsbert::linear_gelu", _gelu_gradients, setup_context=_save, lib=_library)
-torch.library.register_autograd("dsbert::dgrad", _dgrad_gradients, setup_context=_save_dgrad, lib=_library)
-torch.library.register_autograd("dsbert::wgrad", _wgrad_gradients, setup_context=_save_wgrad, lib=_library)
-torch.library.register_autograd(
-    "dsbert::gelu_gradient", _gelu_gradient_gradients, setup_context=_save_gelu, lib=_library
-)
+for _name, _shapes, _backward, _setup in (
+    ("linear", _of_linear, _gradients, _save),
+    ("linear_gelu", _of_linear_gelu, _gelu_gradients, _save),
+    ("dgrad", _of_dgrad, _dgrad_gradients, _save_dgrad),
+    ("wgrad", _of_wgrad, _wgrad_gradients, _save_wgrad),
+    ("gelu_gradient", _of_gelu_gradient, _gelu_gradient_gradients, _save_gelu),
+):
+    torch.library.register_fake(f"dsbert::{_name}", _shapes, lib=_library)
+    torch.library.register_autograd(f"dsbert::{_name}", _backward, setup_context=_setup, lib=_library)

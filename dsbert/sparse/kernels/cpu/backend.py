@@ -55,13 +55,12 @@ def gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def dropout(x: Tensor, p: float, seed: int, added: Tensor | None = None) -> Tensor:
-    """added + dropout(X), with what falls drawn from (seed, position)."""
-    x, added = x.contiguous(), None if added is None else added.contiguous()
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """dropout(X), with what falls drawn from (seed, position)."""
+    x = x.contiguous()
     y = torch.empty_like(x)
     load().dsbert_dropout(
-        _DTYPES[x.dtype], x.data_ptr(), None if added is None else added.data_ptr(), y.data_ptr(), x.numel(),
-        seed % 2**64, p, torch.get_num_threads(),
+        _DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), x.numel(), seed % 2**64, p, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -68,10 +68,9 @@ void dsbert_gelu_gradient(int dtype, const void* dy, const void* x, void* dx, in
   if (dtype == 2) gelu_gradient<F16>(dy, x, dx, count, threads);
 }
 
-void dsbert_dropout(int dtype, const void* x, const void* added, void* y, int64_t count, uint64_t seed, double p,
-                    int threads) {
+void dsbert_dropout(int dtype, const void* x, void* y, int64_t count, uint64_t seed, double p, int threads) {
   using namespace dsbert;
-  const Dropout d{x, added, y, count, seed, p, threads};
+  const Dropout d{x, y, count, seed, p, threads};
   if (dtype == 0) dropout<F32>(d);
   if (dtype == 1) dropout<BF16>(d);
   if (dtype == 2) dropout<F16>(d);

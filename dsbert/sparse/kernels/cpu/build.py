@@ -12,13 +12,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 import xxhash
 
-from dsbert.sparse.kernels.cache import cache_directory, readable_by_all
+from dsbert.sparse.kernels.cache import cache_directory, whole_file
 
 SOURCES = ("block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "packing.h", "panels.h", "vectors.h")
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
@@ -65,7 +64,7 @@ def _cpu_flags() -> set[str]:
 
 def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> Path:
     """The shared library for `isa` in `directory`, compiled unless it is there whole. Raises BuildError, one line."""
-    compiler = shlex_which(os.environ.get("CXX")) or shutil.which("g++") or shutil.which("clang++")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
     if compiler is None:
         raise BuildError("no C++ compiler was found: install g++, or set CXX")
     here = Path(__file__).parent
@@ -78,40 +77,36 @@ def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> P
     library = directory / f"block_sparse-{isa}-{hasher.hexdigest()}.so"
     if _is_whole(library):
         return library
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own first: several ranks may compile at once.
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
-        os.close(handle)
-    except OSError as error:
-        raise BuildError(f"the cache {directory} cannot be written: {error.strerror}; set DSBERT_CACHE") from None
-    command = [compiler, *flags, str(here / SOURCES[0]), "-o", temporary]
     # One pool of threads, torch's: a second one would fight with it for the cores. Whoever comes first in the command
     # provides the symbols, and the compiler's own OpenMP is dropped as not needed.
-    command += ["-Wl,--as-needed", openmp] if openmp else []
+    command = [compiler, *flags, str(here / SOURCES[0]), *(["-Wl,--as-needed", openmp] if openmp else [])]
+    try:
+        with whole_file(library, executable=True) as temporary:
+            _compile([*command, "-o", str(temporary)])
+            _seal(temporary)
+    except OSError as error:
+        raise BuildError(f"the cache {directory} cannot be written: {error.strerror}; set DSBERT_CACHE") from None
+    return library
+
+
+def _compile(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise BuildError(f"{compiler} failed: {(lines or ['no message'])[0].strip()}")
-        _seal(temporary)
-        os.replace(temporary, library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} could not be run: {error}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return library
+        raise BuildError(f"{command[0]} could not be run: {error}") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0].strip()}")
 
 
 # A library that lost its end, to a power cut or a full disk, would kill whoever loads it: a checksum stands behind what
 # the loader reads.
 
 
-def _seal(library: str) -> None:
-    with open(library, "r+b") as file:
+def _seal(library: Path) -> None:
+    with library.open("r+b") as file:
         digest = xxhash.xxh3_64(file.read()).digest()
         file.write(digest)
-    readable_by_all(library, executable=True)
 
 
 def _is_whole(library: Path) -> bool:
@@ -120,11 +115,6 @@ def _is_whole(library: Path) -> bool:
     except OSError:
         return False
     return xxhash.xxh3_64(content[:-8]).digest() == content[-8:]
-
-
-def shlex_which(command: str | None) -> str | None:
-    """The executable that CXX names, if it is there."""
-    return shutil.which(command) if command else None
 
 
 def _version(compiler: str) -> str:
@@ -174,9 +164,7 @@ def load() -> ctypes.CDLL:
         number, pointer, size, pointer, size, *[pointer] * 4, size, size, size, size, number, number,
     ]  # fmt: skip
     loaded.dsbert_gelu_gradient.argtypes = [number, pointer, pointer, pointer, size, number]
-    loaded.dsbert_dropout.argtypes = [
-        number, pointer, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number,
-    ]  # fmt: skip
+    loaded.dsbert_dropout.argtypes = [number, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number]
     for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient", "dsbert_dropout"):
         getattr(loaded, name).restype = None
     return loaded

@@ -22,8 +22,7 @@ inline UVec draw(UVec position, uint32_t seed, uint32_t more) {
 
 struct Dropout {
   const void* x;
-  const void* added;  // or null
-  void* y;            // added + x / (1 - p) where an element stays, added where it falls
+  void* y;  // x / (1 - p) where an element stays, 0 where it falls
   int64_t count;
   uint64_t seed;
   double p;
@@ -33,7 +32,7 @@ struct Dropout {
 template <class T>
 void dropout(const Dropout& d) {
   typedef typename T::Raw Raw;
-  const Raw *x = static_cast<const Raw*>(d.x), *added = static_cast<const Raw*>(d.added);
+  const Raw* x = static_cast<const Raw*>(d.x);
   Raw* y = static_cast<Raw*>(d.y);
   const uint32_t seed = uint32_t(d.seed), more = uint32_t(d.seed >> 32), falls = uint32_t(d.p * 4294967296.0);
   const float scale = float(1.0 / (1.0 - d.p));
@@ -45,15 +44,13 @@ void dropout(const Dropout& d) {
     const UVec drawn = draw(lanes + uint32_t(i), seed + uint32_t(i >> 32), more);
     const IVec stays = drawn >= (falls - UVec{});
     const int n = int(std::min<int64_t>(LANES, d.count - i));
-    Raw part[LANES] = {}, base[LANES] = {};
-    const Raw *from = x + i, *onto = added ? added + i : nullptr;
+    Raw part[LANES] = {};
+    const Raw* from = x + i;
     if (n < LANES) {
       std::copy(x + i, x + d.count, part);
       from = part;
-      if (added) std::copy(added + i, added + d.count, base), onto = base;
     }
-    Vec value = bits<Vec>(bits<IVec>(T::get(from) * scale) & stays);
-    if (onto) value += T::get(onto);
+    const Vec value = bits<Vec>(bits<IVec>(T::get(from) * scale) & stays);
     if (n == LANES) {
       T::set(y + i, value);
     } else {

@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
-Product = Literal["forward", "dgrad", "wgrad"]
+from dsbert.sparse.kernels.index import Product
+
 Kind = Literal["half", "float"]  # bf16 and fp16 are launched alike
-PRODUCTS: tuple[Product, ...] = ("forward", "dgrad", "wgrad")
 KINDS: tuple[Kind, ...] = ("half", "float")
 # Compute capabilities that the table is made for; a card gets the last that is not above its own. What is made for 80
 # stays below 99 KiB of shared memory, which is what the smaller cards (8.6, 8.9, 12.x) have.

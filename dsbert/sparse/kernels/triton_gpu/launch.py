@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsbert.sparse.kernels.index import KernelIndex
+from dsbert.sparse.kernels.index import KernelIndex, Product
 from dsbert.sparse.kernels.triton_gpu.availability import interpreting
-from dsbert.sparse.kernels.triton_gpu.configs import LinearConfig, Product, WgradConfig, config_of
+from dsbert.sparse.kernels.triton_gpu.configs import LinearConfig, WgradConfig, config_of
 from dsbert.sparse.kernels.triton_gpu.linear_kernel import linear_kernel
 from dsbert.sparse.kernels.triton_gpu.wgrad_kernel import sum_parts_kernel, wgrad_kernel
 

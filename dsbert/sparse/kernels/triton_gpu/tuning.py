@@ -9,18 +9,18 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product as combinations
 
 import torch
 from torch import Tensor
 
-from dsbert.sparse.kernels.index import KernelIndex
+from dsbert.sparse.kernels.index import KernelIndex, Product
 from dsbert.sparse.kernels.triton_gpu import launch
 from dsbert.sparse.kernels.triton_gpu.configs import (
     Config,
     Kind,
     LinearConfig,
-    Product,
     WgradConfig,
     config_of,
     kind_of,
@@ -115,7 +115,7 @@ def _time(
         if not difference <= _SAME[problem.x.dtype]:
             logger.warning("%s left out: differs from the table's launch by %.2g", product, difference)
             return math.inf
-        total += milliseconds(lambda problem=problem: problem.call(product))  # type: ignore[misc]
+        total += milliseconds(partial(problem.call, product))
     return total
 
 
