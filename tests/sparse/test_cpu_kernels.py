@@ -90,6 +90,14 @@ def test_products_of_unusual_blocks(size: int) -> None:
         check_products((size * 2, size * 3), size, dtype, 7)
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_products_of_more_features_than_a_slice_holds(size: int) -> None:
+    """Sums then wait for the next chunk of features, in y or, for half precisions, beside it."""
+    for dtype in DTYPES:
+        for shape in ((64, 3072), (3072, 64)):
+            check_products(shape, size, dtype, 101)
+
+
 @pytest.mark.parametrize("size", [4, 16, 32])
 @pytest.mark.parametrize("isa", [*ABLE[1:], "avx512_bf16 in plain vectors"])
 def test_products_on_every_instruction_set(
@@ -108,19 +116,28 @@ def test_products_on_every_instruction_set(
         for dtype in DTYPES:
             for tokens in (1, 50, 131):
                 check_products((size * 3, size * 5), size, dtype, tokens)
+            if size == 16:
+                check_products((32, 3072), size, dtype, 50)
     finally:
         forget()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "avx2" not in ABLE, reason="needs an x86 assembler")
-@pytest.mark.parametrize(("isa", "wanted"), [("avx512", "zmm"), ("avx512_bf16", "vdpbf16ps")])
-def test_compiles_for_avx512(isa: str, wanted: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("isa", "fma"), [("avx2", "vfmadd"), ("avx512", "vfmadd"), ("avx512_bf16", "vdpbf16ps")])
+def test_sums_stay_in_registers(isa: str, fma: str, tmp_path: Path) -> None:
+    """Between the first and the last product of a slice the compiler must not put sums aside on the stack."""
     library = build.compile_library(isa, tmp_path)
-    code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
-    products = [line for line in code.splitlines() if wanted in line and ("vfmadd" in line or "vdpbf16ps" in line)]
-    assert len(products) > 100
-    # Sums that did not fit into the registers would be stored and loaded between the products.
-    assert not [line for line in products if "(%rsp" in line]
+    code = subprocess.run(["objdump", "-d", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+    kind = "PairDot" if fma == "vdpbf16ps" else "FloatDot"
+    functions = [text for text in code.split("\n\n") if re.search(rf"<void dsbert::multiply<.*{kind}>\(.*\)>:", text)]
+    assert functions
+    for function in functions:
+        lines = function.splitlines()
+        products = [number for number, line in enumerate(lines) if fma in line]
+        assert len(products) >= 96
+        inner = lines[products[0] : products[-1] + 1]
+        assert not [line for line in inner if "(%rsp" in line or "(%rbp" in line]
+        assert all(("zmm" in line) == (isa != "avx2") for line in inner if fma in line)
 
 
 @pytest.mark.parametrize("size", [1, 8, 16, 64])
@@ -261,12 +278,13 @@ def test_a_library_that_lost_its_end_is_compiled_again(tmp_path: Path) -> None:
     """To load it would be a bus error."""
     library = build.compile_library("plain", tmp_path)
     whole = library.read_bytes()
-    for torn in (whole[:30000], b"", bytes(len(whole))):
+    for torn in (b"", bytes(len(whole)), whole[:30000]):
         library.unlink()  # it is loaded: what is mapped must not be cut
         library.write_bytes(torn)
-        assert build.compile_library("plain", tmp_path) == library
-        assert library.stat().st_size == len(whole)
-        ctypes.CDLL(str(library))
+        assert not build._is_whole(library)
+    assert build.compile_library("plain", tmp_path) == library
+    assert library.stat().st_size == len(whole)
+    ctypes.CDLL(str(library))
     assert library.stat().st_mode & 0o777 == 0o755  # other users may share the cache
     assert list(tmp_path.iterdir()) == [library]
 

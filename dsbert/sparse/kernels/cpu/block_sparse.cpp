@@ -5,7 +5,8 @@
 #include "dropout.h"
 #include "elements.h"
 #include "gelu.h"
-#include "panels.h"
+#include "gradient.h"
+#include "product.h"
 
 namespace dsbert {
 
@@ -36,6 +37,7 @@ typedef dsbert::FloatDot BF16Dot;
 #endif
 
 // dtype: 0 fp32, 1 bf16, 2 fp16. Strides count elements. Everything has been checked by the caller.
+#pragma GCC visibility push(default)
 extern "C" {
 
 void dsbert_product(int dtype, const void* x, int64_t ldx, const void* blocks, const void* bias, void* y,
@@ -77,3 +79,4 @@ void dsbert_dropout(int dtype, const void* x, void* y, int64_t count, uint64_t s
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

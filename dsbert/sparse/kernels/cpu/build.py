@@ -19,7 +19,10 @@ import xxhash
 
 from dsbert.sparse.kernels.cache import cache_directory, whole_file
 
-SOURCES = ("block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "packing.h", "panels.h", "vectors.h")
+SOURCES = (
+    "block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h", "product.h",
+    "segments.h", "vectors.h",
+)  # fmt: skip
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
 ISA_FLAGS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma -mf16c",
@@ -33,7 +36,10 @@ _NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "plain": set(),
 }
-_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-w"]
+_FLAGS = [
+    "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-w",
+    "-fvisibility=hidden",  # several of them may be loaded in one process
+]  # fmt: skip
 
 
 class BuildError(Exception):

@@ -43,6 +43,20 @@ inline void put(void* p, V v) {
 }
 
 inline Vec splat(float value) { return value - Vec{}; }
+
+// sum += a * b. The instruction is spelled out: given the choice, the compiler has it overwrite a factor, and then copies
+// registers, or runs out of them, in the innermost loops.
+inline void add_product(Vec& sum, const float& a, Vec b) {
+#if defined(__AVX512F__) && DSBERT_LANES == 16
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(a));
+#elif defined(__FMA__) && DSBERT_LANES == 8
+  const Vec every = splat(a);
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(every), "x"(b));
+#else
+  sum += a * b;
+#endif
+}
+
 template <class To, class From>
 inline To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "");
