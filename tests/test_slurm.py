@@ -279,6 +279,7 @@ def test_slurm_notices_lost_nodes_itself(cluster: Sandbox, data: Path, undisturb
     assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
 
 
+@pytest.mark.exhaustive
 def test_one_task_of_an_array_is_requeued_alone(
     cluster: Sandbox, data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:
