@@ -1,12 +1,15 @@
-"""What of BERT is neither a product nor a loss, so that it costs little beside the products: dropout, attention, GELU.
+"""What of BERT is neither a sparse product nor a loss, so that it costs little beside those: dropout, attention, GELU,
+and dense products in half precision.
 
 torch draws dropout masks on a CPU number by number, keeps them, and takes attention apart into a dozen passes as soon
-as there is dropout: together a fifth of a step. Elsewhere than on a CPU, and where dsbert's kernels for it cannot be
-had, torch's own run. Shapes: b sequences, h heads, S positions, d head size.
+as there is dropout: together a fifth of a step. Half precisions that a CPU cannot multiply it multiplies number by
+number, up to a hundred times slower than fp32: there fp32 is put around the product. Elsewhere than on a CPU, and where
+dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h heads, S positions, d head size.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -66,6 +69,28 @@ class Dropout(nn.Dropout):
         return drop(x, self.p, self.training)
 
 
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices of a dtype without taking each number apart."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return supported is None or not hasattr(torch.ops.mkldnn, supported) or getattr(torch.ops.mkldnn, supported)()
+
+
+def is_slow(x: Tensor) -> bool:
+    """Whether products of x are better done in fp32 and rounded."""
+    return x.device.type == "cpu" and not _multiplies(x.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, in fp32 around half precisions that the machine cannot multiply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_slow(x) or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -77,6 +102,10 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen."""
+    if is_slow(query):
+        q, k, v = query.float(), key.float(), value.float()
+        found, _ = attention(module, q, k, v, attention_mask, dropout, scaling, **options)
+        return found.to(query.dtype), None
     if not dropout or query.device.type != "cpu":
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -98,6 +127,8 @@ def lighten_(model: BertForPreTraining) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Dropout(module.p))
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear  # parameters, ties and hooks stay as they are
     model.set_attn_implementation(ATTENTION)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from torch.nn import functional
 from transformers import BertForPreTraining
 
 from dsbert import bert_layers
-from dsbert.bert_layers import attention, drop
+from dsbert.bert_layers import attention, drop, lighten_
 from dsbert.model import DeviceBatch, bert_config, build_model
 from tests import workbench as bench
+
+
+def multiplies_half(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    """As on a CPU that can, or cannot, multiply half precisions."""
+    monkeypatch.setattr(bert_layers, "_multiplies", lambda dtype: able or dtype == torch.float32)
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
@@ -24,10 +30,14 @@ def operands(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
     return tensors, seen[:, None, None, :].expand(3, 1, 10, 10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "slow", "tolerance"),
+    [(torch.float32, False, 1e-6), (torch.bfloat16, False, 2e-2), (torch.bfloat16, True, 2e-2)],
+)
 def test_attention_with_dropout_is_attention(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, slow: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    multiplies_half(monkeypatch, not slow)
     monkeypatch.setattr(bert_layers, "drop", lambda x, p, training=True: x)  # nothing falls
     tensors, seen = operands(dtype)
     found, none = attention(torch.nn.Identity(), *tensors, seen, dropout=0.1, scaling=0.3)
@@ -98,6 +108,33 @@ def test_attention_to_nothing_in_fp16() -> None:
     q, k, v = (torch.full((1, 1, 4, 16), value, dtype=torch.float16) for value in (2.0, -3.0, 1.0))
     found, _ = attention(torch.nn.Identity(), q, k, v, torch.zeros(1, 1, 4, 4, dtype=torch.bool), dropout=0.1)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_layers_where_half_precisions_are_slow(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 around the product, and rounded once: of forward, and of every gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(300, 40, dtype=dtype)})
+    kept = dict(model.named_parameters())
+    model.set_attn_implementation = lambda name: None  # type: ignore[assignment]
+    lighten_(cast(BertForPreTraining, model))
+    layer = model["layer"]
+    assert all(parameter is kept[name] for name, parameter in model.named_parameters())
+    x, dy = torch.randn(2, 7, 300).to(dtype).requires_grad_(), torch.randn(2, 7, 40).to(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, layer.weight, layer.bias)]
+    y = functional.linear(*exact)
+    wanted = [y, *torch.autograd.grad(y, exact, dy.double())]
+    for able in (False, True):
+        multiplies_half(monkeypatch, able)
+        with mock.patch.object(functional, "linear", wraps=functional.linear) as product:
+            found = layer(x)
+        assert [call.args[0].dtype for call in product.call_args_list] == [dtype if able else torch.float32]
+        results = [found, *torch.autograd.grad(found, [x, layer.weight, layer.bias], dy)]
+        for result, want in zip(results, wanted, strict=True):
+            assert result.dtype == dtype
+            error = (result.double() - want).norm() / want.norm()
+            # Half an ulp, on the average less, where only the result is rounded.
+            assert error < torch.finfo(dtype).eps * (0.3 if not able else 2)
 
 
 def outputs(model: Any, batch: DeviceBatch) -> Tensor:
