@@ -76,7 +76,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return supported is None or not hasattr(torch.ops.mkldnn, supported) or getattr(torch.ops.mkldnn, supported)()
 
 
-def is_slow(x: Tensor) -> bool:
+def _is_slow(x: Tensor) -> bool:
     """Whether products of x are better done in fp32 and rounded."""
     return x.device.type == "cpu" and not _multiplies(x.dtype)
 
@@ -85,7 +85,7 @@ class Linear(nn.Linear):
     """nn.Linear, in fp32 around half precisions that the machine cannot multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_slow(x) or torch.is_autocast_enabled("cpu"):
+        if not _is_slow(x) or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
@@ -102,7 +102,7 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen."""
-    if is_slow(query):
+    if _is_slow(query):
         q, k, v = query.float(), key.float(), value.float()
         found, _ = attention(module, q, k, v, attention_mask, dropout, scaling, **options)
         return found.to(query.dtype), None

@@ -110,15 +110,23 @@ def test_attention_to_nothing_in_fp16() -> None:
     assert found.isfinite().all()
 
 
+class OneLayer(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(300, 40, dtype=dtype)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """It has no attention."""
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dense_layers_where_half_precisions_are_slow(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 around the product, and rounded once: of forward, and of every gradient."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(300, 40, dtype=dtype)})
+    model = OneLayer(dtype)
     kept = dict(model.named_parameters())
-    model.set_attn_implementation = lambda name: None  # type: ignore[assignment]
     lighten_(cast(BertForPreTraining, model))
-    layer = model["layer"]
+    layer = model.layer
     assert all(parameter is kept[name] for name, parameter in model.named_parameters())
     x, dy = torch.randn(2, 7, 300).to(dtype).requires_grad_(), torch.randn(2, 7, 40).to(dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, layer.weight, layer.bias)]

@@ -6,8 +6,9 @@ Another kernel means other bits, so rank 0 chooses for all, and a resumed run go
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,22 +73,16 @@ def _plan_together(
 ) -> KernelPlan:
     without: dict[str, str] = {}  # backend -> which rank cannot run it, and why
     while True:
-        plan = _plan_of_rank_0(layers, tokens, dtype, stored, without)
+        plan = _of_rank_0(partial(_plan, layers, tokens, dtype, stored, without))
         missing = _missing_somewhere(plan, layers, dtype)
         if not missing:
             return plan
         without.update(missing)
 
 
-def _plan_of_rank_0(
-    layers: dict[str, BlockSparseLinear],
-    tokens: int,
-    dtype: torch.dtype,
-    stored: dict[str, Any],
-    without: Mapping[str, str],
-) -> KernelPlan:
+def _of_rank_0(plan: Callable[[], KernelPlan]) -> KernelPlan:
     found: list[KernelPlan] = []
-    patiently(lambda: found.append(_plan(layers, tokens, dtype, stored, without)))
+    patiently(lambda: found.append(plan()))
     record, notes = gather_json([found[0].record, found[0].notes] if found else None)[0]
     return KernelPlan(record, tuple(notes))
 

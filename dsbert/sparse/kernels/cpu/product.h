@@ -66,7 +66,7 @@ __attribute__((noinline)) void multiply(const typename D::Element* slice, const 
 }
 
 template <class T, class D>
-struct Work {
+struct SliceProduct {
   typedef typename T::Raw Raw;
   typedef typename D::Element Element;
   static constexpr int STEPS = PANEL / D::PAIR;  // of one panel of the summed side
@@ -146,11 +146,11 @@ struct Work {
 
 template <class T, class D>
 void product(const Product& p) {
-  typedef Work<T, D> W;
+  typedef SliceProduct<T, D> Slices;
   typedef typename D::Element Element;
   static thread_local Scratch packed;
   const int64_t size = int64_t(p.B) * p.B / D::PAIR, panels = p.B / PANEL;
-  const int64_t group_bytes = panels * W::SLICE_PANEL * int64_t(sizeof(Element));
+  const int64_t group_bytes = panels * Slices::SLICE_PANEL * int64_t(sizeof(Element));
   const Segments segments(p.ptr, p.slots, p.groups, p.out_groups, p.in_groups, std::max<int64_t>(1, SLICE_BYTES / group_bytes));
   Element* weights = packed.take<Element>(p.ptr[p.out_groups] * size);
 #pragma omp parallel num_threads(p.threads)
@@ -165,11 +165,11 @@ void product(const Product& p) {
     }
     static thread_local Scratch near, sums;
     const bool waits = segments.chunks > 1 && sizeof(typename T::Raw) < sizeof(float);
-    const W work{p, segments, weights, waits ? sums.take<float>(TILE * p.out_groups * p.B) : nullptr,
-                 near.take<Element>(segments.per_chunk * panels * W::SLICE_PANEL)};
+    const Slices slices{p, segments, weights, waits ? sums.take<float>(TILE * p.out_groups * p.B) : nullptr,
+                 near.take<Element>(segments.per_chunk * panels * Slices::SLICE_PANEL)};
     const int64_t tile = tile_tokens(p.tokens, p.threads);
 #pragma omp for schedule(static)
-    for (int64_t token = 0; token < p.tokens; token += tile) work.tile(token, std::min(tile, p.tokens - token));
+    for (int64_t token = 0; token < p.tokens; token += tile) slices.tile(token, std::min(tile, p.tokens - token));
   }
 }
 

@@ -11,14 +11,14 @@ namespace dsbert {
 // blocks go by the lines of the other side. A segment is what one line has in one chunk: line l of chunk c has blocks
 // start[c * lines + l] to start[c * lines + l + 1], by ascending group, as the line lists them.
 struct Segments {
-  int64_t lines, groups, chunks, per_chunk;
+  int64_t groups, chunks, per_chunk;
   std::vector<int64_t> start;
   std::vector<int32_t> slots, group;  // of every block; its group within the chunk
 
-  // The slots of line l are listed[ptr[l]] to listed[ptr[l + 1]]. A chunk has at most `most` groups.
-  Segments(const int32_t* ptr, const int32_t* listed, const int32_t* group_of, int64_t lines_, int64_t groups_, int64_t most)
-      : lines(lines_), groups(groups_) {
-    chunks = std::max<int64_t>(1, (groups + most - 1) / std::max<int64_t>(1, most));
+  // The slots of line l are listed[ptr[l]] to listed[ptr[l + 1]]. A chunk has at most `most` groups, one or more.
+  Segments(const int32_t* ptr, const int32_t* listed, const int32_t* group_of, int64_t lines, int64_t groups_, int64_t most)
+      : groups(groups_) {
+    chunks = std::max<int64_t>(1, (groups + most - 1) / most);
     per_chunk = (groups + chunks - 1) / chunks;
     start.assign(chunks * lines + 1, 0);
     for (int64_t l = 0; l < lines; ++l)
@@ -35,8 +35,6 @@ struct Segments {
       }
   }
 
-  int64_t begin(int64_t chunk) const { return start[chunk * lines]; }
-  int64_t end(int64_t chunk) const { return start[(chunk + 1) * lines]; }
   int64_t groups_in(int64_t chunk) const { return std::max<int64_t>(0, std::min(per_chunk, groups - chunk * per_chunk)); }
 };
 

@@ -1,4 +1,4 @@
-// Vectors of the widest kind that the compiler's flags allow, element types, and GELU.
+// Vectors of the widest kind that the compiler's flags allow, and element types.
 //
 // One source serves every instruction set: it is compiled once for each, with other flags (see build.py).
 #pragma once
