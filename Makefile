@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help pretrain test test-all check format clean
+.PHONY: help pretrain test test-slow test-all check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ pretrain: $(DEMO_EXPORT)/.done  ## pre-train, evaluate and export a small sparse
 
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev  ## run the slower guards, which continuous integration runs after the tests
+	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
 test-all: $(VENV)/.dev  ## run the tests and the exhaustive matrix (long)
 	$(BIN)/python -m pytest -m ""
