@@ -51,15 +51,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The DeepSpeed JSON files and the SLURM scripts stand at the top of the checkout, where people look for them, and
-    # are installed inside the package: dsbert/ds_configs/*.json, dsbert/slurm/*.
-    packages=[*find_packages(include=["dsbert", "dsbert.*"]), "dsbert.ds_configs", "dsbert.slurm"],
-    package_dir={"dsbert.ds_configs": "ds_configs", "dsbert.slurm": "slurm"},
+    packages=find_packages(include=["dsbert", "dsbert.*"]),
+    # Said, so that an editable install is a plain line on sys.path. A finder, which comes after all of sys.path, would
+    # lose to a checkout called dsbert in the current folder: as a folder without __init__.py that is a package as well.
+    package_dir={"": "."},
     package_data={
-        "dsbert": ["recipes/*.yaml"],
+        # ds_configs and slurm are links to the top of the checkout, where people look for them.
+        "dsbert": ["recipes/*.yaml", "ds_configs/*.json", "slurm/*.sbatch", "slurm/*.sh"],
         "dsbert.sparse.kernels.cpu": ["*.cpp", "*.h"],
-        "dsbert.ds_configs": ["*.json"],
-        "dsbert.slurm": ["*.sbatch", "*.sh"],
     },
     include_package_data=False,
     install_requires=[

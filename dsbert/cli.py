@@ -63,7 +63,7 @@ def pretrain(
 
     Starts its ranks itself, or takes its place under torchrun, deepspeed, srun or mpiexec.
     """
-    from dsbert.launch import die_with_parent, launch, rank_command
+    from dsbert.launch import die_with_parent, launch, module_command
     from dsbert.ranks import ranks_from_environment
     from dsbert.stopping import stop_on_signals
 
@@ -77,7 +77,7 @@ def pretrain(
             if stop.wanted:
                 raise SystemExit(EXIT_REQUEUE)
             if count > 1:
-                raise SystemExit(launch(rank_command(_without_nproc(argv)), count))
+                raise SystemExit(launch(module_command("dsbert.cli", *_without_nproc(argv)), count))
         elif nproc is not None:
             raise UserError("expected no --nproc under another launcher, which starts the ranks itself; found both")
         from dsbert.pretrain import pretrain as train
@@ -177,3 +177,7 @@ def _num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    main()

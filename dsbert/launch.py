@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from dsbert.errors import (
@@ -57,7 +58,7 @@ def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term
     own standard output and error, and read nothing.
 
     Args:
-        command: the full argument vector of a rank, the same for all; see `rank_command`.
+        command: the full argument vector of a rank, the same for all; see `module_command`.
         nproc: number of ranks, at least 1.
         grace_s: seconds that ranks keep after one has failed. Ranks that are to name a hung peer themselves need more
             than their own time limit.
@@ -87,9 +88,10 @@ def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term
     return combine_exit_codes([rank.returncode for rank in ranks])
 
 
-def rank_command(argv: Sequence[str]) -> list[str]:
-    """The command of a rank that runs `dsbert ARGV...` with this interpreter."""
-    return [sys.executable, "-m", "dsbert", *argv]
+def module_command(module: str, *argv: str) -> list[str]:
+    """The command of a process that runs a module of ours as this one would import it, whatever lies in the working
+    directory (start.py). "dsbert.cli" is the command line."""
+    return [sys.executable, str(Path(__file__).absolute().with_name("start.py")), module, *argv]
 
 
 def combine_exit_codes(codes: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsbert.jsonl import to_json
+from dsbert.launch import module_command
 
 # Records that wait for W&B, at most: at one a second, a quarter of an hour of an unreachable server.
 QUEUE_RECORDS = 1000
@@ -142,14 +143,13 @@ def _run_id(path: Path) -> str:
 
 
 def _start_process() -> subprocess.Popen[str]:
-    """Start `_main` in a process of its own, with the modules that this process would import."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WANDB_SILENT": "true"}
+    """Start `_main` in a process of its own, with this very package."""
     return subprocess.Popen(
-        [sys.executable, "-m", "dsbert.metrics", str(os.getpid())],
+        module_command("dsbert.metrics", str(os.getpid())),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=os.environ | {"WANDB_SILENT": "true"},
         text=True,
     )
 

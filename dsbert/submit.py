@@ -9,7 +9,6 @@ import dataclasses
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from dsbert.config import load_recipe
 from dsbert.ds_config import load_ds_config
 from dsbert.errors import UserError
+from dsbert.launch import module_command
 
 _PACKAGE = Path(__file__).parent
 # In a checkout the scripts lie beside the package; a wheel carries them inside it (setup.py).
@@ -104,7 +104,7 @@ def _settings(job: Job, run_dir: Path, sweep: Sequence[Sequence[str]]) -> list[s
     options = [] if job.timeout is None else ["--timeout", f"{job.timeout:g}"]
     lines = [
         *(_printable(line) for line in job.setup),
-        f"DSBERT=({shlex.join([sys.executable, '-m', 'dsbert'])})",
+        f"DSBERT=({shlex.join(module_command('dsbert.cli'))})",
         f"RECIPE={_quote(job.recipe)}",
         f"OVERRIDES=({_join(job.overrides)})",
         f"RUN_DIR={_quote(str(run_dir))}",

@@ -42,7 +42,7 @@ def use_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> Non
     """Have `import wandb` find this module, here and in processes started from here."""
     (folder / "fake").mkdir()
     (folder / "fake" / "wandb.py").write_text(source)
-    monkeypatch.syspath_prepend(folder / "fake")
+    monkeypatch.setenv("PYTHONPATH", str(folder / "fake"), prepend=os.pathsep)
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -176,7 +176,7 @@ while "log" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAKE
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FAKE_WANDB_LOG": str(calls)}
+    environment = os.environ | {"FAKE_WANDB_LOG": str(calls)}
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=30)
     deadline = time.monotonic() + 10
     while '["finish"]' not in calls.read_text() and time.monotonic() < deadline:

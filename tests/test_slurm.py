@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from dsbert.launch import module_command
 from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
 from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
@@ -142,7 +143,7 @@ class Job:
             pid: node
             for node in nodes or self.cluster.nodes
             for pid, line in self.cluster.processes(node).items()
-            if line.startswith(f"{sys.executable} -m dsbert pretrain") and f"{self.run_dir} " in line + " "
+            if line.startswith(" ".join(module_command("dsbert.cli", "pretrain"))) and f"{self.run_dir} " in line + " "
         }
 
     def nodes(self) -> list[str]:

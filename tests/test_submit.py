@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dsbert.launch import module_command
 from dsbert.submit import _seconds
 from tests.commands import Done, complaint, dsbert
 
@@ -154,7 +155,7 @@ def test_a_shell_reads_hostile_values_as_they_are(tmp_path: Path) -> None:
     shellcheck(text)
     seen = words_of_srun(run_script(text, tmp_path))
     start = seen.index("pretrain")
-    assert seen[start - 3 : start] == [sys.executable, "-m", "dsbert"]
+    assert seen[start - 3 : start] == module_command("dsbert.cli")
     assert seen[start + 1 :] == ["demo", *HOSTILE, "--run-dir", str(run_dir)]
     assert not list(tmp_path.rglob("pwned"))
 

@@ -1,4 +1,4 @@
-"""What a worker process does: `python -m dsbert.data.worker` takes tasks as JSON lines (workers.py)."""
+"""What a worker process does: it takes tasks as JSON lines (workers.py)."""
 
 from __future__ import annotations
 

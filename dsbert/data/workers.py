@@ -11,14 +11,13 @@ import json
 import os
 import selectors
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from dsbert.errors import DsbertError, PeerError, UserError
-from dsbert.launch import PARENT_PID_ENV
+from dsbert.launch import PARENT_PID_ENV, module_command
 
 _MAX_DEATHS = 3
 
@@ -116,7 +115,7 @@ class Workers:
         environment = os.environ | {PARENT_PID_ENV: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
         # A session of its own: a terminal's Ctrl-C is the master's to handle.
         return subprocess.Popen(
-            [sys.executable, "-m", "dsbert.data.worker"],
+            module_command("dsbert.data.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
