@@ -12,14 +12,17 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dsbert.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
+from dsbert.documents import DocumentError, Lines, load_yaml, read_document
 from dsbert.errors import UserError
+from dsbert.fields import Flag, Number, PathName, Text, Whole, whole
+from dsbert.overrides import keep_shares, override_value, total_steps
 
 RECIPES = Path(__file__).parent / "recipes"
-BlockSize = Literal[1, 4, 8, 16, 32, 64, 128]
 Positive = Field(gt=0)
+BlockSize = Annotated[Literal[1, 4, 8, 16, 32, 64, 128], BeforeValidator(whole)]
 
 
 class _Section(BaseModel):
@@ -29,19 +32,21 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """BERT's shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size 64)."""
 
-    num_layers: int = Positive
-    hidden_size: int = Positive
-    num_heads: int = Positive
-    intermediate_size: int = Positive
-    max_positions: int = Field(512, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    initializer_std: float = Field(0.02, gt=0)
+    num_layers: Whole = Positive
+    hidden_size: Whole = Positive
+    num_heads: Whole = Positive
+    intermediate_size: Whole = Positive
+    max_positions: Whole = Field(512, gt=0)
+    dropout: Number = Field(0.1, ge=0, lt=1)
+    initializer_std: Number = Field(0.02, gt=0)
 
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, values: Any) -> Any:
-        if isinstance(values, dict) and str(values.get("hidden_size", "")).isdigit():
-            hidden = int(values["hidden_size"])
+        hidden = values.get("hidden_size") if isinstance(values, dict) else None
+        if hidden is not None:
+            fits = isinstance(hidden, int | float) and hidden > 0 and hidden % 1 == 0
+            hidden = int(hidden) if fits else 64  # where it does not fit, that is said, and not that these are missing
             values = {"num_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden} | values
         return values
 
@@ -62,17 +67,17 @@ class SparsityConfig(_Section):
     """
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
-    sparsity: float = Field(0.9, ge=0, lt=1)
+    sparsity: Number = Field(0.9, ge=0, lt=1)
     block_size: BlockSize = 16
     modules: tuple[str, ...] = ("*encoder.layer.*",)
-    num_updates: int = Field(80, gt=0)
-    max_prune_ratio: float = Field(0.5, gt=0, le=1)
+    num_updates: Whole = Field(80, gt=0)
+    max_prune_ratio: Number = Field(0.5, gt=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
     prune_score: Literal["l1", "l2", "linf"] = "l1"
     regrow: Literal["random", "gradient"] = "random"
-    group_lasso: float = Field(0.0, ge=0)
+    group_lasso: Number = Field(0.0, ge=0)
     balance: Literal["none", "rows"] = "none"
-    allow_density_error: bool = False
+    allow_density_error: Flag = False
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
     @property
@@ -89,19 +94,19 @@ class DataConfig(_Section):
     directory on each node's own disk that the data is copied to, once, and read from.
     """
 
-    path: Path
-    seq_len: int = Field(128, ge=8)
-    nsp: bool = True
-    mask_fraction: float = Field(0.15, gt=0, lt=1)
-    shuffle_window: Literal[0] | Annotated[int, Field(ge=1024)] = 0
-    stage_to: Path | None = None
+    path: PathName
+    seq_len: Whole = Field(128, ge=8)
+    nsp: Flag = True
+    mask_fraction: Number = Field(0.15, gt=0, lt=1)
+    shuffle_window: Annotated[Literal[0] | Annotated[int, Field(ge=1024)], BeforeValidator(whole)] = 0
+    stage_to: PathName | None = None
 
 
 class BatchConfig(_Section):
     """global_batch: sequences per optimizer step over all ranks. micro_batch: sequences per forward on one rank."""
 
-    global_batch: int = Positive
-    micro_batch: int = Positive
+    global_batch: Whole = Positive
+    micro_batch: Whole = Positive
 
 
 class OptimConfig(_Section):
@@ -111,20 +116,21 @@ class OptimConfig(_Section):
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
     """
 
-    total_steps: int = Positive
-    warmup_steps: int = Field(ge=0)
-    lr: float | None = Field(None, gt=0)
-    dense_lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-6, gt=0)
-    max_skipped_steps: int = Field(10, gt=0)
+    total_steps: Whole = Positive
+    warmup_steps: Whole = Field(ge=0)
+    lr: Number | None = Field(None, gt=0)
+    dense_lr: Number | None = Field(None, gt=0)
+    weight_decay: Number = Field(0.01, ge=0)
+    beta1: Number = Field(0.9, ge=0, lt=1)
+    beta2: Number = Field(0.999, ge=0, lt=1)
+    eps: Number = Field(1e-6, gt=0)
+    max_skipped_steps: Whole = Field(10, gt=0)
 
     @model_validator(mode="after")
     def _one_rate(self) -> OptimConfig:
         if (self.lr is None) == (self.dense_lr is None):
-            raise ValueError("expected exactly one of lr and dense_lr")
+            found = "neither" if self.lr is None else "both: override the other one with null"
+            raise ValueError(f"expected exactly one of lr and dense_lr, found {found}")
         if self.warmup_steps >= self.total_steps:
             raise ValueError(f"expected warmup_steps below total_steps {self.total_steps}, found {self.warmup_steps}")
         return self
@@ -133,8 +139,8 @@ class OptimConfig(_Section):
 class EvalConfig(_Section):
     """Validation during training: `sequences` held-out samples, the same ones each time (0 = off)."""
 
-    every_steps: int = Positive
-    sequences: int = Field(512, ge=0)
+    every_steps: Whole = Positive
+    sequences: Whole = Field(512, ge=0)
 
 
 class CheckpointConfig(_Section):
@@ -144,32 +150,32 @@ class CheckpointConfig(_Section):
     it can). A save that somebody waits for knows no limit.
     """
 
-    every_steps: int = Positive
-    keep: int = Field(2, gt=0)
-    keep_every_steps: int | None = Field(None, gt=0)
-    max_mb_per_s: float | None = Field(None, gt=0)
+    every_steps: Whole = Positive
+    keep: Whole = Field(2, gt=0)
+    keep_every_steps: Whole | None = Field(None, gt=0)
+    max_mb_per_s: Number | None = Field(None, gt=0)
 
 
 class LogConfig(_Section):
     """A record in metrics.jsonl (and W&B) every_steps; steps with an update or an evaluation are always logged."""
 
-    every_steps: int = Field(10, gt=0)
-    wandb: bool = True
-    wandb_project: str = "dsbert"
+    every_steps: Whole = Field(10, gt=0)
+    wandb: Flag = True
+    wandb_project: Text = "dsbert"
 
 
 class DeepSpeedConfig(_Section):
     """config: a name in ds_configs/ or the path of a JSON file. overrides: merged over it."""
 
-    config: str = "zero1_bf16"
+    config: Text = "zero1_bf16"
     overrides: dict[str, Any] = {}
 
 
 class Recipe(_Section):
-    """A whole experiment."""
+    """A whole experiment. name: of its run directory, where none is given."""
 
-    name: str
-    seed: int = Field(1, ge=0, lt=2**63)
+    name: Text
+    seed: Whole = Field(1, ge=0, lt=2**63)
     model: ModelConfig
     sparsity: SparsityConfig = SparsityConfig()
     data: DataConfig
@@ -182,16 +188,21 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        found = []
+        if not self.name.isprintable() or "/" in self.name or self.name in (".", ".."):
+            found.append(f"expected a name that a directory can have, found {self.name!r}")
         if self.sparsity.pattern == "dynamic" and self.sparsity.num_updates > self.optim.total_steps:
-            raise ValueError(
+            found.append(
                 f"expected sparsity.num_updates of at most total_steps {self.optim.total_steps}, "
                 f"found {self.sparsity.num_updates}"
             )
         if self.data.seq_len > self.model.max_positions:
-            raise ValueError(
+            found.append(
                 f"expected data.seq_len of at most model.max_positions {self.model.max_positions}, "
                 f"found {self.data.seq_len}"
             )
+        if found:
+            raise ValueError(in_one_line(found))
         return self
 
     @property
@@ -226,63 +237,57 @@ def recipe_names() -> list[str]:
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe (a name in dsbert/recipes or a YAML path) and apply `a.b=value` overrides.
 
-    Raises UserError, one line, for an unknown recipe, an unknown key (with the nearest name), or a value that does
-    not fit.
+    Where optim.total_steps is overridden, the recipe's own warm-up keeps its share of it, and mask updates become no
+    more than there are steps, unless they are overridden as well.
+
+    Raises UserError, one line, for an unknown recipe, and for all unknown keys (with the nearest name) and values that
+    do not fit.
     """
-    path = RECIPES / f"{recipe}.yaml" if recipe in recipe_names() else Path(recipe)
-    if not path.is_file():
-        raise UserError(f"expected a YAML file or one of {', '.join(recipe_names())} as recipe, found {recipe!r}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"expected YAML in {path}, found: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"expected a mapping of recipe keys in {path}, found {type(values).__name__}")
+    path, values, lines = _read(recipe)
+    before = total_steps(values)
+    complaints: list[str] = []
+    given: set[Key] = set()
     for override in overrides:
-        _set(values, override)
-    return recipe_from_dict({"name": path.stem} | values)
+        try:
+            given.add(override_value(values, override))
+        except DocumentError as error:
+            complaints.append(error.found)
+    keep_shares(values, before, given, SparsityConfig().num_updates)
+
+    def place(key: Key) -> str:
+        overridden = any(key[: len(one)] == one for one in given)
+        return f" ({path.name}, line {lines[key]})" if key in lines and not overridden else ""
+
+    try:
+        found = Recipe.model_validate({"name": path.stem} | values)
+    except ValidationError as error:
+        complaints += explain(error, Recipe, "recipe", RECIPE_SYNONYMS, place)
+    if complaints:
+        raise UserError(in_one_line(complaints))
+    return found
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """Validate; UserError names the first thing that does not fit."""
+    """Validate; UserError names all that does not fit."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(in_one_line(explain(error, Recipe, "recipe", RECIPE_SYNONYMS))) from None
 
 
-def _set(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"expected an override a.b=value, found {override!r}")
-    *parents, last = key.split(".")
-    for parent in parents:
-        nested = values.setdefault(parent, {})
-        if not isinstance(nested, dict):
-            raise UserError(f"expected a section at {parent!r} in override {override!r}, found the value {nested!r}")
-        values = nested
+def _read(recipe: str) -> tuple[Path, dict[str, Any], Lines]:
+    names = recipe_names()
+    path = RECIPES / f"{recipe}.yaml" if recipe in names else Path(recipe)
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"expected a YAML value in override {override!r}, found {text!r}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1, cutoff=0.0)
-        prefix = ".".join(str(part) for part in first["loc"][:-1])
-        nearest = f"{prefix}.{near[0]}" if prefix else near[0]
-        return f"unknown recipe key {key!r}: the nearest known key is {nearest!r}"
-    if first["type"] == "missing":
-        return f"expected a value for recipe key {key!r}, found none"
-    if first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        return f"recipe {key + ': ' if key else ''}{message}"
-    found = first["input"]
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"recipe key {key!r}: {message}, found {found!r}"
+        values, lines = load_yaml(read_document(path))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(recipe, names, n=1)
+        hint = f": do you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"expected a YAML file or one of {', '.join(names)} as recipe, found {recipe!r}{hint}"
+        ) from None
+    except DocumentError as error:
+        raise UserError(f"expected a recipe in YAML in {path}, found {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"expected a mapping of recipe keys in {path}, found {type(values).__name__}")
+    return path, values, lines

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from dsbert.config import load_recipe, recipe_names, sparse_lr_factor
+from dsbert.config import RECIPES, load_recipe, recipe_names, sparse_lr_factor
 from dsbert.ds_config import ds_config_names, load_ds_config, precision, zero_stage
 from dsbert.errors import UserError
 
@@ -67,6 +69,18 @@ def test_yaml_that_reads_numbers_as_strings(tmp_path: Path) -> None:
         ("seed", "expected an override a.b=value"),
         ("seed.x=1", "expected a section at 'seed'"),
         ("model.hidden_size=[", "expected a YAML value"),
+        ("optim.learning_rate=1e-3", "the nearest known key is 'optim.lr'"),
+        ("batch_size=8", "the nearest known key is 'batch.global_batch'"),
+        ("epochs=8", "the nearest known key is 'optim.total_steps'"),
+        ("num_layer=8", "the nearest known key is 'model.num_layers'"),
+        ("optim.zzz=8", "unknown recipe key 'optim.zzz': known here: total_steps, warmup_steps"),
+        ("data.path=", "recipe key 'data.path': expected a path, found null"),
+        ("data.path=''", "recipe key 'data.path': expected a path, found ''"),
+        ("data.stage_to=''", "recipe key 'data.stage_to': expected a path, found ''"),
+        ("deepspeed.config=''", "recipe key 'deepspeed.config': expected text"),
+        ("name=../a", "expected a name that a directory can have"),
+        ("seed=99999999999999999999", "expected less than 9223372036854775808"),
+        ("optim.lr=1e-3", "expected exactly one of lr and dense_lr, found both"),
     ],
 )
 def test_a_mistake_is_one_line(override: str, expected: str) -> None:
@@ -74,6 +88,120 @@ def test_a_mistake_is_one_line(override: str, expected: str) -> None:
         load_recipe("bert-base", [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_stand_in_one_line() -> None:
+    overrides = ["seed", "optim.eps=true", "batch_size=3", "data.seq_len=0100", "model.hidden_size=wide"]
+    with pytest.raises(UserError) as caught:
+        load_recipe("demo", overrides)
+    complaints = str(caught.value).split("; ")
+    assert [next(word for word in overrides if word.split("=")[0] in one) for one in complaints] == [
+        "seed", "data.seq_len=0100", "model.hidden_size=wide", "optim.eps=true", "batch_size=3",
+    ]  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "written", "expected"),
+    [
+        (22, "total_steps: 10:00", "(mine.yaml, line 22): expected a whole number, found '10:00'"),
+        (22, "total_steps: 0100", "line 22: the number 0100, octal to some readers and decimal to others"),
+        (22, "total_steps: true", "(mine.yaml, line 22): expected a whole number, found true"),
+        (22, "total_steps: .inf", "line 22: the number .inf, which is not finite"),
+        (22, "total_steps: 1e999", "line 22: the number 1e999, which is not finite"),
+        (22, "total_steps: 1_000", "(mine.yaml, line 22): expected a whole number, found '1_000'"),
+        (22, "total_steps: 800.5", "(mine.yaml, line 22): expected a whole number, found 800.5"),
+        (22, "total_steps: '800'", "(mine.yaml, line 22): expected a whole number, found '800'"),
+        (22, "total_steps: !!int '800'", "line 22: the tag"),
+        (22, "total_steps: 1\n  total_steps: 1", "line 23: 'optim.total_steps' again, after line 22"),
+        (22, "total_steps: 1\noptim:", "line 23: 'optim' again, after line 21"),
+        (22, "total_steps: *other", "line 22: found undefined alias 'other'"),
+        (22, "total_steps: &more [*more]", "more than 5000 values, with what aliases repeat"),
+        (22, "<<: {total_steps: 1}", "line 22: a merge key"),
+        (22, "\ttotal_steps: 1", "line 22: "),
+        (17, "nsp: yes", "(mine.yaml, line 17): expected true or false, found 'yes'"),
+        (17, "seq_len: 64\n---", "line 18: "),
+        (11, "sparsity: true", "(mine.yaml, line 11): expected a number, found true"),
+    ],
+)
+def test_a_recipe_is_yaml_1_2_and_nothing_is_taken_for_something_else(
+    line: int, written: str, expected: str, tmp_path: Path
+) -> None:
+    lines = (RECIPES / "demo.yaml").read_text().splitlines()
+    lines[line - 1] = "  " + written
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_yaml_1_2_knows_is_read(tmp_path: Path) -> None:
+    text = (RECIPES / "demo.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    changed = text.replace("total_steps: 800", "total_steps: &steps 8e2").replace(
+        "warmup_steps: 80", "warmup_steps: 0x50"
+    )
+    path.write_bytes(
+        b"\xef\xbb\xbf" + changed.replace("sequences: 512", "sequences: *steps").replace("\n", "\r\n").encode()
+    )
+    recipe = load_recipe(str(path), ["seed=0o17", "name=on", "optim.eps=1e-7"])
+    assert (recipe.optim.total_steps, recipe.optim.warmup_steps, recipe.eval.sequences) == (800, 80, 800)
+    assert (recipe.seed, recipe.name, recipe.optim.eps) == (15, "on", 1e-7)
+
+
+def test_files_that_are_no_recipes_end_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "latin.yaml").write_bytes(b"a: 1\n# caf\xe9\n")
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(2**30)
+    bomb = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n in range(9)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(bomb))
+    (tmp_path / "deep.yaml").write_text("[" * 60_000)
+    (tmp_path / "wide.yaml").write_text(f"[{'a,' * 30_000}]")
+    start = time.perf_counter()
+    for name, expected in {
+        "fifo": "no regular file",
+        "": "no regular file",
+        "latin.yaml": "line 2: the byte 0xe9, which is not UTF-8",
+        "huge.yaml": "1073741824 bytes",
+        "bomb.yaml": "with what aliases repeat",
+        "deep.yaml": "more than 32 levels",
+        "wide.yaml": "more than 5000 values",
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            load_recipe(str(tmp_path / name))
+    with pytest.raises(UserError, match="no regular file"):
+        load_recipe("/dev/zero")
+    assert time.perf_counter() - start < 7  # a second each, where nothing else runs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "expected"),
+    [
+        ("demo", [], (800, 80, 40)),
+        ("demo", ["optim.total_steps=800"], (800, 80, 40)),
+        ("demo", ["optim.total_steps=50"], (50, 5, 40)),
+        ("demo", ["optim.total_steps=5"], (5, 0, 5)),
+        ("demo", ["optim.total_steps=1"], (1, 0, 1)),
+        ("demo", ["optim.total_steps=1600"], (1600, 160, 40)),
+        ("demo", ["optim.total_steps=50", "optim.warmup_steps=7"], (50, 7, 40)),
+        ("demo", ["sparsity.num_updates=20", "optim.total_steps=50"], (50, 5, 20)),
+        ("bert-base", ["optim.total_steps=1000"], (1000, 13, 80)),
+        ("bert-base", ["optim.total_steps=20"], (20, 0, 20)),
+    ],
+)
+def test_warm_up_and_updates_follow_the_steps(recipe: str, overrides: list[str], expected: tuple[int, ...]) -> None:
+    found = load_recipe(recipe, overrides)
+    assert (found.optim.total_steps, found.optim.warmup_steps, found.sparsity.num_updates) == expected
+
+
+def test_what_is_asked_for_is_not_lowered() -> None:
+    with pytest.raises(UserError, match="expected warmup_steps below total_steps 50, found 70"):
+        load_recipe("demo", ["optim.total_steps=50", "optim.warmup_steps=70"])
+    with pytest.raises(UserError, match=r"expected sparsity\.num_updates of at most total_steps 50, found 70"):
+        load_recipe("demo", ["optim.total_steps=50", "sparsity.num_updates=70"])
 
 
 def test_identity_leaves_out_what_may_change_on_resume() -> None:

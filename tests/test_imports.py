@@ -22,7 +22,8 @@ FLOORS = [
     {"data", "ds_engine", "step_guard", "fragments", "zero_shards", "metrics", "ds_config", "stopping", "health"},
     {"sparse"},
     {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
-    {"launch", "start", "ranks", "errors", "progress", "durable", "malloc"},
+    {"overrides"},
+    {"complaints", "documents", "durable", "errors", "fields", "launch", "malloc", "progress", "ranks", "start"},
 ]
 
 
