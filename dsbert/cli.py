@@ -72,8 +72,10 @@ def pretrain(
         from dsbert.config import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        if ranks_from_environment() is None:
-            count = _num_ranks(nproc)
+        ranks = ranks_from_environment()
+        count = ranks.world_size if ranks else _num_ranks(nproc)
+        loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
+        if ranks is None:
             if stop.wanted:
                 raise SystemExit(EXIT_REQUEUE)
             if count > 1:

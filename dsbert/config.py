@@ -103,10 +103,22 @@ class DataConfig(_Section):
 
 
 class BatchConfig(_Section):
-    """global_batch: sequences per optimizer step over all ranks. micro_batch: sequences per forward on one rank."""
+    """global_batch: sequences per optimizer step over all ranks. micro_batch: per forward on one rank, at most."""
 
     global_batch: Whole = Positive
     micro_batch: Whole = Positive
+
+    def on_ranks(self, world_size: int) -> BatchConfig:
+        """With the micro-batch of so many ranks: lowered until all have as many samples, in no more micro-batches than
+        before. Raises UserError for more ranks than samples."""
+        if world_size > self.global_batch:
+            raise UserError(
+                f"expected batch.global_batch of at least one sample for each of {world_size} ranks, found "
+                f"{self.global_batch}: start at most {self.global_batch} ranks, or give batch.global_batch={world_size}"
+            )
+        share = -(-self.global_batch // world_size)
+        accumulation_steps = -(-share // self.micro_batch)
+        return self.model_copy(update={"micro_batch": -(-share // accumulation_steps)})
 
 
 class OptimConfig(_Section):

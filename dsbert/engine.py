@@ -77,10 +77,14 @@ class StepResult:
 class TrainEngine:
     """Wraps the model in DeepSpeed. Also a BlockEditor: the mask manager's hands on DeepSpeed's shards.
 
-    Raises UserError for a precision that the device lacks, or a DeepSpeed configuration that cannot be used.
+    recipe: with the micro-batch that this many ranks have.
+
+    Raises UserError for a precision that the device lacks, a DeepSpeed configuration that cannot be used, or more ranks
+    than samples.
     """
 
     def __init__(self, recipe: Recipe, model: SparseBert, layers: dict[str, BlockSparseLinear], world: World) -> None:
+        recipe = recipe.model_copy(update={"batch": recipe.batch.on_ranks(world.world_size)})
         self.recipe, self.world, self.layers = recipe, world, layers
         self.step = 0
         self.on_progress: Callable[[], object] = lambda: None  # called before every micro-batch
@@ -107,11 +111,12 @@ class TrainEngine:
         self.kernels = plan_kernels(self.layers, tokens=tokens, dtype=_DTYPES[self.precision], stored=stored)
 
     def plan(self) -> list[MicroBatch]:
-        """This rank's micro-batches of a step. A short rank gets filler rows, so that any world size runs any batch."""
+        """This rank's micro-batches of a step. Ranks have as many samples, or one less; filler rows stand for the rest,
+        so that any world size runs any batch."""
         size, total = self.recipe.batch.micro_batch, self.recipe.batch.global_batch
-        start = self.world.rank * self.accumulation_steps
-        firsts = [(start + index) * size for index in range(self.accumulation_steps)]
-        return [MicroBatch(min(first, total), max(0, min(size, total - first))) for first in firsts]
+        start, end = (rank * total // self.world.world_size for rank in (self.world.rank, self.world.rank + 1))
+        firsts = [min(start + index * size, end) for index in range(self.accumulation_steps)]
+        return [MicroBatch(first, min(size, end - first)) for first in firsts]
 
     def train_step(self, batches: list[Batch], *, stop: bool = False, busy: bool = False) -> StepResult:
         """One optimizer step on this rank's part of a global batch (one Batch per entry of `plan()`). Collective.

@@ -175,7 +175,7 @@ def _agreed(stop: StopRequest) -> bool:
 
 def _batches(run: Run, step: int) -> list[Batch]:
     """This rank's micro-batches of the step after `step` steps: one counter over the whole job says which samples."""
-    start, rows = step * run.recipe.batch.global_batch, run.recipe.batch.micro_batch
+    start, rows = step * run.recipe.batch.global_batch, run.engine.recipe.batch.micro_batch
     return [run.train.batch(start + micro.first, micro.count, rows) for micro in run.engine.plan()]
 
 

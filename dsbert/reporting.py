@@ -39,6 +39,7 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, Any]) -> None:
         self._recipe, self._directory, self._main = recipe, directory, world.is_main
+        self._world_size = world.world_size
         shape = (recipe.data.seq_len, recipe.model.hidden_size, recipe.model.num_layers)
         self._flops = sequence_flops(*shape, (layer["kept"] for layer in layers.values()))
         dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
@@ -68,10 +69,21 @@ class Reporter:
             rate += f" (dense {recipe.optim.dense_lr:.3g} x {recipe.peak_lr / recipe.optim.dense_lr:.2f}, eq. 3)"
         self.say(
             f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}, {rate}, "
-            f"{recipe.optim.total_steps} steps ({recipe.optim.warmup_steps} of warm-up) of {recipe.batch.global_batch} x "
-            f"{recipe.data.seq_len}, {recipe.deepspeed.config}"
+            f"{recipe.optim.total_steps} steps ({recipe.optim.warmup_steps} of warm-up) of "
+            f"{recipe.batch.global_batch} x {recipe.data.seq_len}, {recipe.deepspeed.config}"
         )
+        self.say(self._batch_line())
         self._bar = TrainingBar(recipe.optim.total_steps, step)
+
+    def _batch_line(self) -> str:
+        """What a step is on this many ranks."""
+        batch, size = self._recipe.batch, self._recipe.batch.on_ranks(self._world_size).micro_batch
+        accumulation_steps = -(-batch.global_batch // (size * self._world_size))
+        allowed = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
+        return (
+            f"a step: {batch.global_batch} samples over {self._world_size} ranks, {accumulation_steps} "
+            f"micro-batches of {size} on each{allowed}"
+        )
 
     def totals(self) -> dict[str, int]:
         """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to

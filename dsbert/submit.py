@@ -88,6 +88,7 @@ def render(job: Job) -> tuple[str, Path]:
     recipes = [load_recipe(job.recipe, (*job.overrides, *words)) for words in sweep or [[]]]
     for recipe in recipes:
         load_ds_config(recipe, 1, 1)
+        recipe.batch.on_ranks(_num_ranks(job))
     run_dir = (job.run_dir or Path("runs") / recipes[0].name).absolute()
     template = _read("sweep.sbatch" if sweep else "pretrain.sbatch")
     head, _, rest = template.partition(_SETTINGS)
@@ -133,9 +134,8 @@ def _directives(job: Job, head: str, name: str, tasks: int) -> list[str]:
     if tasks:
         options["array"] = f"1-{tasks}"
     options |= job.sbatch
-    gpus = job.sbatch.get("gpus-per-node", "").rpartition(":")[2]
-    if gpus and "ntasks-per-node" not in job.sbatch:
-        options["ntasks-per-node"] = gpus  # one rank per GPU
+    if ranks := _ranks_per_node(job):
+        options["ntasks-per-node"] = ranks
     options["signal"] = f"B:USR2@{_signal_lead(job)}"
     for option in job.further:
         if not re.match(r"--[a-z][a-z-]*(=|$)", option):
@@ -145,6 +145,15 @@ def _directives(job: Job, head: str, name: str, tasks: int) -> list[str]:
             raise UserError(f"expected no {key} with --sbatch, found it: dsbert sets it, or has an option for it")
         options[key] = value if equals else None
     return [f"{_DIRECTIVE}--{key}" + ("" if value is None else f"={_quote(value)}") for key, value in options.items()]
+
+
+def _num_ranks(job: Job) -> int:
+    return int(job.sbatch["nodes"]) * int(_ranks_per_node(job) or 1)
+
+
+def _ranks_per_node(job: Job) -> str:
+    """As asked for, or one per GPU; empty: the template's one."""
+    return job.sbatch.get("ntasks-per-node") or job.sbatch.get("gpus-per-node", "").rpartition(":")[2]
 
 
 def _signal_lead(job: Job) -> int:

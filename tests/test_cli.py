@@ -224,6 +224,7 @@ def test_inspect_kernels(run: Path) -> None:
         (["demo", "sparsity.sparsity=lots"], "found 'lots'"),
         (["demo", "model.hidden_size"], "expected an override a.b=value"),
         (["demo", "data.path=nowhere"], "dsbert prepare --source"),
+        (["demo", "--nproc", "33"], "start at most 32 ranks, or give batch.global_batch=33"),
     ],
 )
 def test_mistakes_found_before_ranks_meet(words: list[str], expected: str, tmp_path: Path) -> None:

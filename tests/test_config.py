@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from dsbert.config import RECIPES, load_recipe, recipe_names, sparse_lr_factor
+from dsbert.config import RECIPES, BatchConfig, load_recipe, recipe_names, sparse_lr_factor
 from dsbert.ds_config import ds_config_names, load_ds_config, precision, zero_stage
 from dsbert.errors import UserError
 
@@ -238,6 +239,22 @@ def test_ds_configs(name: str, stage: int, dtype: str) -> None:
     assert (zero_stage(config), precision(config)) == (stage, dtype)
     assert config["train_batch_size"] == 2 * 3 * 16
     assert config["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 16, 32, 33, 64, 100, 511, 512])
+@pytest.mark.parametrize("micro_batch", [1, 3, 32, 512, 1000])
+def test_a_batch_on_ranks(world_size: int, micro_batch: int) -> None:
+    """As few micro-batches as allowed, of a size without which no rank could do."""
+    batch = BatchConfig(global_batch=512, micro_batch=micro_batch)
+    size, share = batch.on_ranks(world_size).micro_batch, math.ceil(512 / world_size)
+    rounds = math.ceil(share / min(micro_batch, share))
+    assert size <= micro_batch
+    assert (rounds - 1) * size < share <= rounds * size < share + rounds
+
+
+def test_more_ranks_than_samples_are_refused() -> None:
+    with pytest.raises(UserError, match=r"each of 513 ranks, found 512: start at most 512 ranks, or give .*batch=513"):
+        BatchConfig(global_batch=512, micro_batch=32).on_ranks(513)
 
 
 def test_the_json_may_not_own_what_the_recipe_owns(tmp_path: Path) -> None:

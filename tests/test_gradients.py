@@ -6,6 +6,7 @@ model, without DeepSpeed.
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ def gradients(directory: str, micro_batches: list[int], stage: int = 0) -> None:
     world = distributed.init(60)
     for size in micro_batches:
         engine, masks = bench.engine_and_masks(_recipe(size, stage), world)
+        samples = [micro.first + row for micro in engine.plan() for row in range(micro.count)]
+        everything = distributed.gather_json(samples)
+        assert sorted(itertools.chain.from_iterable(everything)) == list(range(BATCH))
+        assert max(map(len, everything)) - min(map(len, everything)) <= 1, "no rank has filler instead of samples"
         found = {}
 
         def keep(lr: float, engine: Any = engine, found: dict[str, Any] = found) -> float:
@@ -73,7 +78,9 @@ def expected() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, [12, 4]), (2, [6, 2, 5]), (3, [4]), (4, [3, 1])])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batches"), [(1, [12, 4]), (2, [6, 2, 5]), (3, [4]), (4, [3, 1]), (5, [2])]
+)
 def test_a_step_has_the_gradient_of_the_global_batch(
     world_size: int, micro_batches: list[int], expected: dict[str, Any], tmp_path: Path
 ) -> None:

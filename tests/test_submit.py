@@ -277,6 +277,10 @@ def test_json_and_nothing_is_written(tmp_path: Path) -> None:
         (["optim.total_steps=many"], "many"),
         (["deepspeed.config=nosuch"], "nosuch"),
         (["--time", "soon"], "soon"),
+        (
+            ["--ntasks-per-node", "17"],
+            "each of 34 ranks, found 32: start at most 32 ranks, or give batch.global_batch=34",
+        ),
         (["--time", "10", "--signal-lead", "400"], "half of --time"),
         (["--array", "1-3"], "--sweep"),
         (["--sweep", "no/such/file"], "no/such/file"),
