@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dsbert.distributed import gather_json, patiently
 from dsbert.sparse.kernels.backends import BACKENDS
-from dsbert.sparse.kernels.cpu.build import instruction_set
+from dsbert.sparse.kernels.cpu.build import instruction_set, remark
 from dsbert.sparse.kernels.dispatch import KERNELS, Choice, choose
 from dsbert.sparse.kernels.index import PRODUCTS
 from dsbert.sparse.linear import BlockSparseLinear
@@ -178,11 +178,12 @@ def _why_not_stored(
 def _missing(
     layers: dict[str, BlockSparseLinear], device: torch.device, dtype: torch.dtype, without: Mapping[str, str]
 ) -> list[str]:
-    """Why the kernels made for this device cannot be had, where they cannot."""
+    """Why the kernels made for this device cannot be had, where they cannot; or what is amiss with how they can."""
     own = "triton" if device.type == "cuda" else "cpu"
     sizes = {layer.block_size for layer in layers.values() if layer.kernels == "auto"}
     reasons = {without.get(own) or BACKENDS[own].why_not(device, dtype, size) for size in sizes} - {None}
-    return [f"the {own} kernels cannot be used, sparse products run through torch: {reason}" for reason in reasons]
+    lines = [f"the {own} kernels cannot be used, sparse products run through torch: {reason}" for reason in reasons]
+    return [*lines, *filter(None, [remark()])]
 
 
 def _device_name(device: torch.device) -> str:

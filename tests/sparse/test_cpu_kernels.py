@@ -4,6 +4,7 @@ compiler. Everything against float64."""
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_products_on_every_instruction_set(
     monkeypatch.setattr(build, "compile_library", lambda *_: library)
     forget()
     try:
-        assert build.load()._name == str(library)
+        assert os.readlink(build.load()._name) == str(library)
         for dtype in DTYPES:
             for tokens in (1, 50, 131):
                 check_products((size * 3, size * 5), size, dtype, tokens)
@@ -285,7 +286,7 @@ def test_a_library_that_lost_its_end_is_compiled_again(tmp_path: Path) -> None:
     assert build.compile_library("plain", tmp_path) == library
     assert library.stat().st_size == len(whole)
     ctypes.CDLL(str(library))
-    assert library.stat().st_mode & 0o777 == 0o755  # other users may share the cache
+    assert library.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [library]
 
 

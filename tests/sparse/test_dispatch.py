@@ -58,7 +58,7 @@ def test_measured_once_and_remembered_on_disk(cache: Path, monkeypatch: pytest.M
     assert set(first.timings) == {"forward", "dgrad", "wgrad"}
     assert {"cpu", "reference", "dense", "dense_onednn"} == set(first.timings["forward"])
     assert first.choice == Choice(*(decide(first.timings[product]) for product in PRODUCTS))
-    (path,) = cache.glob("timings-*.json")
+    (path,) = cache.rglob("timings-*.json")
     recorded = json.loads(path.read_text())
     assert recorded["hardware"]
     assert "torch" in recorded["versions"]
@@ -81,7 +81,7 @@ def test_measured_once_and_remembered_on_disk(cache: Path, monkeypatch: pytest.M
 def test_what_the_file_says_decides(cache: Path) -> None:
     index = layer().index
     choose(index, "auto", tokens=32, dtype=torch.float32)
-    (path,) = cache.glob("timings-*.json")
+    (path,) = cache.rglob("timings-*.json")
     recorded = json.loads(path.read_text())
     for timings in recorded["milliseconds"].values():
         timings["forward"] = {"cpu": 2.0, "reference": 3.0, "dense": 1.0, "dense_onednn": 4.0}
@@ -106,7 +106,7 @@ def test_a_recipe_may_name_the_kernels(cache: Path) -> None:
         plan = plan_kernels({"layer": (made := layer(name))}, tokens=32, dtype=torch.float32)
         assert made.choice == (name,) * 3
         assert plan.record["layers"]["layer"]["forward"] == {"backend": name, "ms": None, "speedup": None}
-    assert not list(cache.glob("timings-*"))  # nothing was left to measure
+    assert not list(cache.rglob("timings-*"))  # nothing was left to measure
     assert set(choose(layer().index, "dense", tokens=8, dtype=torch.bfloat16).choice) <= set(DENSE)
     with pytest.raises(UserError, match=r"found triton: .*; choose auto$") as error:
         plan_kernels({"layer": layer("triton")}, tokens=32, dtype=torch.float32)
@@ -168,9 +168,9 @@ def test_timings_are_of_a_number_of_threads(cache: Path) -> None:
             choose(index, "auto", tokens=32, dtype=torch.float32)
     finally:
         torch.set_num_threads(threads)
-    paths = list(cache.glob("timings-*.json"))
+    paths = list(cache.rglob("timings-*.json"))
     assert len(paths) == 2
-    assert all(path.stat().st_mode & 0o777 == 0o644 for path in paths)  # other users may share the cache
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in paths)
 
 
 def plan_where_one_rank_has_no_compiler(directory: str) -> list[str]:

@@ -27,7 +27,7 @@ from torch import Tensor
 import dsbert
 from dsbert.errors import UserError
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
-from dsbert.sparse.kernels.cache import cache_directory, whole_file
+from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.index import PRODUCTS, Backend, KernelIndex
 
 # The names that a recipe may give, and what each leaves to measure.
@@ -207,12 +207,13 @@ class _Table:
 
     def _file(self) -> dict[str, Timings]:
         try:
-            found = json.loads(self._path().read_text(encoding="utf-8"))["milliseconds"]
+            found = json.loads(read_cached(self._path()))["milliseconds"]
             return {
                 str(key): {product: {str(n): float(ms) for n, ms in row.items()} for product, row in timings.items()}
                 for key, timings in found.items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or a torn one: measure
+        # None yet, a torn one, or one that another user could have written: measure.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
 

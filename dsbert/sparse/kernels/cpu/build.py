@@ -1,7 +1,8 @@
 """Compile the CPU kernels on first use, for the instruction set of this machine, and load them.
 
 The compiled library is kept in the cache directory under a name that says what it was made from, so that another
-source, compiler or machine never meets it. `DSBERT_CPU_ISA` asks for another instruction set.
+source, compiler or machine never meets it. `DSBERT_CPU_ISA` asks for another instruction set. What another user could
+have written is not loaded: then the library is compiled for this process alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from dsbert.sparse.kernels.cache import cache_directory, whole_file
+from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
+from dsbert.sparse.kernels.trust import UntrustedError, open_to_all, open_trusted, private_directory
 
 SOURCES = (
     "block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h", "product.h",
@@ -70,9 +72,7 @@ def _cpu_flags() -> set[str]:
 
 def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> Path:
     """The shared library for `isa` in `directory`, compiled unless it is there whole. Raises BuildError, one line."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-    if compiler is None:
-        raise BuildError("no C++ compiler was found: install g++, or set CXX")
+    compiler = _compiler()
     here = Path(__file__).parent
     flags = [*_FLAGS, *ISA_FLAGS[isa].split(), *extra]
     openmp = _openmp_of_torch()
@@ -87,12 +87,26 @@ def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> P
     # provides the symbols, and the compiler's own OpenMP is dropped as not needed.
     command = [compiler, *flags, str(here / SOURCES[0]), *(["-Wl,--as-needed", openmp] if openmp else [])]
     try:
-        with whole_file(library, executable=True) as temporary:
+        with whole_file(library) as temporary:
             _compile([*command, "-o", str(temporary)])
             _seal(temporary)
     except OSError as error:
         raise BuildError(f"the cache {directory} cannot be written: {error.strerror}; set DSBERT_CACHE") from None
     return library
+
+
+def _compiler() -> str:
+    """CXX, g++ or clang++. Where PATH names folders relative to the working directory, a stranger's files may stand
+    there: these are left out. Raises BuildError."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    path = os.pathsep.join(filter(os.path.isabs, folders))
+    found = [shutil.which(name, path=path) for name in (os.environ.get("CXX", ""), "g++", "clang++")]
+    compiler = next(filter(None, found), None)
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: install g++, or set CXX")
+    if open_to_all(Path(compiler)):
+        raise BuildError(f"any user may replace the C++ compiler {compiler}: set CXX to another")
+    return compiler
 
 
 def _compile(command: list[str]) -> None:
@@ -116,11 +130,21 @@ def _seal(library: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
+    """Also that it is ours: another user's is compiled again, and replaced."""
     try:
-        content = library.read_bytes()
+        content = read_cached(library)
     except OSError:
         return False
     return xxhash.xxh3_64(content[:-8]).digest() == content[-8:]
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    """The library by the descriptor that was looked at, which stays open: the loader knows libraries by their names."""
+    try:
+        descriptor = open_trusted(library)
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}" if os.path.exists("/proc/self/fd") else str(library))
+    except OSError as error:
+        raise BuildError(f"{library} could not be loaded: {error}") from None
 
 
 def _version(compiler: str) -> str:
@@ -150,18 +174,24 @@ def unavailable() -> str | None:
     return None
 
 
+def remark() -> str | None:
+    """What a user should know about how `load` came by the kernels, one line."""
+    return next(iter(_remarks), None)
+
+
+_remarks: list[str] = []
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The kernels for this machine, compiled on the first call ever (seconds). Raises BuildError, one line."""
+    _remarks.clear()
     try:
-        directory = cache_directory()
+        loaded = _loaded(compile_library(instruction_set(), cache_directory()))
+    except UntrustedError as error:
+        loaded = _compiled_for_this_process(str(error.strerror))
     except OSError as error:
         raise BuildError(f"no cache for compiled kernels, {error.strerror}: set DSBERT_CACHE") from None
-    library = compile_library(instruction_set(), directory)
-    try:
-        loaded = ctypes.CDLL(str(library))
-    except OSError as error:
-        raise BuildError(f"{library} could not be loaded: {error}") from None
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.dsbert_product.argtypes = [
         number, pointer, size, *[pointer] * 7, size, size, size, number, number, number,
@@ -173,4 +203,17 @@ def load() -> ctypes.CDLL:
     loaded.dsbert_dropout.argtypes = [number, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number]
     for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient", "dsbert_dropout"):
         getattr(loaded, name).restype = None
+    return loaded
+
+
+def _compiled_for_this_process(why: str) -> ctypes.CDLL:
+    try:
+        with private_directory() as directory:
+            loaded = _loaded(compile_library(instruction_set(), directory))
+    except OSError as error:
+        raise BuildError(f"no safe cache for compiled kernels, {why}, and {error}: set DSBERT_CACHE") from None
+    _remarks.append(
+        f"the cache of compiled kernels is not used, {why}: they were compiled for this process alone; set "
+        "DSBERT_CACHE to a folder that only you may write to"
+    )
     return loaded

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
+
+from dsbert.sparse.kernels.trust import UntrustedError, assert_trusted
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,4 +38,19 @@ def why_not(device: torch.device, dtype: torch.dtype, block_size: int) -> str | 
     capability = torch.cuda.get_device_capability(device)
     if capability < LOWEST_CAPABILITY:
         return f"needs compute capability 8.0 or more, found {capability[0]}.{capability[1]}"
+    return _why_no_cache()
+
+
+def _why_no_cache() -> str | None:
+    """Triton loads what it finds in its cache, whoever put it there."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    cache = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
+    try:
+        assert_trusted(Path(cache).resolve())
+    except UntrustedError as error:
+        return (
+            f"triton's cache is not safe, {error.strerror}: set TRITON_CACHE_DIR to a folder that only you may write to"
+        )
+    except OSError:  # one that cannot be seen is triton's to complain about
+        pass
     return None
