@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+Encoded = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]
+"""ids int32 [T]; lengths int64 [E], tokens of each sentence; sentences int64 [D], of each document."""
+
 # What one worker remembers: about 200 MB. Then it forgets all and begins anew; the ids are the same.
 _MAX_WORDS = 1 << 20
 
@@ -43,7 +46,7 @@ class Encoder:
         self.by_word = is_word_local(tokenizer)
         self._forget()
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids of D documents, without special tokens.
 
         Args:
@@ -83,7 +86,11 @@ class Encoder:
         """Have the tokenizer encode the words that are new."""
         if not self._numbers.new:
             return
-        ids, lengths = self._encode_sentences(self._numbers.new)
+        try:
+            ids, lengths = self._encode_sentences(self._numbers.new)
+        except BaseException:
+            self._forget()  # numbers without ids
+            raise
         self._numbers.new = []
         self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths) - lengths])
         self._lengths = np.concatenate([self._lengths, lengths])

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dsbert.data.corpus import TEXT_COLUMN, split_sentences
+from dsbert.data.corpus import TEXT_COLUMN
 from dsbert.data.encoding import Encoder
 from dsbert.data.pieces import cut, read
+from dsbert.data.sentences import split_sentences
 from dsbert.data.shards import TokenStore
 from dsbert.data.sources import resolve
 from dsbert.data.spans import SpanIndex

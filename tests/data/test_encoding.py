@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.data.corpus import split_sentences
 from dsbert.data.encoding import Encoder, is_word_local
+from dsbert.data.sentences import split_sentences
 from dsbert.data.tokenizer import train_tokenizer
 from tests.data.conftest import make_text
 
