@@ -47,7 +47,7 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
             kept = [texts[index] for index in np.flatnonzero(fates == wanted).tolist()]
             if kept:
                 wanted_documents += len(kept)
-                parts[split].append(pack(*_encoded(encoder, kept), dtype))
+                parts[split].append(pack_texts(encoder, kept, dtype))
     counts: dict[str, Any] = {}
     files = []
     for split, shards in parts.items():
@@ -120,6 +120,11 @@ def _encoder(directory: str) -> tuple[Encoder, np.dtype[Any], str]:
 
     tokenizer = load_tokenizer(Path(directory))
     return Encoder(tokenizer), token_dtype(tokenizer.get_vocab_size()), tokenizer_digest(tokenizer)
+
+
+def pack_texts(encoder: Encoder, texts: list[str], dtype: np.dtype[Any]) -> Shard:
+    """A shard of documents, without the sentences and documents that have no token, or that the tokenizer fails on."""
+    return pack(*_encoded(encoder, texts), dtype)
 
 
 def pack(

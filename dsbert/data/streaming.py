@@ -118,6 +118,6 @@ class StreamingSamples:
             yield window
 
     def _store(self, texts: list[str]) -> TokenStore:
-        from dsbert.data.merging import pack
+        from dsbert.data.merging import pack_texts
 
-        return TokenStore([pack(*self._encoder.encode(texts), np.dtype(np.int32))])
+        return TokenStore([pack_texts(self._encoder, texts, np.dtype(np.int32))])
