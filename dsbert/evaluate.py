@@ -128,17 +128,16 @@ def _held_out_stream(restored: Any) -> SampleStream:
 
 def _text_stream(restored: Any, texts: list[str]) -> SampleStream:
     from dsbert.data.corpus import read_documents
+    from dsbert.data.encoding import Encoder
     from dsbert.data.manifest import TOKENIZER
+    from dsbert.data.merging import pack_texts
     from dsbert.data.shards import TokenStore
     from dsbert.data.spans import SpanIndex
     from dsbert.data.tokenizer import Vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(restored.path / TOKENIZER)
-    documents = [
-        [encoding.ids for encoding in tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
-        for sentences in read_documents(texts)
-    ]
-    store = TokenStore.from_documents(documents)
+    documents = ["\n".join(sentences) for sentences in read_documents(texts)]
+    store = TokenStore([pack_texts(Encoder(tokenizer), documents, np.dtype(np.int32))])
     data = restored.recipe.data
     index = SpanIndex.build(store, data.seq_len)
     vocab = Vocabulary.of(tokenizer)

@@ -6,7 +6,7 @@ Preparing, in the order of the work:
     grouping.py     which rows of a source make a document
     lines.py        lines of plain and packed text from any offset; unpacking.py
     pieces.py       what one worker reads in about a second
-    corpus.py       sentences; which documents are held out
+    corpus.py       documents; which are held out; sentences.py their sentences, whatever the text is
     prepare.py      `dsbert prepare`: four passes over pieces, and what rank 0 decides between them
     options.py      how a preparation is to be made
     crew.py         the ranks and their queue; workers.py, worker.py the processes of one rank

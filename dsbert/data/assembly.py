@@ -109,5 +109,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "shards": sum(len(split.shards) for split in splits),
         "digest": manifest.digest,
         "dropped": manifest.dropped,
+        "mended": manifest.mended,
+        "mended_in": list(manifest.mended_in),
         "sources": {source.name: source.documents for source in manifest.request.sources},
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import xxhash
 
 from dsbert.data.pieces import cut, read
+from dsbert.data.sentences import split_sentences
 from dsbert.data.sources import resolve
 from dsbert.errors import UserError
 
@@ -38,15 +39,6 @@ def read_documents(sources: Sequence[str]) -> Iterator[Document]:
                         yield document
     if not found:
         raise UserError(f"the corpus is empty: no text in {', '.join(sources)}; name a source with text")
-
-
-def split_sentences(paragraphs: Iterable[str]) -> Document:
-    """Sentences of English paragraphs; runs of white space become one space."""
-    import sentencex
-
-    # A line at a time: the splitter's cost grows with the square of what it is given.
-    sentences = (sentence for paragraph in paragraphs for sentence in sentencex.segment("en", paragraph))
-    return [normal for sentence in sentences if (normal := " ".join(sentence.split()))]
 
 
 def num_words(text: str) -> int:

@@ -4,6 +4,8 @@ A BERT tokenizer normalises character by character and cuts text at white space 
 text are the ids of its words, one after the other. Few words are new, in a language: the tokenizer is asked for each
 word once, and the rest is one dictionary lookup a word and array arithmetic. Of any other tokenizer every sentence is
 encoded.
+
+Text is text: "[MASK]" in it is encoded as any other word, and no text gives the id of a special token but [UNK].
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+Encoded = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]
+"""ids int32 [T]; lengths int64 [E], tokens of each sentence; sentences int64 [D], of each document."""
 
 # What one worker remembers: about 200 MB. Then it forgets all and begins anew; the ids are the same.
 _MAX_WORDS = 1 << 20
@@ -38,12 +43,12 @@ class Encoder:
     """Encodes documents; remembers words."""
 
     def __init__(self, tokenizer: Tokenizer, max_words: int = _MAX_WORDS) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = as_text(tokenizer)
         self._max_words = max_words
         self.by_word = is_word_local(tokenizer)
         self._forget()
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids of D documents, without special tokens.
 
         Args:
@@ -83,7 +88,11 @@ class Encoder:
         """Have the tokenizer encode the words that are new."""
         if not self._numbers.new:
             return
-        ids, lengths = self._encode_sentences(self._numbers.new)
+        try:
+            ids, lengths = self._encode_sentences(self._numbers.new)
+        except BaseException:
+            self._forget()  # numbers without ids
+            raise
         self._numbers.new = []
         self._starts = np.concatenate([self._starts, len(self._ids) + np.cumsum(lengths) - lengths])
         self._lengths = np.concatenate([self._lengths, lengths])
@@ -94,6 +103,29 @@ class Encoder:
         parts = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
         return np.concatenate([np.zeros(0, dtype=np.int32), *parts]), lengths
+
+
+def as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer of the same ids that takes special tokens, where they stand in a text, for ordinary characters.
+
+    It looks for none of them before it cuts text into words; and that no word is one of them (of a tokenizer that cuts
+    at white space alone), the model knows them by names that no word can have.
+    """
+    import json
+
+    from tokenizers import Tokenizer
+
+    from dsbert.data.tokenizer import SPECIAL_TOKENS
+
+    state = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in state["added_tokens"] if token["special"]} | set(SPECIAL_TOKENS)
+    names = {token: f"{token}\x00 " for token in special}
+    model = state["model"]
+    vocab = model["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}
+    model["vocab"] = {names.get(token, token): number for token, number in vocab.items()}
+    model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    ordinary = [token for token in state["added_tokens"] if token["content"] not in special]
+    return Tokenizer.from_str(json.dumps({**state, "added_tokens": ordinary, "model": model, "post_processor": None}))
 
 
 def is_word_local(tokenizer: Any) -> bool:

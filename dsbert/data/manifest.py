@@ -86,8 +86,9 @@ class SplitEntry:
 class Manifest:
     """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning.
 
-    dropped: how many documents were duplicates, near_duplicates, empty, tiny. files: of the other files, by their paths
-    in the directory, the hex xxh3_128 of their bytes.
+    dropped: how many documents were duplicates, near_duplicates, empty, tiny, tokenless. files: of the other files, by
+    their paths in the directory, the hex xxh3_128 of their bytes. mended: how many documents' sentences were found
+    another way (sentences.py); mended_in: where the first few are.
     """
 
     request: Request
@@ -96,6 +97,8 @@ class Manifest:
     dropped: dict[str, int]
     digest: str
     files: dict[str, str] = dataclasses.field(default_factory=dict)
+    mended: int = 0
+    mended_in: tuple[str, ...] = ()
 
     def save(self, directory: Path) -> None:
         """Write manifest.json into the directory, with a checksum of itself, to survive a power cut."""
@@ -169,4 +172,6 @@ def _parse(document: dict[str, Any]) -> Manifest:
         dropped=dict(document["dropped"]),
         digest=document["digest"],
         files=dict(document.get("files", {})),
+        mended=document.get("mended", 0),
+        mended_in=tuple(document.get("mended_in", ())),
     )

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbert.data.decisions import TRAIN, VALIDATION
-from dsbert.data.encoding import Encoder
+from dsbert.data.encoding import Encoded, Encoder
 from dsbert.data.marks import write_mark
+from dsbert.data.sentences import is_panic
 from dsbert.data.shards import Shard, token_dtype
 from dsbert.data.spool import save_array, texts_of
 from dsbert.data.tokenizer import load_tokenizer
@@ -32,27 +33,47 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
     """Encode the documents of a spooled piece that are kept.
 
     task: piece (path of the spool), tokenizer (directory), fate (file) and first (the piece's place in it), to.
-    Writes <to>.<split>.arrow, and last <to>.json: {split: [documents, sentences, tokens]}.
+    Writes <to>.<split>.arrow, and last <to>.json: {split: [documents, sentences, tokens], tokenless: documents that the
+    tokenizer makes nothing of, or fails on}.
     """
     encoder, dtype, digest = _encoder(task["tokenizer"])
     fate = np.load(task["fate"], mmap_mode="r")
     parts: dict[str, list[Shard]] = {split: [] for split in FATES}
-    at = task["first"]
+    at, wanted_documents = task["first"], 0
     for texts in texts_of(Path(task["piece"])):
         fates = np.asarray(fate[at : at + len(texts)])
         at += len(texts)
         for split, wanted in FATES.items():
             kept = [texts[index] for index in np.flatnonzero(fates == wanted).tolist()]
             if kept:
-                parts[split].append(pack(*encoder.encode(kept), dtype))
-    counts, files = {}, []
+                wanted_documents += len(kept)
+                parts[split].append(pack_texts(encoder, kept, dtype))
+    counts: dict[str, Any] = {}
+    files = []
     for split, shards in parts.items():
         shard = Shard.joined(shards, dtype)
         counts[split] = [len(shard.document_offsets) - 1, len(shard.sentence_lengths), len(shard.tokens)]
         if counts[split][0]:
             files.append(Path(f"{task['to']}.{split}.arrow"))
             shard.write(files[-1], digest, durable=False)
+    counts["tokenless"] = wanted_documents - sum(count[0] for count in counts.values())
     return write_mark(task, counts, files)
+
+
+def _encoded(encoder: Encoder, texts: list[str]) -> Encoded:
+    """`Encoder.encode`, of which a document that the tokenizer fails on has no tokens."""
+    try:
+        return encoder.encode(texts)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+    if len(texts) > 1:
+        half = len(texts) // 2
+        parts = [_encoded(encoder, texts[:half]), _encoded(encoder, texts[half:])]
+        ids, lengths, sentences = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ids, lengths, sentences
+    count = texts[0].count("\n") + 1
+    return np.zeros(0, np.int32), np.zeros(count, np.int64), np.array([count], np.int64)
 
 
 def plan_shards(pieces: Sequence[str], shard_tokens: int) -> list[list[Segment]]:
@@ -99,6 +120,11 @@ def _encoder(directory: str) -> tuple[Encoder, np.dtype[Any], str]:
 
     tokenizer = load_tokenizer(Path(directory))
     return Encoder(tokenizer), token_dtype(tokenizer.get_vocab_size()), tokenizer_digest(tokenizer)
+
+
+def pack_texts(encoder: Encoder, texts: list[str], dtype: np.dtype[Any]) -> Shard:
+    """A shard of documents, without the sentences and documents that have no token, or that the tokenizer fails on."""
+    return pack(*_encoded(encoder, texts), dtype)
 
 
 def pack(

@@ -29,7 +29,7 @@ from dsbert.data.merging import plan_shards
 from dsbert.data.options import Options, make_request
 from dsbert.data.plan import cut_tasks, read_tasks
 from dsbert.data.sources import TextSource, resolve
-from dsbert.data.spool import key_of, save_array
+from dsbert.data.spool import MAX_EXAMPLES, key_of, save_array
 from dsbert.data.workers import Task, Workers, disk_trouble
 from dsbert.durable import sync_directory
 from dsbert.errors import UserError
@@ -58,8 +58,9 @@ def prepare(
 
     Returns:
         documents, sentences, tokens (both splits together), duplicates (exact copies dropped), shards, digest,
-        seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; sources: the grouping of each;
-        resumed: pieces of work that an interrupted call had done.
+        seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; mended, mended_in: documents
+        whose sentences were found another way, and where; sources: the grouping of each; resumed: pieces of work that
+        an interrupted call had done.
 
     Raises:
         UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
@@ -171,9 +172,13 @@ class _Preparation:
             "duplicates": decisions.duplicates,
             "near_duplicates": decisions.near_duplicates,
             **{cause: sum(count[cause] for count in counts) for cause in ("empty", "tiny")},
+            "tokenless": sum(read_mark(task)["tokenless"] for task in tasks),
         }
+        mended = sum(count["mended"] for count in counts)
+        examples = tuple([example for count in counts for example in count["examples"]][:MAX_EXAMPLES])
         files = assemble(made, folder, shards, entry.vocab_size)
-        Manifest(goal, entry, splits, dropped, data_digest(entry.digest, splits), files).save(made)
+        digest = data_digest(entry.digest, splits)
+        Manifest(goal, entry, splits, dropped, digest, files, mended, examples).save(made)
 
     def _shards(self, split: str, encoded: list[Task], goal: Request, entry: TokenizerEntry, made: Path) -> list[Task]:
         files = [f"{task['to']}.{split}.arrow" for task in encoded]

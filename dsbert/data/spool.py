@@ -3,7 +3,7 @@
     <key>.arrow     the documents' texts, sentences joined by line breaks, compressed
     <key>.facts.npy uint64 [D, 4]: the text's 128-bit hash (high, low), its 64-bit hash, its bytes
     <key>.near.npy  uint64 [D, bands]: near_duplicates.py, where they are asked for
-    <key>.json      how many documents there are and what was dropped: the mark (marks.py) that the piece is done
+    <key>.json      how many documents there are, were dropped and mended: the mark (marks.py) that the piece is done
 
 A key names the content: the file's fingerprint, the range, and all that decides what becomes of it.
 """
@@ -20,13 +20,17 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dsbert.data.corpus import num_words, split_sentences, text_hash
+from dsbert.data.corpus import num_words, text_hash
 from dsbert.data.marks import write_mark
 from dsbert.data.near_duplicates import BANDS
 from dsbert.data.pieces import Piece, read
+from dsbert.data.sentences import Splitter
 
-FORMAT = 1
+FORMAT = 2
 FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
+# Documents that are named in a summary, of each kind: more are only counted.
+MAX_EXAMPLES = 3
+_EXAMPLE_CHARS = 60
 _BATCH_CHARS = 1 << 22
 _HALF = (1 << 64) - 1
 
@@ -40,14 +44,16 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     """Read, split, clean and hash a piece's documents into `task["to"]`, a path without suffix.
 
     task: piece (`Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
-    {documents, sentences, bytes, empty, tiny}.
+    {documents, sentences, bytes, empty, tiny, mended, examples}; mended: documents whose sentences were found another
+    way (sentences.py), with the first few of which examples say where they are.
 
     Raises UserError for a source that cannot be read, OSError for a disk that cannot be written.
     """
     import pyarrow as pa
 
     to, near = Path(task["to"]), task["near"]
-    counts = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny"), 0)
+    counts: dict[str, Any] = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny", "mended"), 0)
+    counts["examples"] = []
     facts: list[tuple[int, int, int, int]] = []
     signatures: list[NDArray[np.uint64]] = []
     files = [to.with_name(f"{to.name}.{kind}") for kind in ("arrow", "facts.npy")]
@@ -100,13 +106,18 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cleaned(piece: Piece, min_words: int, counts: dict[str, int]) -> Iterator[list[str]]:
+def _cleaned(piece: Piece, min_words: int, counts: dict[str, Any]) -> Iterator[list[str]]:
     """Batches of texts that are worth keeping; what there was is added to `counts`."""
     batch: list[str] = []
     chars = 0
+    splitter = Splitter()
     for paragraphs in read(piece):
-        document = split_sentences(paragraphs)
+        document = splitter.split(paragraphs)
         text = "\n".join(document)
+        if splitter.mended:
+            counts["mended"] += 1
+            if len(counts["examples"]) < MAX_EXAMPLES:
+                counts["examples"].append(f"{piece.file.path}: the document that begins {text[:_EXAMPLE_CHARS]!r}")
         if not text:
             counts["empty"] += 1
         elif num_words(text) < min_words:

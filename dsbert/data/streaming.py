@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dsbert.data.corpus import TEXT_COLUMN, split_sentences
+from dsbert.data.corpus import TEXT_COLUMN
 from dsbert.data.encoding import Encoder
 from dsbert.data.pieces import cut, read
+from dsbert.data.sentences import split_sentences
 from dsbert.data.shards import TokenStore
 from dsbert.data.sources import resolve
 from dsbert.data.spans import SpanIndex
@@ -117,6 +118,6 @@ class StreamingSamples:
             yield window
 
     def _store(self, texts: list[str]) -> TokenStore:
-        from dsbert.data.merging import pack
+        from dsbert.data.merging import pack_texts
 
-        return TokenStore([pack(*self._encoder.encode(texts), np.dtype(np.int32))])
+        return TokenStore([pack_texts(self._encoder, texts, np.dtype(np.int32))])

@@ -63,6 +63,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
     """
     from tokenizers.trainers import WordPieceTrainer
 
+    # Without special tokens to look for: in the text that it learns from they are text.
     tokenizer = _build({token: number for number, token in enumerate(SPECIAL_TOKENS)})
     alphabet = _alphabet(tokenizer, sentences)
     continuations = [_CONTINUATION + char for char in alphabet if _continues_a_word(tokenizer, char)]
@@ -82,7 +83,9 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
     )
     tokenizer.train_from_iterator(sentences, trainer)
     words = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
-    return _build({token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])})
+    made = _build({token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])})
+    made.add_special_tokens(list(SPECIAL_TOKENS))
+    return made
 
 
 def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
@@ -202,7 +205,6 @@ def _build(vocab: dict[str, int]) -> "Tokenizer":
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
     )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
 

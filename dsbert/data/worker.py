@@ -9,13 +9,20 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from dsbert.data.sentences import is_panic
 from dsbert.data.workers import Task, failure_of
 from dsbert.launch import die_with_parent
 
 
 def perform(task: Task) -> dict[str, Any]:
-    """Do a task, task["do"] says which. Raises what that does."""
-    return _kinds()[task["do"]](task)
+    """Do a task, task["do"] says which. Raises what that does; RuntimeError for a panic, which is no Exception."""
+    try:
+        return _kinds()[task["do"]](task)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        file = (task.get("file") or task.get("piece") or {}) if task["do"] in ("cut", "read") else {}
+        raise RuntimeError(f"a library gave up in {task['do']} {json.dumps(file)}: {error}") from None
 
 
 def _kinds() -> dict[str, Callable[[Task], dict[str, Any]]]:

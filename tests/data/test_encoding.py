@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.data.corpus import split_sentences
 from dsbert.data.encoding import Encoder, is_word_local
+from dsbert.data.sentences import split_sentences
 from dsbert.data.tokenizer import train_tokenizer
 from tests.data.conftest import make_text
 
@@ -12,7 +12,8 @@ TOKENIZER = train_tokenizer(make_text(40).split("\n") + ["naïve Größe 中文 
 
 
 def plainly(texts: list[str]) -> list[list[list[int]]]:
-    """A sentence at a time, by the tokenizer itself."""
+    """A sentence at a time, by the tokenizer itself, to which special tokens are text."""
+    TOKENIZER.encode_special_tokens = True
     return [
         [TOKENIZER.encode(sentence, add_special_tokens=False).ids for sentence in text.split("\n")] for text in texts
     ]
@@ -68,3 +69,59 @@ def test_other_tokenizers_see_whole_sentences():
     expected = other.encode("ba ko ba", add_special_tokens=False).ids
     assert unpacked(*encoder.encode(["ba ko ba"])) == [[expected]]
     assert unpacked(*Encoder(TOKENIZER).encode(["ba ko ba"])) != [[expected]]
+
+
+SPECIAL_TEXT = (
+    "a [MASK] and [SEP] or x[PAD]y [CLS][CLS] [UNK] [mask] [ MASK ] \uff3bMASK\uff3d [unused1] <ent> ba ko end"
+)
+
+
+def special_ids(tokenizer) -> set[int]:
+    return {tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+
+
+def by_white_space(tokenizer):
+    """A tokenizer to which "[MASK]" is a word of the model itself."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return other
+
+
+def with_added_tokens(tokenizer):
+    """Special ones of its own, one that is not special, and BERT's as if they were ordinary."""
+    import json
+
+    from tokenizers import AddedToken, Tokenizer
+
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = False
+    other = Tokenizer.from_str(json.dumps(state))
+    other.add_special_tokens(["[unused1]", "<ent>"])
+    other.add_tokens([AddedToken("ba ko", normalized=True)])
+    return other
+
+
+@pytest.mark.parametrize("change", [lambda tokenizer: tokenizer, by_white_space, with_added_tokens])
+def test_no_text_gives_the_id_of_a_special_token(change):
+    tokenizer = change(train_tokenizer([*make_text(40).split("\n"), SPECIAL_TEXT.replace("<ent>", "")] * 2, 200))
+    ids, lengths, sentences = Encoder(tokenizer).encode([SPECIAL_TEXT, f"{SPECIAL_TEXT}\n[MASK]"])
+    assert lengths.tolist()[:2] == [lengths[0], lengths[0]]
+    assert sentences.tolist() == [1, 2]
+    assert not special_ids(tokenizer) & set(ids.tolist())
+    added = {tokenizer.token_to_id(token) for token in ("[unused1]", "<ent>")} - {None}
+    assert not added & set(ids.tolist())
+    ordinary = tokenizer.token_to_id("ba ko")
+    assert ordinary is None or ordinary in ids  # a token that somebody added and that is not special stays one
+    if change is not by_white_space:
+        words = tokenizer.encode("[ mask ]", add_special_tokens=False).ids
+        assert Encoder(tokenizer).encode(["[MASK]"])[0].tolist() == words
+        assert tokenizer.token_to_id("[UNK]") not in words
+
+
+def test_the_vocabulary_is_learned_from_special_tokens_as_text():
+    vocabulary = train_tokenizer(["[MASK] masked [SEP] sep"] * 9, 31).get_vocab()
+    assert {"mask", "sep", "[", "]"} <= vocabulary.keys()
+    assert len([token for token in vocabulary if "MASK" in token]) == 1
