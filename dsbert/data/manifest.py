@@ -86,8 +86,9 @@ class SplitEntry:
 class Manifest:
     """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning.
 
-    dropped: how many documents were duplicates, near_duplicates, empty, tiny. files: of the other files, by their paths
-    in the directory, the hex xxh3_128 of their bytes.
+    dropped: how many documents were duplicates, near_duplicates, empty, tiny, no_tokens. files: of the other files, by
+    their paths in the directory, the hex xxh3_128 of their bytes. left_out: files of the sources that are not read, as
+    `folders.summarized` gives them.
     """
 
     request: Request
@@ -96,6 +97,7 @@ class Manifest:
     dropped: dict[str, int]
     digest: str
     files: dict[str, str] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write manifest.json into the directory, with a checksum of itself, to survive a power cut."""
@@ -169,4 +171,5 @@ def _parse(document: dict[str, Any]) -> Manifest:
         dropped=dict(document["dropped"]),
         digest=document["digest"],
         files=dict(document.get("files", {})),
+        left_out=dict(document.get("left_out", {})),
     )

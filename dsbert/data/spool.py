@@ -25,7 +25,7 @@ from dsbert.data.marks import write_mark
 from dsbert.data.near_duplicates import BANDS
 from dsbert.data.pieces import Piece, read
 
-FORMAT = 1
+FORMAT = 2
 FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
 _BATCH_CHARS = 1 << 22
 _HALF = (1 << 64) - 1
@@ -37,17 +37,19 @@ def key_of(*parts: Any) -> str:
 
 
 def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
-    """Read, split, clean and hash a piece's documents into `task["to"]`, a path without suffix.
+    """Read, split, clean and hash the documents of pieces into `task["to"]`, a path without suffix.
 
-    task: piece (`Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
-    {documents, sentences, bytes, empty, tiny}.
+    task: pieces (each `Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
+    {documents, sentences, bytes, empty, tiny, each: the documents of each piece}.
 
     Raises UserError for a source that cannot be read, OSError for a disk that cannot be written.
     """
     import pyarrow as pa
 
     to, near = Path(task["to"]), task["near"]
+    pieces = [Piece.from_json(piece) for piece in task["pieces"]]
     counts = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny"), 0)
+    each = [0] * len(pieces)
     facts: list[tuple[int, int, int, int]] = []
     signatures: list[NDArray[np.uint64]] = []
     files = [to.with_name(f"{to.name}.{kind}") for kind in ("arrow", "facts.npy")]
@@ -56,7 +58,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema, options=options) as writer:
-            for texts in _cleaned(Piece.from_json(task["piece"]), task["min_words"], counts):
+            for texts in _cleaned(pieces, task["min_words"], counts, each):
                 facts += [_facts(text) for text in texts]
                 if near:
                     from dsbert.data.near_duplicates import band_hashes
@@ -71,7 +73,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     if near:
         files.append(to.with_name(f"{to.name}.near.npy"))
         save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(-1, BANDS))
-    return write_mark(task, counts, files)
+    return write_mark(task, {**counts, "each": each}, files)
 
 
 def texts_of(path: Path) -> Iterator[list[str]]:
@@ -100,11 +102,11 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cleaned(piece: Piece, min_words: int, counts: dict[str, int]) -> Iterator[list[str]]:
-    """Batches of texts that are worth keeping; what there was is added to `counts`."""
+def _cleaned(pieces: list[Piece], min_words: int, counts: dict[str, int], each: list[int]) -> Iterator[list[str]]:
+    """Batches of texts that are worth keeping; what there was is added to `counts`, and to `each` piece's documents."""
     batch: list[str] = []
     chars = 0
-    for paragraphs in read(piece):
+    for number, paragraphs in ((number, found) for number, piece in enumerate(pieces) for found in read(piece)):
         document = split_sentences(paragraphs)
         text = "\n".join(document)
         if not text:
@@ -115,6 +117,7 @@ def _cleaned(piece: Piece, min_words: int, counts: dict[str, int]) -> Iterator[l
             batch.append(text)
             chars += len(text)
             counts["documents"] += 1
+            each[number] += 1
             counts["sentences"] += len(document)
             if chars >= _BATCH_CHARS:
                 yield batch
