@@ -77,6 +77,7 @@ setup(
         "xxhash",
         "sentencex",
         "fsspec",
+        "backports.zstd>=1; python_version < '3.14'",  # what Python brings along from 3.14 on
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dsbert = dsbert.cli:main"]},

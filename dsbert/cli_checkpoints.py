@@ -18,18 +18,33 @@ _Lines = Callable[[dict[str, Any]], Iterable[str]]
 
 @click.command()
 @_source
-@click.option("--text", multiple=True, help="A text file instead of the held-out documents. Repeatable.")
+@click.option(
+    "--text", multiple=True, metavar="SOURCE", help="Instead of the held-out documents: as of `prepare`. Repeatable."
+)
+@click.option("--documents", multiple=True, metavar="row|blank-line|rows:N", help="Of --text: as of `prepare`.")
+@click.option("--text-column", help="Of --text: what tables call their text.  [default: text]")
 @as_json_option
-def evaluate(source: Path, text: tuple[str, ...], as_json: bool) -> None:
+def evaluate(
+    source: Path, text: tuple[str, ...], documents: tuple[str, ...], text_column: str | None, as_json: bool
+) -> None:
     """Losses and accuracies on held-out or given text, with the same masks for everyone.
 
     Losses are in nats per masked token (mlm, unigram) and per sentence pair (nsp).
     """
+    from dsbert.data.folders import left_out_lines
     from dsbert.evaluate import evaluate_checkpoint
     from dsbert.progress import stage_bars
 
     with stage_bars() as progress:
-        result = evaluate_checkpoint(source, list(text), lambda done, total: progress("evaluate", done, total))
+        result = evaluate_checkpoint(
+            source,
+            text,
+            lambda done, total: progress("evaluate", done, total),
+            documents=documents,
+            text_column=text_column,
+        )
+    if "left_out" in result and not as_json:
+        result["left_out"] = left_out_lines(result["left_out"]) or "no file"
     show(result, as_json, heading=f"{source} at step {result['step']}")
 
 

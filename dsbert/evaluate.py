@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,19 +86,43 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    path: Path, texts: list[str], progress: Callable[[int, int], None] | None = None
+    path: Path,
+    texts: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    documents: Sequence[str] = (),
+    text_column: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint or the newest one of a run, on its held-out documents or on the documents of `texts`.
 
+    Args:
+        path: the checkpoint, or the run.
+        texts: SOURCES, as data/sources.py says; none for the held-out documents.
+        progress: told (done, total) batches.
+        documents: how rows of `texts` make documents, as `data.prepare` takes it.
+        text_column: what tables among `texts` call their text; "text" by default.
+
+    Returns the fields of `Evaluation` and step; of `texts` also left_out: files by reason (data/folders.py).
+
     Raises UserError for missing data or text, CheckpointError for a missing or damaged checkpoint.
     """
+    from dsbert.data.corpus import TEXT_COLUMN, read_documents
+    from dsbert.data.folders import LeftOut, summarized
     from dsbert.data.manifest import load_unigram_counts
     from dsbert.model import DeviceBatch
     from dsbert.restore import restore_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not texts and (documents or text_column):
+        raise UserError(
+            "expected --documents and --text-column with --text, whose rows they are about; found no --text"
+        )
     restored = restore_model(path, device)
-    stream = _text_stream(restored, texts) if texts else _held_out_stream(restored)
+    left_out: list[LeftOut] = []
+    if texts:
+        stream = _text_stream(restored, read_documents(texts, documents, text_column or TEXT_COLUMN, left_out))
+    else:
+        stream = _held_out_stream(restored)
     restored.model.eval()
 
     @torch.no_grad()
@@ -108,7 +132,8 @@ def evaluate_checkpoint(
     counts = load_unigram_counts(restored.path)
     result = evaluate(forward, stream, stream.num_samples, unigram_counts=counts, progress=progress)
     assert result is not None
-    return {"step": restored.state["step"]} | vars(result)
+    named = {"left_out": summarized(left_out)} if texts else {}
+    return {"step": restored.state["step"]} | vars(result) | named
 
 
 def _held_out_stream(restored: Any) -> SampleStream:
@@ -126,8 +151,7 @@ def _held_out_stream(restored: Any) -> SampleStream:
     return SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, data.nsp, data.mask_fraction)
 
 
-def _text_stream(restored: Any, texts: list[str]) -> SampleStream:
-    from dsbert.data.corpus import read_documents
+def _text_stream(restored: Any, texts: Iterable[list[str]]) -> SampleStream:
     from dsbert.data.encoding import Encoder
     from dsbert.data.manifest import TOKENIZER
     from dsbert.data.merging import pack_texts
@@ -136,7 +160,7 @@ def _text_stream(restored: Any, texts: list[str]) -> SampleStream:
     from dsbert.data.tokenizer import Vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(restored.path / TOKENIZER)
-    documents = ["\n".join(sentences) for sentences in read_documents(texts)]
+    documents = ["\n".join(sentences) for sentences in texts]
     store = TokenStore([pack_texts(Encoder(tokenizer), documents, np.dtype(np.int32))])
     data = restored.recipe.data
     index = SpanIndex.build(store, data.seq_len)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsbert.auditing.checkpoint import ASIDE, NAME, Audit, audit_checkpoint
 from dsbert.auditing.data import audit_data
+from dsbert.auditing.special import special, special_files
 from dsbert.checkpoint import KIND, LATEST, MANIFEST, STATE, TOPOLOGY, Problem, read_manifest
 from dsbert.durable import checksum
 from dsbert.errors import UserError
@@ -37,7 +38,8 @@ def audit(path: Path, progress: Callable[[str, int, int], None] = lambda stage, 
         done = min(done + nbytes, total)
         progress("verify", done, total)
 
-    found = _AUDITS[kind](path, count)
+    unreadable = special_files(path, only=CHECKPOINTS if kind == "run" else None)
+    found = Audit(unreadable) if unreadable else _AUDITS[kind](path, count)
     progress("verify", total, total)
     return {
         "kind": kind,
@@ -63,7 +65,7 @@ def kind_of(path: Path) -> str:
             return "data"
         if any(name in (STATE, TOPOLOGY) or name.startswith("fragments-") for name in os.listdir(path)):
             return "checkpoint"
-        if read_manifest(path)["kind"] == KIND:
+        if special(path / MANIFEST) or read_manifest(path)["kind"] == KIND:
             return "checkpoint"
     except OSError as error:
         found = str(error.strerror)

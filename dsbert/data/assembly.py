@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsbert.data.folders import NO_TEXT, LeftOut
 from dsbert.data.manifest import MANIFEST, TOKENIZER, UNIGRAM, Manifest, Request, ShardEntry, SplitEntry, load_manifest
 from dsbert.data.marks import read_mark
 from dsbert.data.shards import checksum
@@ -45,22 +47,28 @@ def _brief(value: object) -> str:
     return str(value)
 
 
-def assert_text(read: list[Task], counts: list[dict[str, int]]) -> None:
-    """Raise UserError for a file without a single document: nobody lists it on purpose."""
-    documents: dict[str, int] = {}
-    tiny: dict[str, int] = {}
+def files_without_text(names: Sequence[str], read: list[Task], counts: list[dict[str, Any]]) -> list[LeftOut]:
+    """Files of which no document is kept. names: of the sources.
+
+    Raises UserError for a source that holds no other files: nobody lists it on purpose.
+    """
+    documents: list[dict[str, int]] = [{} for _ in names]
+    tiny = [0] * len(names)
     for task, count in zip(read, counts, strict=True):
-        path = task["piece"]["file"]["path"]
-        documents[path] = documents.get(path, 0) + count["documents"]
-        tiny[path] = tiny.get(path, 0) + count["tiny"]
-    if not any(documents.values()):
-        raise UserError(f"the corpus is empty: no text in {', '.join(documents)}; name a source with text")
-    for path, number in documents.items():
-        if not number:
+        tiny[task["source"]] += count["tiny"]
+        found = documents[task["source"]]
+        for piece, number in zip(task["pieces"], count["each"], strict=True):
+            path = piece["file"]["path"]
+            found[path] = found.get(path, 0) + number
+    if not any(any(found.values()) for found in documents):
+        raise UserError(f"the corpus is empty: no text in {', '.join(names)}; name a source with text")
+    for name, found, few in zip(names, documents, tiny, strict=True):
+        if not any(found.values()):
             raise UserError(
-                f"{path} is empty: expected a document of enough words, found {tiny[path]} with too few: fetch it "
-                "again, or leave it out"
+                f"{name} is empty: expected a document of enough words, found {few} with too few: fetch it again, or "
+                "leave it out"
             )
+    return [LeftOut(path, NO_TEXT) for found in documents for path, number in found.items() if not number]
 
 
 def split_entry(tasks: list[Task]) -> SplitEntry:
@@ -111,5 +119,6 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "dropped": manifest.dropped,
         "mended": manifest.mended,
         "mended_in": list(manifest.mended_in),
+        "left_out": manifest.left_out,
         "sources": {source.name: source.documents for source in manifest.request.sources},
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import xxhash
 
+from dsbert.data.folders import EMPTY, NO_TEXT, LeftOut
 from dsbert.data.pieces import cut, read
 from dsbert.data.sentences import split_sentences
 from dsbert.data.sources import resolve
@@ -19,26 +21,43 @@ MIN_WORDS = 3
 _HASH_RANGE = 1 << 64
 
 
-def read_documents(sources: Sequence[str]) -> Iterator[Document]:
+def read_documents(
+    sources: Sequence[str],
+    documents: Sequence[str] = (),
+    text_column: str = TEXT_COLUMN,
+    left_out: list[LeftOut] | None = None,
+) -> Iterator[Document]:
     """Read the sources one after the other, split into sentences; nothing but empty documents is left out.
+
+    Args:
+        sources: SOURCES, as sources.py says.
+        documents: how rows make documents: none (each source's default), one for all, or one for each.
+        text_column: what tables call their text.
+        left_out: files that are not read, and those without text, are added to it.
 
     Yields:
         Documents: sentences without line breaks, runs of white space collapsed, none of them empty.
 
     Raises:
-        UserError: a source is unknown, missing, damaged, not UTF-8 or not installed; or no source has any text.
+        UserError: a source is unknown, missing, damaged, not UTF-8 or not installed; or has no text.
     """
-    found = False
-    for source in resolve(sources):
+    left_out = [] if left_out is None else left_out
+    for source in resolve(sources, documents):
+        left_out += source.left_out
+        without = []
         for file in source.files:
-            for piece in cut(file, source.documents, TEXT_COLUMN):
-                for paragraphs in read(piece):
-                    document = split_sentences(paragraphs)
-                    if document:
-                        found = True
-                        yield document
-    if not found:
-        raise UserError(f"the corpus is empty: no text in {', '.join(sources)}; name a source with text")
+            pieces = cut(file, source.documents, text_column)
+            found = False
+            for paragraphs in chain.from_iterable(map(read, pieces)):
+                document = split_sentences(paragraphs)
+                if document:
+                    found = True
+                    yield document
+            if not found:
+                without.append(LeftOut(file.path, NO_TEXT if pieces else EMPTY))
+        if len(without) == len(source.files):
+            raise UserError(f"the corpus is empty: no text in {source.name}; name a source with text")
+        left_out += without
 
 
 def num_words(text: str) -> int:

@@ -6,8 +6,6 @@ on where one stood costs nothing: a worker reads a file's pieces in rising order
 
 from __future__ import annotations
 
-import lzma
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import accumulate
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsbert.data.grouping import Row
-from dsbert.data.unpacking import PACKED, open_packed
+from dsbert.data.kinds import disguised
+from dsbert.data.unpacking import ERRORS, open_packed, packing
 from dsbert.errors import UserError
 
 # How much longer than the file its text may be; only a guess: the last piece of a file goes to the text's end.
@@ -34,7 +33,7 @@ class Lines:
     def __init__(self, path: Path) -> None:
         """Raises UserError if the file cannot be opened."""
         self.path = path
-        self._packed = path.suffix in PACKED
+        self._packed = bool(packing(path))
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._line_starts = {0: 0}  # of the first line and of another one: where they begin
         self._file, self._next = self._open(), 0
@@ -68,6 +67,12 @@ class Lines:
             index, end = index - 1, _BLOCK_BYTES
         return max(0, (index + 1) * _BLOCK_BYTES)
 
+    def number_of(self, offset: int) -> int:
+        """The number, from 1, of the line that begins at `offset`. Raises as `from_offset` does."""
+        index, end = divmod(offset, _BLOCK_BYTES)
+        whole = sum(self._block(number).count(b"\n") for number in range(index))
+        return 1 + whole + self._block(index).count(b"\n", 0, end)
+
     def from_line(self, number: int) -> Iterator[Row]:
         """(line number, text) from line `number` on, counted from 0. Raises as `from_offset` does."""
         start = self._start_of(number)
@@ -97,10 +102,21 @@ class Lines:
             yield offset, [rest]
 
     def _texts(self, offset: int, lines: list[bytes]) -> Iterator[Row]:
-        if not offset and lines and lines[0].startswith(_BYTE_ORDER_MARK):
-            lines[0] = lines[0][len(_BYTE_ORDER_MARK) :]
+        if not offset and lines:
+            if kind := disguised(lines[0]):
+                raise UserError(
+                    f"expected UTF-8 text, {self.path} is not UTF-8 text at byte 0, but {kind} by its content: convert "
+                    "or unpack it, give it the name of what it is, or leave the file out"
+                )
+            lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
+        data = b"\n".join(lines)
+        if (nul := data.find(b"\0")) >= 0:
+            raise UserError(
+                f"expected UTF-8 text, {self.path} is not UTF-8 text at byte {offset + nul} (a byte of value 0, as in "
+                "binary files and UTF-16): convert it, e.g. with iconv, or leave the file out"
+            )
         try:
-            texts = b"\n".join(lines).decode().split("\n") if lines else []
+            texts = data.decode().split("\n") if lines else []
         except UnicodeDecodeError as error:
             place = error.start
             raise UserError(
@@ -158,7 +174,7 @@ class Lines:
     def _read(self, read: Any) -> bytes:
         try:
             data: bytes = read()
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        except ERRORS as error:
             raise UserError(
                 f"cannot read {self.path}: {' '.join(str(error).split())}: expected a whole file, check it and fetch "
                 "it again"

@@ -88,7 +88,8 @@ class Manifest:
 
     dropped: how many documents were duplicates, near_duplicates, empty, tiny, tokenless. files: of the other files, by
     their paths in the directory, the hex xxh3_128 of their bytes. mended: how many documents' sentences were found
-    another way (sentences.py); mended_in: where the first few are.
+    another way (sentences.py); mended_in: where the first few are. left_out: files of the sources that are not read, as
+    `folders.summarized` gives them.
     """
 
     request: Request
@@ -99,6 +100,7 @@ class Manifest:
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     mended: int = 0
     mended_in: tuple[str, ...] = ()
+    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write manifest.json into the directory, with a checksum of itself, to survive a power cut."""
@@ -174,4 +176,5 @@ def _parse(document: dict[str, Any]) -> Manifest:
         files=dict(document.get("files", {})),
         mended=document.get("mended", 0),
         mended_in=tuple(document.get("mended_in", ())),
+        left_out=dict(document.get("left_out", {})),
     )

@@ -51,18 +51,17 @@ class Options:
             raise UserError(f"expected a vocab_size of at most {_MAX_VOCAB_SIZE}, found {self.vocab_size}")
 
 
-def make_request(sources: Sequence[TextSource], cuts: Sequence[dict[str, Any]], options: Options) -> Request:
-    """What is asked for. cuts: what `cut_file` has written, a file each.
+def make_request(sources: Sequence[TextSource], files: Sequence[Sequence[dict[str, Any]]], options: Options) -> Request:
+    """What is asked for. files: of each source, from `files_by_source`.
 
     Raises UserError if the tokenizer or the library for near duplicates is missing.
     """
     from dsbert.data.near_duplicates import algorithm
 
-    found, at = [], 0
-    for source in sources:
-        own = cuts[at : at + len(source.files)]
-        at += len(source.files)
-        found.append(Source(source.name, source_fingerprint(own), source.documents))
+    found = [
+        Source(source.name, source_fingerprint(own), source.documents)
+        for source, own in zip(sources, files, strict=True)
+    ]
     trained = options.tokenizer == "train"
     digest = "train"
     if not trained:

@@ -2,83 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dsbert.data.marks import write_mark
-from dsbert.data.pieces import cut
+from dsbert.data import pieces
+from dsbert.data.folders import EMPTY, LeftOut
+from dsbert.data.kinds import separators_of
+from dsbert.data.marks import read_mark, write_mark
 from dsbert.data.sources import SourceFile, TextSource
 from dsbert.data.spool import key_of
+from dsbert.data.unpacking import packing
 from dsbert.durable import checksum
 from dsbert.errors import UserError
 
+_Item = TypeVar("_Item")
+# Small files are looked at together, so that what each task costs does not add up.
+_LOOK_BYTES, _FILES = 64 << 20, 256
 
-def cut_file(task: dict[str, Any]) -> dict[str, Any]:
-    """Fingerprint a file and cut it into pieces. task: file, documents, column, to.
 
-    Its mark holds {fingerprint, pieces}. Raises UserError for a file that cannot be read.
+def cut_files(task: dict[str, Any]) -> dict[str, Any]:
+    """Fingerprint files and cut them into pieces. task: files, documents, column, to.
+
+    Its mark holds {found: of each file, in their order, {path, fingerprint, pieces}}. Raises UserError for a file that
+    cannot be read.
     """
-    file = SourceFile.from_json(task["file"])
+    return write_mark(task, {"found": [_cut_file(file, task["documents"], task["column"]) for file in task["files"]]})
+
+
+def _cut_file(values: dict[str, Any], documents: str, column: str) -> dict[str, Any]:
+    file = SourceFile.from_json(values)
     if not file.fingerprint:
         try:
             file = replace(file, fingerprint=f"xxh3_128:{checksum(Path(file.path))}")
         except OSError as error:
             raise UserError(f"cannot read {file.path}: {error.strerror}: check the file") from None
-    pieces = [piece.as_json() for piece in cut(file, task["documents"], task["column"])]
-    return write_mark(task, {"fingerprint": file.fingerprint, "pieces": pieces})
+    found = [piece.as_json() for piece in pieces.cut(file, documents, column)]
+    return {"path": file.path, "fingerprint": file.fingerprint, "pieces": found}
 
 
 def cut_tasks(sources: Sequence[TextSource], column: str, directory: Path) -> list[dict[str, Any]]:
-    """A task per file; weight: its bytes, as far as they are known."""
+    """Tasks of some files each, in the order of the sources; weight: their bytes, as far as they are known."""
     tasks = []
-    for source in sources:
-        for file in source.files:
-            path = Path(file.path)
-            state = path.stat() if file.kind != "package" and path.is_file() else None
-            age = [state.st_size, state.st_mtime_ns] if state else []
-            key = key_of("cut", file.as_json(), source.documents, column, age)
+    for number, source in enumerate(sources):
+        files = [(file, *_size_and_age(file)) for file in source.files]
+        for some in _together(files, lambda one: one[1], _LOOK_BYTES):
+            as_json = [file.as_json() for file, _, _ in some]
+            key = key_of("cut", as_json, source.documents, column, [[size, age] for _, size, age in some])
             tasks.append(
                 {
                     "do": "cut",
-                    "file": file.as_json(),
+                    "source": number,
+                    "files": as_json,
                     "documents": source.documents,
                     "column": column,
                     "to": str(directory / key),
-                    "weight": state.st_size if state else 1,
+                    "weight": sum(size or 1 for _, size, _ in some),
                 }
             )
     return tasks
 
 
-def read_tasks(cuts: Sequence[dict[str, Any]], directory: Path, min_words: int, near: str) -> list[dict[str, Any]]:
-    """A task per piece, in the order of the documents, out of what `cut_file` has written.
+def _size_and_age(file: SourceFile) -> tuple[int | None, int]:
+    """Of a local file; (None, 0) of what is elsewhere."""
+    path = Path(file.path)
+    if file.kind == "package" or not path.is_file():
+        return None, 0
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
-    near: near_duplicates.algorithm(), or "".
+
+def files_by_source(tasks: Sequence[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
+    """What `cut_files` has found, by the number of the source: its files, in their order."""
+    found: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    for task in tasks:
+        found[task["source"]] += read_mark(task)["found"]
+    return found
+
+
+def empty_files(files: Sequence[dict[str, Any]]) -> list[LeftOut]:
+    """Which of the files of `files_by_source` hold nothing."""
+    return [LeftOut(file["path"], EMPTY) for file in files if not file["pieces"]]
+
+
+def read_tasks(
+    sources: Sequence[Sequence[dict[str, Any]]], directory: Path, min_words: int, near: str
+) -> list[dict[str, Any]]:
+    """A task per piece, or for some files that are smaller than one, in the order of the documents.
+
+    sources: from `files_by_source`. near: near_duplicates.algorithm(), or "".
     """
     from importlib.metadata import version
 
     tasks = []
-    for found in cuts:
-        for piece in found["pieces"]:
-            file = piece["file"]
-            content = [file["kind"], found["fingerprint"], file["shard"], piece["documents"], piece["column"]]
-            how = [piece["first"], piece["last"], min_words, near, version("sentencex")]
+    for number, files in enumerate(sources):
+        found = [(file["fingerprint"], piece, len(file["pieces"]) == 1) for file in files for piece in file["pieces"]]
+        for some in _together(found, lambda one: one[1]["weight"] if one[2] else None, pieces.PIECE_BYTES):
+            content = [_content(fingerprint, piece) for fingerprint, piece, _ in some]
             tasks.append(
                 {
                     "do": "read",
-                    "piece": piece,
-                    "to": str(directory / key_of("read", content, how)),
+                    "source": number,
+                    "pieces": [piece for _, piece, _ in some],
+                    "to": str(directory / key_of("read", content, [min_words, near, version("sentencex")])),
                     "min_words": min_words,
                     "near": bool(near),
-                    "weight": piece["weight"],
+                    "weight": sum(piece["weight"] for _, piece, _ in some),
                 }
             )
     return tasks
 
 
-def source_fingerprint(cuts: Sequence[dict[str, Any]]) -> str:
-    """What tells a source's content from any other: its file's fingerprint, or one over those of its files."""
-    prints = [found["fingerprint"] for found in cuts]
+def _content(fingerprint: str, piece: dict[str, Any]) -> list[Any]:
+    file = piece["file"]
+    # What of the name decides how the bytes are read.
+    named = (
+        [packing(Path(file["path"])), separators_of(file["path"])] if file["kind"] in ("text", "json", "csv") else []
+    )
+    how = [piece["documents"], piece["column"], piece["first"], piece["last"]]
+    return [file["kind"], *named, fingerprint, file["shard"], *how]
+
+
+def _together(items: Sequence[_Item], weight: Callable[[_Item], int | None], most: int) -> Iterator[list[_Item]]:
+    """Runs of at most `_FILES` items of at most `most` together; one that is larger, or without a weight, is alone."""
+    run: list[_Item] = []
+    held = 0
+    for item in items:
+        own = weight(item)
+        if run and (own is None or held + max(1, own) > most or len(run) == _FILES):
+            yield run
+            run, held = [], 0
+        run.append(item)
+        held += most if own is None else own
+    if run:
+        yield run
+
+
+def source_fingerprint(files: Sequence[dict[str, Any]]) -> str:
+    """What tells a source's content from any other: its file's fingerprint, or one over those of its files.
+
+    Files without anything in them do not count.
+    """
+    prints = [file["fingerprint"] for file in files if file["pieces"]]
     return prints[0] if len(prints) == 1 else f"{len(prints)} files: {key_of(prints)}"

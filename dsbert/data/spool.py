@@ -41,19 +41,21 @@ def key_of(*parts: Any) -> str:
 
 
 def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
-    """Read, split, clean and hash a piece's documents into `task["to"]`, a path without suffix.
+    """Read, split, clean and hash the documents of pieces into `task["to"]`, a path without suffix.
 
-    task: piece (`Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
-    {documents, sentences, bytes, empty, tiny, mended, examples}; mended: documents whose sentences were found another
-    way (sentences.py), with the first few of which examples say where they are.
+    task: pieces (each `Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
+    {documents, sentences, bytes, empty, tiny, mended, examples, each: the documents of each piece}; mended: documents
+    whose sentences were found another way (sentences.py), with the first few of which examples say where they are.
 
     Raises UserError for a source that cannot be read, OSError for a disk that cannot be written.
     """
     import pyarrow as pa
 
     to, near = Path(task["to"]), task["near"]
+    pieces = [Piece.from_json(piece) for piece in task["pieces"]]
     counts: dict[str, Any] = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny", "mended"), 0)
     counts["examples"] = []
+    each = [0] * len(pieces)
     facts: list[tuple[int, int, int, int]] = []
     signatures: list[NDArray[np.uint64]] = []
     files = [to.with_name(f"{to.name}.{kind}") for kind in ("arrow", "facts.npy")]
@@ -62,7 +64,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema, options=options) as writer:
-            for texts in _cleaned(Piece.from_json(task["piece"]), task["min_words"], counts):
+            for texts in _cleaned(pieces, task["min_words"], counts, each):
                 facts += [_facts(text) for text in texts]
                 if near:
                     from dsbert.data.near_duplicates import band_hashes
@@ -77,7 +79,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     if near:
         files.append(to.with_name(f"{to.name}.near.npy"))
         save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(-1, BANDS))
-    return write_mark(task, counts, files)
+    return write_mark(task, {**counts, "each": each}, files)
 
 
 def texts_of(path: Path) -> Iterator[list[str]]:
@@ -106,18 +108,20 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cleaned(piece: Piece, min_words: int, counts: dict[str, Any]) -> Iterator[list[str]]:
-    """Batches of texts that are worth keeping; what there was is added to `counts`."""
+def _cleaned(pieces: list[Piece], min_words: int, counts: dict[str, Any], each: list[int]) -> Iterator[list[str]]:
+    """Batches of texts that are worth keeping; what there was is added to `counts`, and to `each` piece's documents."""
     batch: list[str] = []
     chars = 0
     splitter = Splitter()
-    for paragraphs in read(piece):
+    for number, paragraphs in ((number, found) for number, piece in enumerate(pieces) for found in read(piece)):
         document = splitter.split(paragraphs)
         text = "\n".join(document)
         if splitter.mended:
             counts["mended"] += 1
             if len(counts["examples"]) < MAX_EXAMPLES:
-                counts["examples"].append(f"{piece.file.path}: the document that begins {text[:_EXAMPLE_CHARS]!r}")
+                counts["examples"].append(
+                    f"{pieces[number].file.path}: the document that begins {text[:_EXAMPLE_CHARS]!r}"
+                )
         if not text:
             counts["empty"] += 1
         elif num_words(text) < min_words:
@@ -126,6 +130,7 @@ def _cleaned(piece: Piece, min_words: int, counts: dict[str, Any]) -> Iterator[l
             batch.append(text)
             chars += len(text)
             counts["documents"] += 1
+            each[number] += 1
             counts["sentences"] += len(document)
             if chars >= _BATCH_CHARS:
                 yield batch

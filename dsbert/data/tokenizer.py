@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
-_FILE = "tokenizer.json"
+_FILE, _VOCABULARY, _CONFIG = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 _MAX_ALPHABET = 1000
 _AT_ONCE = 4096  # sentences whose characters are counted together
 
@@ -106,8 +106,8 @@ def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "vocab.txt").write_text("".join(token + "\n" for token in vocabulary_of(tokenizer)), encoding="utf-8")
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (directory / _VOCABULARY).write_text("".join(token + "\n" for token in vocabulary_of(tokenizer)), encoding="utf-8")
 
 
 def is_lowercase(tokenizer: "Tokenizer") -> bool:
@@ -116,7 +116,7 @@ def is_lowercase(tokenizer: "Tokenizer") -> bool:
 
 
 def find_tokenizer(name: str) -> "Tokenizer":
-    """The tokenizer of a directory (tokenizer.json), of such a file, or of that name on the hub.
+    """The tokenizer of a directory (tokenizer.json, or else vocab.txt), of such a file, or of that name on the hub.
 
     Raises:
         UserError: there is none, it cannot be fetched, or it is no WordPiece tokenizer with BERT's special tokens.
@@ -126,7 +126,9 @@ def find_tokenizer(name: str) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     path = Path(name)
-    if path.is_dir() or path.suffix == ".json":
+    if path.is_dir() and not (path / _FILE).exists() and (path / _VOCABULARY).exists():
+        tokenizer = _from_vocabulary(path)
+    elif path.is_dir() or path.suffix == ".json":
         tokenizer = _read(path / _FILE if path.is_dir() else path, "give another, or --tokenizer train")
     else:
         try:
@@ -167,6 +169,39 @@ def _read(path: Path, remedy: str) -> "Tokenizer":
         return _bare(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path} is not a tokenizer ({error}); {remedy}") from error
+
+
+def _from_vocabulary(directory: Path) -> "Tokenizer":
+    """As transformers' BertTokenizer reads vocab.txt, a token a line, and what tokenizer_config.json may say of it.
+
+    Where nothing says so, a vocabulary without capitals is one of lower case. Raises UserError.
+    """
+    import json
+
+    from tokenizers import normalizers
+
+    path = directory / _VOCABULARY
+    try:
+        tokens = [token.removesuffix("\r") for token in path.read_bytes().decode().removesuffix("\n").split("\n")]
+        config = json.loads((directory / _CONFIG).read_bytes()) if (directory / _CONFIG).exists() else {}
+        said = {name: config.get(name) for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read the tokenizer in {directory} ({error}): give another") from None
+    if missing := [token for token in SPECIAL_TOKENS if token not in tokens]:
+        raise UserError(f"expected {' '.join(SPECIAL_TOKENS)} in {path}, found no {' '.join(missing)}: give another")
+    if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise UserError(f"expected each token once in {path}, found {repeated[0]!r} again: give another")
+    ordinary = (token for token in tokens if not (token.startswith("[") and token.endswith("]")))
+    folds = (
+        all(token == token.lower() for token in ordinary) if said["do_lower_case"] is None else said["do_lower_case"]
+    )
+    tokenizer = _build({token: number for number, token in enumerate(tokens)})
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(folds),
+        strip_accents=said["strip_accents"],
+        handle_chinese_chars=said["tokenize_chinese_chars"] is not False,
+    )
+    return tokenizer
 
 
 def _bare(tokenizer: "Tokenizer") -> "Tokenizer":

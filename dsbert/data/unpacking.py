@@ -6,27 +6,41 @@ import bz2
 import gzip
 import io
 import lzma
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 PACKED = (".gz", ".xz", ".zst", ".bz2")
+ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError)
 _READ_BYTES = 1 << 18
+# As `zstd --long=31` makes them: matches up to 2 GiB back. Memory is taken only for a file that asks for it.
+_ZSTD: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+
+
+def packing(path: Path) -> str:
+    """Which of `PACKED` a file's name ends with, in small letters or large ones; "" if none."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in PACKED else ""
 
 
 def open_packed(path: Path) -> IO[bytes]:
-    """Open a file by its suffix. Raises OSError, and so does reading it, or EOFError, LZMAError, zlib.error."""
-    if path.suffix == ".gz":
+    """Open a file by its suffix. Raises one of ERRORS, and so does reading it."""
+    kind = packing(path)
+    if kind == ".gz":
         return io.BufferedReader(gzip.GzipFile(path))
-    if path.suffix == ".xz":
+    if kind == ".xz":
         return io.BufferedReader(_Members(path, lzma.LZMADecompressor))
-    if path.suffix == ".bz2":
+    if kind == ".bz2":
         return io.BufferedReader(_Members(path, bz2.BZ2Decompressor))
-    if path.suffix == ".zst":
-        import pyarrow as pa
-
-        stream: IO[bytes] = pa.input_stream(str(path), compression="zstd")
-        return stream
+    if kind == ".zst":
+        return io.BufferedReader(_Members(path, lambda: zstd.ZstdDecompressor(options=_ZSTD)))
     raise ValueError(f"expected a suffix of {PACKED}, found {path}")
 
 

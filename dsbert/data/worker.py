@@ -27,10 +27,10 @@ def perform(task: Task) -> dict[str, Any]:
 
 def _kinds() -> dict[str, Callable[[Task], dict[str, Any]]]:
     from dsbert.data.merging import encode_piece, merge_shard
-    from dsbert.data.plan import cut_file
+    from dsbert.data.plan import cut_files
     from dsbert.data.spool import spool_piece
 
-    return {"cut": cut_file, "read": spool_piece, "encode": encode_piece, "merge": merge_shard}
+    return {"cut": cut_files, "read": spool_piece, "encode": encode_piece, "merge": merge_shard}
 
 
 def main() -> None:

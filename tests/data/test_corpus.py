@@ -32,9 +32,9 @@ def test_reads_documents_and_sentences(tmp_path, name, encode):
     ("name", "content", "message"),
     [
         ("latin.txt", "caf\xe9\n".encode("latin-1"), r"latin\.txt is not UTF-8 text at byte 3"),
-        ("damaged.gz", b"no gzip", r"cannot read .*damaged\.gz"),
-        ("damaged.xz", b"no xz", r"cannot read .*damaged\.xz"),
-        ("short.xz", lzma.compress(b"word " * 5000)[:-40], r"cannot read .*short\.xz"),
+        ("damaged.txt.gz", b"no gzip", r"cannot read .*damaged\.txt\.gz"),
+        ("damaged.txt.xz", b"no xz", r"cannot read .*damaged\.txt\.xz"),
+        ("short.txt.xz", lzma.compress(b"word " * 5000)[:-40], r"cannot read .*short\.txt\.xz"),
         ("empty.txt", b"", r"empty\.txt is empty"),
         ("blank.txt", b" \n\n\t\n", r"corpus is empty.*blank\.txt"),
     ],

@@ -170,7 +170,7 @@ def test_halves_of_characters_are_no_text(tmp_path):
 def test_a_json_array_is_told_from_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "one"}, {"text": "two"}]\n')
-    with pytest.raises(UserError, match=r"expected one JSON object a line .* found at 0: list: .* jq -c '\.\[\]'"):
+    with pytest.raises(UserError, match=r"expected one JSON object a line .* found at line 1: list: .* jq -c '\.\[\]'"):
         documents_of(str(path))
 
 
@@ -291,7 +291,12 @@ def test_folders_behind_links_count_and_hidden_ones_do_not(tmp_path):
     (root / "link").symlink_to(elsewhere)
     (root / "loop").symlink_to(root)
     (source,) = resolve([str(root)])
-    assert [file.path for file in source.files] == [str(root / "b c" / "x.txt"), str(elsewhere / "x.txt")]
+    assert [file.path for file in source.files] == [str(root / "b c" / "x.txt"), str(root / "link" / "x.txt")]
+    assert sorted(source.left_out) == [
+        (str(root / ".ipynb_checkpoints"), "hidden"),
+        (str(root / "_tmp"), "hidden"),
+        (f"{root / 'loop'}/", "folder read already"),
+    ]
 
 
 def test_a_folder_of_mixed_kinds_is_refused(tmp_path):
