@@ -12,7 +12,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Floors, from the top; a module imports only from floors below its own or from its own.
 FLOORS = [
-    {"__main__", "cli", "cli_checkpoints", "cli_data"},
+    {"__main__", "cli", "cli_checkpoints", "cli_data", "cli_types"},
     {"pretrain"},
     {"run"},
     {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison", "numerics"},
@@ -34,7 +34,19 @@ FLOORS = [
     {"sparse"},
     {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
     {"overrides"},
-    {"complaints", "documents", "durable", "errors", "fields", "launch", "malloc", "progress", "ranks"},
+    {
+        "complaints",
+        "documents",
+        "durable",
+        "errors",
+        "fields",
+        "launch",
+        "malloc",
+        "memory_kills",
+        "progress",
+        "ranks",
+        "wandb_mode",
+    },
 ]
 
 
