@@ -35,8 +35,10 @@ def test_version_and_help() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_can_complete(shell: str) -> None:
-    with mock.patch.dict(os.environ, {"_DSBERT_COMPLETE": f"{shell}_source"}):
-        assert "_DSBERT_COMPLETE" in dsbert().stdout
+    command = [sys.executable, "-c", "from dsbert.cli import main; main()"]
+    environment = ENVIRONMENT | {"_DSBERT_COMPLETE": f"{shell}_source"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "_DSBERT_COMPLETE" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def test_shells_can_complete(shell: str) -> None:
         (["pretrain", "demo", "--run-dir", ""], "expected a path as --run-dir, found none"),
         (["submit", "demo", "--nodes", "1", "--time", "1", "--run-dir="], "expected a path as --run-dir, found none"),
         (["prepare", "--source", "sotu", "--to", ""], "expected a path as --to, found none"),
-        (["verify", ""], "expected a path as source, found none"),
-        (["diff", "a", ""], "expected a path as both, found none"),
+        (["verify", ""], "expected a path as CHECKPOINT|RUN|DATA, found none"),
+        (["diff", "a", ""], "expected a path as A B, found none"),
         (["verify", "/tmp/\udcff"], r"expected arguments and a working directory in UTF-8, found b'/tmp/\xff'"),
         (["pretrain", "demo", "data.path=/tmp/\udcff"], r"found b'data.path=/tmp/\xff'"),
     ],
