@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dsbert import __version__
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
-from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+from dsbert.cli_types import PathName, examples
+from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -23,16 +27,24 @@ def _take_local_rank(context: click.Context, parameter: click.Parameter, value: 
 _local_rank = click.option("--local_rank", type=int, hidden=True, expose_value=False, callback=_take_local_rank)
 
 
-@click.group(no_args_is_help=True)
+@click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsbert")
 @_local_rank
 def app() -> None:
     """Pre-train BERT with weights that are sparse from the first step to the last."""
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "dsbert pretrain demo --nproc 2",
+        "dsbert pretrain bert-base data.path=data/mine optim.total_steps=100000",
+        "dsbert pretrain mine.yaml --run-dir runs/mine --resume must",
+        "torchrun --nproc-per-node 8 -m dsbert pretrain bert-base data.path=data/mine",
+    )
+)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run lives. Default: runs/RECIPE.")
+@click.option("--run-dir", type=PathName(), help="Where the run lives. Default: runs/RECIPE.")
 @click.option("--nproc", type=click.IntRange(min=1), help="Start this many ranks here. Default: one per GPU, else 1.")
 @click.option(
     "--resume",
@@ -64,30 +76,39 @@ def pretrain(
     Starts its ranks itself, or takes its place under torchrun, deepspeed, srun or mpiexec.
     """
     from dsbert.launch import die_with_parent, launch, module_command
-    from dsbert.ranks import ranks_from_environment
+    from dsbert.ranks import rank_variables, ranks_from_environment
     from dsbert.stopping import stop_on_signals
 
     with stop_on_signals() as stop:  # before the slow imports: a signal should not kill a rank that is starting
-        die_with_parent()
+        again = shlex.join(["dsbert", *argv])
+        launched = die_with_parent()
+        ranks = ranks_from_environment()
+        if not launched and (ranks is None or ranks.rank == 0):  # else the launcher, or rank 0, says it for all
+            stop.again = again
         from dsbert.config import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        ranks = ranks_from_environment()
         count = ranks.world_size if ranks else _num_ranks(nproc)
-        loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
+        batch = loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
         if ranks is None:
             if stop.wanted:
                 raise SystemExit(EXIT_REQUEUE)
             if count > 1:
-                raise SystemExit(launch(module_command("dsbert.cli", *_without_nproc(argv)), count))
+                less = f"lower batch.micro_batch (now {batch.micro_batch}) or --nproc (now {count})"
+                command = module_command("dsbert.cli", *_without_nproc(argv))
+                raise SystemExit(launch(command, count, again=again, less_memory=less))
         elif nproc is not None:
-            raise UserError("expected no --nproc under another launcher, which starts the ranks itself; found both")
+            found = rank_variables()
+            raise UserError(
+                "expected no --nproc under another launcher, which starts the ranks itself; found both: "
+                f"{found[0]} is set: where no launcher is at work, as in `srun --pty bash`, unset {' '.join(found)}"
+            )
         from dsbert.pretrain import pretrain as train
 
         raise SystemExit(train(loaded, run_dir or Path("runs") / loaded.name, resume, timeout, stop))
 
 
-@app.command()
+@app.command(epilog=examples("dsbert submit bert-base data.path=data/mine --nodes 2 --gpus-per-node 8 --time 24:00:00"))
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 @click.option("--nodes", type=click.IntRange(min=1), required=True)
@@ -100,8 +121,8 @@ def pretrain(
 @click.option("--cpus-per-task", type=click.IntRange(min=1))
 @click.option("--job-name", help="Default: the recipe's name.")
 @click.option("--array", help="Which lines of the sweep, and how many at a time: 1-8%2. Default: all.")
-@click.option("--sweep", type=click.Path(path_type=Path), help="A file: a line of overrides per array task.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/RECIPE. A sweep's tasks append -1, ...")
+@click.option("--sweep", type=PathName(), help="A file: a line of overrides per array task.")
+@click.option("--run-dir", type=PathName(), help="Default: runs/RECIPE. A sweep's tasks append -1, ...")
 @click.option("--signal-lead", type=click.IntRange(min=1), help="Seconds before the limit to save. Default: 300.")
 @click.option("--timeout", type=click.FloatRange(min=1), help="As in `dsbert pretrain`.")
 @click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
@@ -128,6 +149,9 @@ for _command in (*DATA_COMMANDS, *COMMANDS):
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files that are no text
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -140,7 +164,20 @@ def main() -> None:
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code. A DsbertError becomes one line on standard error."""
     try:
-        app.main(argv, prog_name="dsbert", obj=argv)
+        _assert_utf8(argv)
+        code = app.main(argv, prog_name="dsbert", obj=argv, standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "dsbert"
+        print(f"dsbert: {' '.join(error.format_message().split()).rstrip('.')}; see `{place} --help`", file=sys.stderr)
+        return error.exit_code
+    except click.Abort:
+        # What is made aside is renamed when it is whole, and a preparation keeps its pieces.
+        print("dsbert: interrupted: nothing is half done; the same command goes on or begins again", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except DsbertError as error:
         print(f"dsbert: {error}", file=sys.stderr)
         return error.exit_code
@@ -151,7 +188,17 @@ def run(argv: list[str]) -> int:
 
         traceback.print_exc()
         return EXIT_INTERNAL
-    return EXIT_OK
+
+
+def _assert_utf8(argv: list[str]) -> None:
+    """Records are JSON and YAML, which cannot name a file by bytes that are no text."""
+    for word in (*argv, os.getcwd()):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"expected arguments and a working directory in UTF-8, found {os.fsencode(word)!r}"
+            ) from None
 
 
 def _without_nproc(argv: list[str]) -> list[str]:

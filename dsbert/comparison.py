@@ -104,7 +104,7 @@ def compare_checkpoints(
         "b": other.summary(),
         "identical": not counters.keys() & {"step", "adam_step"} and topology["same_slots"] and same_bits,
         "counters": counters,
-        "identity": list(_differences(one.state.get("identity"), other.state.get("identity"))),
+        "identity": list(differences(one.state.get("identity"), other.state.get("identity"))),
         "topology": topology,
         "layers": layers,
     }
@@ -219,10 +219,10 @@ def _compare_values(pairs: Iterator[tuple[Floats, Floats]]) -> dict[str, Any]:
     return {"compared": compared, "bit_identical": same, "max_abs": largest, "l2_relative": relative}
 
 
-def _differences(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:
+def differences(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:
     """Every entry in which two nested values differ, by its dotted key; None where one has none."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in [*a, *(name for name in b if name not in a)]:
-            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+            yield from differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:
         yield {"key": key, "a": a, "b": b}

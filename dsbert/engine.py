@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,14 +84,21 @@ class TrainEngine:
     than samples.
     """
 
-    def __init__(self, recipe: Recipe, model: SparseBert, layers: dict[str, BlockSparseLinear], world: World) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: SparseBert,
+        layers: dict[str, BlockSparseLinear],
+        world: World,
+        run_dir: Path | None = None,
+    ) -> None:
         recipe = recipe.model_copy(update={"batch": recipe.batch.on_ranks(world.world_size)})
         self.recipe, self.world, self.layers = recipe, world, layers
         self.step = 0
         self.on_progress: Callable[[], object] = lambda: None  # called before every micro-batch
         micro_batch = recipe.batch.micro_batch
         self.accumulation_steps = -(-recipe.batch.global_batch // (micro_batch * world.world_size))
-        config = load_ds_config(recipe, world.world_size, self.accumulation_steps)
+        config = self.ds_config = load_ds_config(recipe, world.world_size, self.accumulation_steps, run_dir)
         self.zero_stage, self.precision = zero_stage(config), precision(config)
         self._engine = initialize(recipe, model, config, world)
         # Names as in the model; DeepSpeed keeps the parameter objects.

@@ -7,7 +7,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,29 @@ def inspect_kernels(path: Path) -> dict[str, Any]:
     return {"step": state["step"], "gain": gain_of(plan)} | plan
 
 
+def inspect_lines(report: dict[str, Any]) -> Iterator[str]:
+    """What `inspect_checkpoint` returned, for people."""
+    block = f"blocks of {report['block_size']}" if report["block_size"] else "no sparse weights"
+    yield f"step {report['step']}, density {report['density']:.4f}, {block}, explored {report['dof']:.1%}"
+    sizes = report["bytes"]
+    for what in ("weights", "optimizer"):
+        own, dense = sizes[f"encoder_{what}"], sizes[f"encoder_{what}_dense"]
+        yield f"encoder {what}: {own / 1e6:.2f} MB, dense they would be {dense / 1e6:.2f} MB"
+    yield f"checkpoint: {sizes['checkpoint'] / 1e6:.2f} MB; topology digest {report['digest']}"
+    rows = [("layer", "shape", "active", "density", "target", "digest")]
+    for layer in report["layers"]:
+        shape, active = "x".join(map(str, layer["shape"])), str(layer["num_active"])
+        target = f"{layer['density_target']:.4f}"
+        rows.append((layer["name"], shape, active, f"{layer['density']:.4f}", target, layer["digest"] or "-"))
+    yield from _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
 def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
     """What `inspect_kernels` returned, for people."""
     yield f"{report['tokens']} tokens, {report['dtype']}, {report['device']}"
@@ -82,9 +105,7 @@ def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
         for product, row in products.items():
             ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
             rows.append((name, product, row["backend"], ms, "-" if row["ms"] is None else f"{row['speedup']:.1f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from _aligned(rows)
     if report["gain"] is not None:
         yield f"all sparse products together: {report['gain']:.1f} times the best dense ones"
 
@@ -195,9 +216,7 @@ def checkpoint_table(listing: dict[str, Any]) -> Iterator[str]:
     if sys.stdout.isatty():
         yield _drawn(heads, rows)
     else:
-        widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-        for row in [heads, *rows]:
-            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield from _aligned([heads, *rows])
     for entry in listing["checkpoints"]:
         if entry["problem"]:
             yield f"{entry['name']}/{entry['problem']}"

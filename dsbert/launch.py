@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from dsbert.errors import (
     EXIT_REQUEUE,
     EXIT_USER,
 )
+from dsbert.memory_kills import memory_kills, why_killed
 
 LISTEN_FD_ENV = "DSBERT_LISTEN_FD"
 PARENT_PID_ENV = "DSBERT_PARENT_PID"
@@ -51,7 +52,15 @@ PRIORITY = (EXIT_USER, EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED, EXIT
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term_s: float = TERM_S) -> int:
+def launch(
+    command: Sequence[str],
+    nproc: int,
+    *,
+    grace_s: float = GRACE_S,
+    term_s: float = TERM_S,
+    again: str = "",
+    less_memory: str = "",
+) -> int:
     """Run `command` as ranks 0..nproc-1 of this machine, and wait until all have ended.
 
     Signal handlers are replaced meanwhile, so only the main thread may call this. The ranks write to this process's
@@ -63,6 +72,8 @@ def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term
         grace_s: seconds that ranks keep after one has failed. Ranks that are to name a hung peer themselves need more
             than their own time limit.
         term_s: seconds between the TERM that follows the grace period and the KILL.
+        again: the command that goes on with the run, for the line that acknowledges a first signal.
+        less_memory: what to do about memory, for the line about a rank that was killed.
 
     Returns:
         The ranks' exit code if they agree, else the one that `combine_exit_codes` picks.
@@ -77,8 +88,9 @@ def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term
     ranks: list[subprocess.Popen[bytes]] = []
     with _handlers(pending):
         try:
+            kills = memory_kills()
             _start(command, nproc, ranks)
-            _supervise(ranks, pending, grace_s, term_s)
+            _supervise(ranks, pending, grace_s, term_s, again, lambda: why_killed(kills, less_memory))
         finally:
             # Also what a rank has started itself ends here: nothing may hold a GPU or a file of the run.
             for rank in ranks:
@@ -86,6 +98,12 @@ def launch(command: Sequence[str], nproc: int, *, grace_s: float = GRACE_S, term
             for rank in ranks:
                 rank.wait()
     return combine_exit_codes([rank.returncode for rank in ranks])
+
+
+def acknowledgement(name: str, again: str) -> str:
+    """What is said at once to a signal that asks for a save."""
+    insist = "; a second Ctrl-C leaves at once, unsaved" if name == "SIGINT" else ""
+    return f"{name}: saving after this step, then exit code {EXIT_REQUEUE}{insist}; to go on: {again}"
 
 
 def module_command(module: str, *argv: str) -> list[str]:
@@ -105,10 +123,10 @@ def combine_exit_codes(codes: Sequence[int]) -> int:
     return next((code for code in PRIORITY if code in found), max(found))
 
 
-def die_with_parent() -> None:
+def die_with_parent() -> bool:
     """Have the kernel kill this process when the launcher dies, even of KILL, and let forwarded signals in.
 
-    Does nothing outside of `launch`.
+    Does nothing outside of `launch`; returns whether this is a rank of one.
 
     A rank calls this before its slow imports, and after it has set its signal handlers. It is no hook between fork and
     exec, where Python code can deadlock.
@@ -119,15 +137,16 @@ def die_with_parent() -> None:
     # Removed, so that a program started by this rank does not take the launcher for its own parent.
     parent = os.environ.pop(PARENT_PID_ENV, None)
     if parent is None:
-        return
+        return False
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED.values())
     if sys.platform != "linux":
-        return
+        return True
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != int(parent):  # the launcher died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
+    return True
 
 
 @contextmanager
@@ -200,19 +219,28 @@ def _usable_cores() -> int:
 
 
 def _supervise(
-    ranks: Sequence[subprocess.Popen[bytes]], pending: list[signal.Signals], grace_s: float, term_s: float
+    ranks: Sequence[subprocess.Popen[bytes]],
+    pending: list[signal.Signals],
+    grace_s: float,
+    term_s: float,
+    again: str,
+    explain_kill: Callable[[], str],
 ) -> None:
     """Forward signals until all ranks have ended, or until those that outstay a failure have to be killed."""
     ended: set[int] = set()
     term_at = kill_at = float("inf")
     while len(ended) < len(ranks):
         while pending:
-            _signal_all(ranks, FORWARDED[pending.pop(0)])
-        for number, rank in enumerate(ranks):
-            if number in ended or rank.poll() is None:
+            number = pending.pop(0)
+            if again:
+                _say(acknowledgement(number.name, again))
+                again = ""
+            _signal_all(ranks, FORWARDED[number])
+        for index, rank in enumerate(ranks):
+            if index in ended or rank.poll() is None:
                 continue
-            ended.add(number)
-            _report_signal(number, rank)
+            ended.add(index)
+            _report_signal(index, rank, explain_kill)
             if rank.returncode != 0:
                 term_at = min(term_at, time.monotonic() + grace_s)
         now = time.monotonic()
@@ -226,10 +254,11 @@ def _supervise(
         time.sleep(POLL_S)
 
 
-def _report_signal(number: int, rank: subprocess.Popen[bytes]) -> None:
+def _report_signal(number: int, rank: subprocess.Popen[bytes], explain_kill: Callable[[], str]) -> None:
     """One line for a rank that a signal killed: it could not write one itself."""
     if rank.returncode < 0:
-        _say(f"rank {number} (process {rank.pid}) was killed by {_signal_name(-rank.returncode)}")
+        why = explain_kill() if rank.returncode == -signal.SIGKILL else ""
+        _say(f"rank {number} (process {rank.pid}) was killed by {_signal_name(-rank.returncode)}{why}")
 
 
 def _signal_name(number: int) -> str:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from dsbert.jsonl import to_json
 from dsbert.launch import module_command
+from dsbert.wandb_mode import wandb_mode
 
 # Records that wait for W&B, at most: at one a second, a quarter of an hour of an unreachable server.
 QUEUE_RECORDS = 1000
@@ -31,7 +32,7 @@ FINISH_S = 60.0
 class WandbLogger:
     """Send records to Weights & Biases without ever stopping or slowing a step.
 
-    Offline unless WANDB_API_KEY is set; WANDB_MODE overrules that. The run's id is kept in <run_dir>/wandb_id, so that
+    Offline unless there is a key (wandb_mode.py). The run's id is kept in <run_dir>/wandb_id, so that
     every attempt continues one W&B run, and its charts run over our own "step", so that a rollback may repeat steps.
     Whatever fails is one line on standard error, once.
 
@@ -51,6 +52,9 @@ class WandbLogger:
         self._lines: queue.Queue[str | None] = queue.Queue(QUEUE_RECORDS)
         if not self._active:
             return
+        mode, why_offline = wandb_mode()
+        if why_offline:
+            print(f"dsbert: W&B: {why_offline}", file=sys.stderr, flush=True)
         try:
             options = to_json(
                 {
@@ -59,8 +63,7 @@ class WandbLogger:
                     "project": project,
                     "name": name,
                     "config": config,
-                    "mode": os.environ.get("WANDB_MODE")
-                    or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
+                    "mode": mode,
                 }
             )
         except (OSError, TypeError) as error:

@@ -29,6 +29,11 @@ class Ranks(NamedTuple):
     launcher: Literal["environment", "slurm", "mpi"] = "environment"
 
 
+def rank_variables() -> list[str]:
+    """What in the environment makes this process a rank: to be unset where it is none."""
+    return [name for _, *names in _LAUNCHERS for name in names if name in os.environ]
+
+
 def ranks_from_environment() -> Ranks | None:
     """None without a launcher. Raises UserError if the environment is incomplete or makes no sense."""
     env = os.environ

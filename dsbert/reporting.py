@@ -69,8 +69,8 @@ class Reporter:
             rate += f" (dense {recipe.optim.dense_lr:.3g} x {recipe.peak_lr / recipe.optim.dense_lr:.2f}, eq. 3)"
         self.say(
             f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}, {rate}, "
-            f"{recipe.optim.total_steps} steps ({recipe.optim.warmup_steps} of warm-up) of "
-            f"{recipe.batch.global_batch} x {recipe.data.seq_len}, {recipe.deepspeed.config}"
+            f"{recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
+            f"{recipe.optim.warmup_steps} of warm-up, {recipe.deepspeed.config}"
         )
         self.say(self._batch_line())
         self._bar = TrainingBar(recipe.optim.total_steps, step)

@@ -21,13 +21,14 @@ from dsbert.data.shards import verify_shards
 from dsbert.data.staging import stage
 from dsbert.data.stream import SampleStream
 from dsbert.distributed import World, gather_json, patiently, together
-from dsbert.ds_config import load_ds_config
+from dsbert.ds_config import load_ds_config, what_holds, without_batches
 from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
 from dsbert.evaluate import EVAL_SEED
 from dsbert.health import Culprit, Heartbeat
 from dsbert.model import build_model, layer_shapes
+from dsbert.numerics import changes, numerics
 from dsbert.publication import Retention
 from dsbert.reporting import Reporter
 from dsbert.run_directory import RunDirectory, first_difference
@@ -63,7 +64,7 @@ class Run:
         manifest = together(lambda: load_manifest(recipe.data.path))
         assert manifest is not None
         self._manifest = manifest
-        _assert_same_everywhere(recipe, manifest.digest)
+        _assert_same_everywhere(recipe, manifest.digest, run_dir)
         everybody = gather_json([secrets.token_hex(8), world.host])
         self.nonce: str = everybody[0][0]
         self.hosts: list[str] = [host for _, host in everybody]
@@ -90,7 +91,7 @@ class Run:
         self.train, self.held_out = streams
         model, layers = built
         shapes = layer_shapes(model)
-        self.engine = TrainEngine(recipe, model, layers, world)
+        self.engine = TrainEngine(recipe, model, layers, world, self.directory.path)
         self.engine.on_progress = self.heartbeat.advance
         total_steps = recipe.optim.total_steps
         self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
@@ -100,6 +101,8 @@ class Run:
             "identity": recipe.identity() | {"data_digest": self._manifest.digest},
             "vocab_size": vocab_size,
             "layers": shapes,
+            "deepspeed": without_batches(self.engine.ds_config),
+            "numerics": numerics(recipe, world),
             "params": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.parameters.items()},
         }
         self._open_attempt(resume)
@@ -124,8 +127,12 @@ class Run:
         if name is not None:
             path = self.directory.checkpoints / name
             with self.heartbeat.phase("load"):
-                totals = load_checkpoint(path, self.engine, self.masks)["totals"]
+                state = load_checkpoint(path, self.engine, self.masks)
+            totals = state["totals"]
             self.reporter.say(f"resuming from {path}")
+            for line in changes(state, self.state, since=name):
+                self.reporter.say(line)
+        self.reporter.say(what_holds(self.recipe, self.engine.ds_config))
         for line in self.engine.kernels.lines():
             self.reporter.say(line)
         self.heartbeat.advance(self.engine.step)
@@ -244,7 +251,7 @@ class Run:
         checkpoint = directory.find_checkpoint(resume, world.rank, world.world_size)
         found = together(
             lambda: directory.open_attempt(
-                self.recipe, self.state["identity"], checkpoint, self.nonce, world.world_size
+                self.recipe, self.state["identity"], checkpoint, self.nonce, world.world_size, self.state
             ),
             only_main=True,
         )
@@ -273,10 +280,10 @@ def _with_absolute_path(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": recipe.data.path.resolve()})})
 
 
-def _assert_same_everywhere(recipe: Recipe, data_digest: str) -> None:
+def _assert_same_everywhere(recipe: Recipe, data_digest: str, run_dir: Path) -> None:
     """Raise UserError on every rank, naming a key and a rank, unless all ranks have the same recipe, data and DeepSpeed
     configuration."""
-    ds_config = together(lambda: load_ds_config(recipe, 1, 1))
+    ds_config = together(lambda: load_ds_config(recipe, 1, 1, run_dir))
     mine = recipe.model_dump(mode="json") | {"data_digest": data_digest, "DeepSpeed": ds_config}
     everything = gather_json(mine)
     for rank, other in enumerate(everything):

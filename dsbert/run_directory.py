@@ -1,6 +1,6 @@
 """The run directory: who owns it, what it is a run of, and how the last attempt ended.
 
-config.yaml        resolved recipe, identity, versions and git revision
+config.yaml        resolved recipe, identity, DeepSpeed's configuration, versions and git revision
 attempt.json       the attempt that owns the run; attempts.jsonl is the history, with how each one before it ended
 status.json        how the last attempt ended: done | requeue | failed, with cause and culprit
 metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
@@ -17,8 +17,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -33,6 +35,7 @@ from dsbert.health import last_steps
 from dsbert.jsonl import JsonlFile, parse_object, to_json
 
 _VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+_SHOWN = ("deepspeed", "numerics")
 _MARK = "shared"
 _ENDING = ("outcome", "step", "cause", "culprit")
 _LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
@@ -91,11 +94,18 @@ class RunDirectory:
         return newest
 
     def open_attempt(
-        self, recipe: Recipe, identity: dict[str, Any], checkpoint: Path | None, nonce: str, world_size: int
+        self,
+        recipe: Recipe,
+        identity: dict[str, Any],
+        checkpoint: Path | None,
+        nonce: str,
+        world_size: int,
+        state: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Begin an attempt: {"number", "nonce", "checkpoint": what it resumes from as a name, or None, ...}. Rank 0.
 
-        identity: what must be as in the run that is already there. Raises UserError if it is a run of another identity.
+        identity: what must be as in the run that is already there. state: what config.yaml is to show of it, besides.
+        Raises UserError if it is a run of another identity.
         """
         self._check_identity(identity, checkpoint)
         history = JsonlFile(self.path / "attempts.jsonl")
@@ -118,6 +128,7 @@ class RunDirectory:
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
+            **{name: state[name] for name in _SHOWN if name in state},
             "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _VERSIONED},
             "git_revision": _git_revision(),
         }

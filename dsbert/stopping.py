@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dsbert.errors import EXIT_INTERRUPTED
+from dsbert.launch import acknowledgement
 
 _SAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """name: the signal that asked, or None."""
+    """name: the signal that asked, or None. again: the command that goes on with the run, where this process is to
+    acknowledge the first signal for all."""
 
     name: str | None = None
+    again: str | None = None
 
     @property
     def wanted(self) -> bool:
@@ -31,7 +34,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def remember(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and request.name == "SIGINT":
             os._exit(EXIT_INTERRUPTED)
-        request.name = signal.Signals(number).name
+        first, request.name = not request.wanted, signal.Signals(number).name
+        if first and request.again:
+            with suppress(OSError):  # not print: the handler may have interrupted one
+                os.write(2, f"dsbert: {acknowledgement(request.name, request.again)}\n".encode())
 
     before = {number: signal.signal(number, remember) for number in _SAVE}
     try:

@@ -115,7 +115,7 @@ finish() { # $1: why; $2: the batch script's exit code
 }
 
 requeue() { # $1: why; $2: 1 if it is SLURM's own wish
-    local record
+    local record from
     record=$(scontrol --oneliner show job "$job" 2>/dev/null)
     # Preempted, or on a node that SLURM has lost and that runs on, with this shell on it, beside the job's next start.
     if [[ $record && $record != *" Restarts=$restart "* ]]; then
@@ -125,7 +125,9 @@ requeue() { # $1: why; $2: 1 if it is SLURM's own wish
         finish "$1, and for SLURM the job is ${BASH_REMATCH[1]}: left to SLURM" 143
     fi
     write_ledger "$2"
-    say "$1: requeued, to go on from $(newest_checkpoint)"
+    from=$(newest_checkpoint)
+    [[ $from == none ]] && from="the start: there is no checkpoint yet"
+    say "$1: requeued, to go on from $from"
     scontrol requeue "$job" || say "scontrol requeue failed: left to the site's RequeueExit; else submit again"
     exit 75 # requeues where the site says RequeueExit=75; a job that is requeued already stays so
 }
@@ -157,4 +159,5 @@ esac
 if ((fruitless >= MAX_FRUITLESS)) && [[ ! $(newest_checkpoint) > $newest ]]; then
     finish "given up: exit code $rc, and $fruitless restarts brought no checkpoint newer than $newest" "$((rc ? rc : 1))"
 fi
+((rc == 137)) && say "KILL, which the kernel sends where memory runs out: lower batch.micro_batch, or ask for more --mem"
 requeue "a rank or a node failed, exit code $rc" 0

@@ -12,18 +12,42 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Floors, from the top; a module imports only from floors below its own or from its own.
 FLOORS = [
-    {"__main__", "cli", "cli_checkpoints", "cli_data"},
+    {"__main__", "cli", "cli_checkpoints", "cli_data", "cli_types"},
     {"pretrain"},
     {"run"},
-    {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison"},
+    {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison", "numerics"},
     {"auditing"},
     {"model", "engine", "checkpoint", "checkpoint_writer", "publication", "submit"},
     {"bert_layers"},
-    {"data", "ds_engine", "step_guard", "fragments", "zero_shards", "metrics", "ds_config", "stopping", "health"},
+    {
+        "data",
+        "ds_engine",
+        "step_guard",
+        "fragments",
+        "zero_shards",
+        "metrics",
+        "ds_config",
+        "ds_schema",
+        "stopping",
+        "health",
+    },
     {"sparse"},
     {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
     {"overrides"},
-    {"complaints", "documents", "durable", "errors", "fields", "launch", "malloc", "progress", "ranks", "start"},
+    {
+        "complaints",
+        "documents",
+        "durable",
+        "errors",
+        "fields",
+        "launch",
+        "malloc",
+        "memory_kills",
+        "progress",
+        "ranks",
+        "start",
+        "wandb_mode",
+    },
 ]
 
 

@@ -117,6 +117,10 @@ def data_digest(tokenizer_digest: str, splits: dict[str, SplitEntry]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([tokenizer_digest, shards]).encode())
 
 
+# How the data of the shipped recipes is made; what else a directory is to hold, only the user knows.
+_SOURCES = {"sotu": ("sotu", 2048), "wikibooks": ("wikibooks", 30522)}
+
+
 def load_manifest(directory: str | Path) -> Manifest:
     """Read manifest.json.
 
@@ -124,11 +128,14 @@ def load_manifest(directory: str | Path) -> Manifest:
         UserError: there is no prepared data, the manifest is damaged, or another version of dsbert wrote it.
     """
     path = Path(directory) / MANIFEST
-    again = f"run: dsbert prepare --source sotu --to {directory} --vocab-size 2048"
+    source, vocab_size = _SOURCES.get(Path(directory).name, ("FILE|FOLDER", 30522))
+    again = f"run: dsbert prepare --source {source} --to {directory} --vocab-size {vocab_size}"
     try:
         document = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no prepared data in {directory}; {again}") from None
+        near = ", ".join(str(other.parent) for other in sorted(Path(directory).parent.glob(f"*/{MANIFEST}"))[:5])
+        here = f"; prepared data near it: {near}" if near else ""
+        raise UserError(f"no prepared data in {directory}; {again}{here}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is unreadable ({error}); remove {directory} and {again}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:

@@ -1,0 +1,30 @@
+"""What the subcommands share of click: paths that are one, examples under the help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsbert.errors import UserError
+
+
+class PathName(click.Path):
+    """A path. An empty one, as of an unset variable, would be the working directory, or a default."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            name = (
+                param.opts[0] if isinstance(param, click.Option) else param.human_readable_name if param else "argument"
+            )
+            raise UserError(f"expected a path as {name}, found none: '' (is a variable unset?)")
+        return super().convert(value, param, ctx)
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
