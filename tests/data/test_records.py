@@ -71,6 +71,11 @@ def test_csv_in_pieces_of_any_size_and_order(tmp_path_factory, cells, step, orde
     assert [document for number in sorted(found) for document in found[number]] == expected
 
 
+def test_spaces_after_a_separator_hide_no_quotes(tmp_path):
+    (tmp_path / "a.csv").write_text('id, text\n0, "one, two"\n1, three\n')
+    assert documents_of(str(tmp_path / "a.csv")) == [["one, two"], ["three"]]
+
+
 def pieces_of(path: Path, step: int) -> list[list[pieces.Piece]]:
     """Of a file, as if pieces were of `step` bytes."""
     from dsbert.data.sources import resolve
@@ -90,7 +95,6 @@ BAD_TABLES = {
     "stray quote": ("a.tsv", 'id\ttext\n0\t"one" two\n', "found at line 2: .*expected after"),
     "no column": ("a.csv", "id;body\n0;one\n", "expected a column 'text' .* found id, body: give --text-column"),
     "column twice": ("a.csv", "text,id,text\none,0,two\n", "expected a column 'text' .* found 2 of them"),
-    "nothing": ("a.csv", "\n\n", "found nothing: give --text-column"),
     "NUL": ("a.csv", "id,text\n0,one\0two\n", "is not UTF-8 text at byte 13"),
     "long": ("a.csv", 'id,text\n0,"' + "word \n" * 2_000_000, "found at line .*field larger than field limit"),
 }
@@ -158,6 +162,49 @@ COLUMNS = {
 def test_text_of_parquet_however_it_is_stored(tmp_path, column):
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=3)
     assert documents_of(str(tmp_path / "a.parquet")) == [["a"], [], ["b"], ["a"]]
+
+
+def test_bytes_that_are_no_text_are_named_with_their_row(tmp_path):
+    column = pa.Array.from_buffers(pa.string(), 3001, pa.array([b"a"] * 3000 + [b"caf\xe9"]).buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"UTF-8 text in column 'text' of .*a\.parquet, found other bytes in row 3000 "):
+        documents_of(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.parquet", pa.table({})),
+        ("b.parquet", pa.table({"text": pa.array([], pa.float64())})),
+        ("b.parquet", pa.table({"text": pa.array([], pa.string())})),
+        ("b.jsonl", b""),
+        ("b.jsonl", b"\n \n"),
+        ("b.jsonl.gz", gzip.compress(b"")),
+        ("b.csv", b""),
+        ("b.csv", b"\n\n"),
+        ("b.csv", b"id,text\n"),
+        ("b.csv.zst", zstd.compress(b"")),
+    ],
+)
+def test_an_empty_shard_among_others_is_counted(tmp_path, name, content):
+    suffix = name[1:].removesuffix(".gz").removesuffix(".zst")
+    documents = make_text(20).strip().split("\n\n")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    if isinstance(content, pa.Table):
+        pq.write_table(content, folder / name)
+        pq.write_table(pa.table({"text": documents}), folder / f"a{suffix}")
+    else:
+        (folder / name).write_bytes(content)
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (folder / f"a{suffix}").write_text(
+            table([["text"], *([text] for text in documents)]) if suffix == ".csv" else rows
+        )
+    made = prepare([str(folder)], tmp_path / "data", 300)
+    (reason,) = made["left_out"]
+    assert (made["documents"], made["left_out"][reason]) == (20, {"files": 1, "names": [str(folder / name)]})
+    with pytest.raises(UserError, match=r"is empty"):
+        prepare([str(folder / name)], tmp_path / "none", 300)
 
 
 def test_a_column_of_nothing_is_no_text(tmp_path):
