@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import re
@@ -142,6 +144,47 @@ def test_evaluate(run: Path, tmp_path: Path) -> None:
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["sequences"] >= 16
     assert last["val_mlm_loss"] == pytest.approx(result["mlm_loss"], abs=0.3)
+
+
+def test_evaluate_takes_what_prepare_takes(run: Path, tmp_path: Path) -> None:
+    """Tables by their column, packed files, folders, groupings: the same text gives the same figures."""
+
+    def evaluation(*words: str) -> dict[str, Any]:
+        done = dsbert("evaluate", str(run), "--json", *words)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    write_corpus(tmp_path / "text.txt", num_documents=5, seed=9)
+    documents = (tmp_path / "text.txt").read_text().strip().split("\n\n")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    rows = [json.dumps({"body": text}) + "\n" for text in documents]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(rows[:3]).encode()))
+    (folder / "b.NDJSON").write_text("".join(rows[3:]))
+    (folder / "c.jsonl").touch()
+    (folder / "README.md").touch()
+    with (tmp_path / "lines.csv").open("w") as file:
+        csv.writer(file).writerows([["body"], *([line] for text in documents for line in text.split("\n"))])
+    whole = evaluation("--text", str(tmp_path / "text.txt"))
+    assert whole.pop("left_out") == {}
+    tables = evaluation("--text", str(folder), "--text-column", "body")
+    assert tables.pop("left_out") == {
+        "empty": {"files": 1, "names": [str(folder / "c.jsonl")]},
+        "unknown kind": {"files": 1, "names": [str(folder / "README.md")]},
+    }
+    assert tables == whole
+    words = ["--text", str(tmp_path / "lines.csv"), "--text-column", "body", "--documents"]
+    assert evaluation(*words, "rows:1000000")["tokens"] > 0
+    assert evaluation(*words, "rows:7") != evaluation(*words, "rows:3")
+    shown = dsbert("evaluate", str(run), "--text", str(folder), "--text-column", "body").stdout
+    assert f"1 unknown kind: {folder / 'README.md'}" in shown
+    for wrong, message in (
+        (["--text", ""], "found an empty name"),
+        (["--text", str(folder)], "expected a column 'text' in"),
+        (["--text-column", "body"], "found no --text"),
+    ):
+        assert message in complaint(dsbert("evaluate", str(run), *wrong))
 
 
 def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 Preparing, in the order of the work:
 
     sources.py      what a SOURCE is: files, tables, data sets, packages
+    folders.py      which files of a folder are read, and why the others are not; kinds.py what a file's name says
     grouping.py     which rows of a source make a document
     lines.py        lines of plain and packed text from any offset; unpacking.py
+    records.py      the text in rows of JSON lines and CSV; tables.py of parquet and data sets
     pieces.py       what one worker reads in about a second
     corpus.py       documents; which are held out; sentences.py their sentences, whatever the text is
     prepare.py      `dsbert prepare`: four passes over pieces, and what rank 0 decides between them

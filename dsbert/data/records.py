@@ -114,11 +114,13 @@ class CsvTable:
         for separator in separators_of(self._lines.path):
             rows = self._split(separator)
             try:
-                _, _, header = next(rows, (0, 0, []))
+                first = next(rows, None)
             except UserError as error:  # another separator may take it apart
                 wrong = wrong or error
                 continue
-            header = [name.strip() for name in header]
+            if first is None:
+                return rows, [self._column]  # a file without a line is one without a row
+            header = [name.strip() for name in first[2]]
             if header.count(self._column) == 1:
                 return rows, header
             names = max(names, header, key=len)
@@ -126,8 +128,8 @@ class CsvTable:
             raise wrong
         found = f"{names.count(self._column)} of them" if self._column in names else ", ".join(names)[:200]
         raise UserError(
-            f"expected a column {self._column!r} in the first line of {self._lines.path}, found {found or 'nothing'}: "
-            "give --text-column"
+            f"expected a column {self._column!r} in the first line of {self._lines.path}, found {found}: give "
+            "--text-column"
         )
 
     def _split(self, separator: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -140,7 +142,7 @@ class CsvTable:
                 yield line + "\n"
 
         csv.field_size_limit(MAX_DOCUMENT_CHARS)
-        reader = csv.reader(fed(), delimiter=separator, strict=True)
+        reader = csv.reader(fed(), delimiter=separator, skipinitialspace=True, strict=True)
         while True:
             begins.clear()
             try:

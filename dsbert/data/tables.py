@@ -30,6 +30,8 @@ def _open_parquet(path: str, column: str) -> Any:
             "again"
         ) from None
     schema = file.schema_arrow
+    if not file.metadata.num_rows:
+        return file  # whatever columns it has: without rows libraries do not know their types
     if column not in schema.names:
         raise UserError(
             f"expected a column {column!r} in {path}, found {', '.join(schema.names)[:200] or 'none'}: give "
@@ -90,18 +92,38 @@ def parquet_rows(path: str, column: str, first: int) -> Iterator[Row]:
                 continue
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[index], columns=[column]):
                 skip = max(0, first - row)
-                for number, text in enumerate(batch.column(0).slice(skip).to_pylist(), start=row + skip):
+                texts = _texts(batch.column(0).slice(skip), row + skip, path, column)
+                for number, text in enumerate(texts, start=row + skip):
                     yield number, text or ""
                 row += batch.num_rows
+    except UserError:
+        raise
     except Exception as error:
         if "://" in path:
             raise _unreachable(path, error) from None
-        if not isinstance(error, OSError | pa.ArrowException | UnicodeDecodeError):
+        if not isinstance(error, OSError | pa.ArrowException):
             raise
         raise UserError(
             f"cannot read {path}: {' '.join(str(error).split())[:200]} (row {row}): expected a whole parquet file, "
             "fetch it again"
         ) from None
+
+
+def _texts(values: Any, first: int, path: str, column: str) -> list[str | None]:
+    """Of an Arrow array whose first value is that of row `first`. Nobody has checked yet that they are text."""
+    try:
+        texts: list[str | None] = values.to_pylist()
+    except UnicodeDecodeError:
+        for number, value in enumerate(values, start=first):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"expected UTF-8 text in column {column!r} of {path}, found other bytes in row {number} "
+                    f"({error.reason}): convert it, or leave the file out"
+                ) from None
+        raise
+    return texts
 
 
 def shard_rows(label: str, shard: tuple[int, int], column: str) -> Iterator[Row]:
