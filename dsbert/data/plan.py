@@ -117,9 +117,7 @@ def read_tasks(
 def _content(fingerprint: str, piece: dict[str, Any]) -> list[Any]:
     file = piece["file"]
     # What of the name decides how the bytes are read.
-    named = (
-        [packing(Path(file["path"])), separators_of(file["path"])] if file["kind"] in ("text", "json", "csv") else []
-    )
+    named = [packing(file["path"]), separators_of(file["path"])] if file["kind"] in ("text", "json", "csv") else []
     how = [piece["documents"], piece["column"], piece["first"], piece["last"]]
     return [file["kind"], *named, fingerprint, file["shard"], *how]
 
