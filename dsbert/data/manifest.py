@@ -86,7 +86,7 @@ class SplitEntry:
 class Manifest:
     """The typed content of manifest.json. `digest` is the identity of the data: of its tokens and their meaning.
 
-    dropped: how many documents were duplicates, near_duplicates, empty, tiny, no_tokens. files: of the other files, by
+    dropped: how many documents were duplicates, near_duplicates, empty, tiny, tokenless. files: of the other files, by
     their paths in the directory, the hex xxh3_128 of their bytes. left_out: files of the sources that are not read, as
     `folders.summarized` gives them.
     """

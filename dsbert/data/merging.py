@@ -32,13 +32,13 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
     """Encode the documents of a spooled piece that are kept.
 
     task: piece (path of the spool), tokenizer (directory), fate (file) and first (the piece's place in it), to.
-    Writes <to>.<split>.arrow, and last <to>.json: {split: [documents, sentences, tokens]}, and no_tokens: how many
+    Writes <to>.<split>.arrow, and last <to>.json: {split: [documents, sentences, tokens]}, and tokenless: how many
     documents have none, and are left out.
     """
     encoder, dtype, digest = _encoder(task["tokenizer"])
     fate = np.load(task["fate"], mmap_mode="r")
     parts: dict[str, list[Shard]] = {split: [] for split in FATES}
-    at, no_tokens = task["first"], 0
+    at, tokenless = task["first"], 0
     for texts in texts_of(Path(task["piece"])):
         fates = np.asarray(fate[at : at + len(texts)])
         at += len(texts)
@@ -46,8 +46,8 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
             kept = [texts[index] for index in np.flatnonzero(fates == wanted).tolist()]
             if kept:
                 parts[split].append(pack(*encoder.encode(kept), dtype))
-                no_tokens += len(kept) - (len(parts[split][-1].document_offsets) - 1)
-    counts: dict[str, Any] = {"no_tokens": no_tokens}
+                tokenless += len(kept) - (len(parts[split][-1].document_offsets) - 1)
+    counts: dict[str, Any] = {"tokenless": tokenless}
     files = []
     for split, shards in parts.items():
         shard = Shard.joined(shards, dtype)

@@ -175,7 +175,7 @@ class _Preparation:
             "duplicates": decisions.duplicates,
             "near_duplicates": decisions.near_duplicates,
             **{cause: sum(count[cause] for count in counts) for cause in ("empty", "tiny")},
-            "no_tokens": sum(read_mark(task)["no_tokens"] for task in tasks),
+            "tokenless": sum(read_mark(task)["tokenless"] for task in tasks),
         }
         files = assemble(made, folder, shards, entry.vocab_size)
         left_out = summarized(self.left_out)

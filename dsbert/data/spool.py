@@ -106,7 +106,8 @@ def _cleaned(pieces: list[Piece], min_words: int, counts: dict[str, int], each: 
     """Batches of texts that are worth keeping; what there was is added to `counts`, and to `each` piece's documents."""
     batch: list[str] = []
     chars = 0
-    for number, paragraphs in ((number, found) for number, piece in enumerate(pieces) for found in read(piece)):
+    found = ((number, paragraphs) for number, piece in enumerate(pieces) for paragraphs in read(piece))
+    for number, paragraphs in found:
         document = split_sentences(paragraphs)
         text = "\n".join(document)
         if not text:

@@ -170,8 +170,8 @@ def test_documents_without_a_token_are_counted(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(make_text(20) + "\n\u200d\u200d \u200d \u200d\u200d\u200d\n")
     made = prepare([str(path)], tmp_path / "data", 300, validation=0)
-    assert (made["documents"], made["dropped"]["no_tokens"], made["dropped"]["tiny"]) == (20, 1, 0)
-    assert "1 no_tokens" in dsbert("data", str(tmp_path / "data")).stdout
+    assert (made["documents"], made["dropped"]["tokenless"], made["dropped"]["tiny"]) == (20, 1, 0)
+    assert "1 tokenless" in dsbert("data", str(tmp_path / "data")).stdout
 
 
 @pytest.fixture(scope="module")
