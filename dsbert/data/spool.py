@@ -25,7 +25,7 @@ from dsbert.data.marks import write_mark
 from dsbert.data.near_duplicates import BANDS
 from dsbert.data.pieces import Piece, read
 
-FORMAT = 2
+FORMAT = 1
 FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
 _BATCH_CHARS = 1 << 22
 _HALF = (1 << 64) - 1
