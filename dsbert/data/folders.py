@@ -64,7 +64,9 @@ def _reason(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        return DANGLING if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP) else UNREADABLE
+        return (
+            DANGLING if path.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) else UNREADABLE
+        )
     if stat.S_ISDIR(mode):
         return None
     if not stat.S_ISREG(mode):

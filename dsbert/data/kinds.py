@@ -5,6 +5,7 @@ The name is the one that was given: that of a link, whatever it leads to, as in 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dsbert.data.unpacking import PACKED, packing
@@ -39,22 +40,24 @@ _MAGIC = {
 
 def kind_of(path: str | Path) -> str | None:
     """ "text", "json", "csv" or "parquet" by the file's name, in small letters or large ones; None for any other."""
-    path = Path(path)
-    packed = packing(path)
-    kind = _KIND_OF_SUFFIX.get((path.with_suffix("") if packed else path).suffix.lower())
-    return None if kind == "parquet" and packed else kind
+    kind = _KIND_OF_SUFFIX.get(_suffix(path))
+    return None if kind == "parquet" and packing(path) else kind
 
 
 def separators_of(path: str | Path) -> str:
     """What may stand between the columns of a file of kind "csv": of .tsv a tab, of .csv one of these."""
-    path = Path(path)
-    name = path.with_suffix("") if packing(path) else path
-    return "\t" if name.suffix.lower() == ".tsv" else ",;\t|"
+    return "\t" if _suffix(path) == ".tsv" else ",;\t|"
+
+
+def _suffix(path: str | Path) -> str:
+    """In small letters; of a packed file, the one before."""
+    name, suffix = os.path.splitext(path)
+    return (os.path.splitext(name)[1] if packing(path) else suffix).lower()
 
 
 def looks_like_a_path(name: str) -> bool:
     """Whether a name that nothing stands at is one of a file, and not of a data set."""
-    suffix = Path(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     return name.startswith((".", "/", "~")) or suffix in _KIND_OF_SUFFIX or suffix in PACKED
 
 

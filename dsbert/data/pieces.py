@@ -6,6 +6,7 @@ follows from its size and metadata alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,10 @@ def cut(file: SourceFile, documents: str, column: str) -> list[Piece]:
     """
     grouping = Grouping.parse(documents)
     if file.kind in ("text", "json", "csv"):
-        size = Path(file.path).stat().st_size
+        size = os.stat(file.path).st_size
         if not size:
             return []
-        size *= PACKED_RATIO if packing(Path(file.path)) else 1
+        size *= PACKED_RATIO if packing(file.path) else 1
         step = PIECE_BYTES
         if file.kind == "csv" and grouping.kind != "row":
             step = size  # where its n-th row begins, or an empty one stands, no line of it tells
@@ -123,7 +124,7 @@ _last: dict[tuple[str, int, int], _Opened] = {}
 
 def _opened(path: str) -> _Opened:
     """The last one is kept open: the next piece of a packed file goes on where this one ended."""
-    state = Path(path).stat()
+    state = os.stat(path)
     key = (path, state.st_ino, state.st_mtime_ns)
     if key not in _last:
         while _last:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class SourceFile:
 
     def as_json(self) -> dict[str, Any]:
         """As plain JSON values, which `from_json` takes."""
-        return asdict(self)
+        return {**vars(self)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SourceFile:

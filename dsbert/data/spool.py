@@ -26,7 +26,7 @@ from dsbert.data.near_duplicates import BANDS
 from dsbert.data.pieces import Piece, read
 from dsbert.data.sentences import Splitter
 
-FORMAT = 2
+FORMAT = 1
 FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
 # Documents that are named in a summary, of each kind: more are only counted.
 MAX_EXAMPLES = 3
@@ -113,7 +113,8 @@ def _cleaned(pieces: list[Piece], min_words: int, counts: dict[str, Any], each: 
     batch: list[str] = []
     chars = 0
     splitter = Splitter()
-    for number, paragraphs in ((number, found) for number, piece in enumerate(pieces) for found in read(piece)):
+    found = ((number, paragraphs) for number, piece in enumerate(pieces) for paragraphs in read(piece))
+    for number, paragraphs in found:
         document = splitter.split(paragraphs)
         text = "\n".join(document)
         if splitter.mended:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -24,9 +25,9 @@ _READ_BYTES = 1 << 18
 _ZSTD: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
 
 
-def packing(path: Path) -> str:
+def packing(path: str | Path) -> str:
     """Which of `PACKED` a file's name ends with, in small letters or large ones; "" if none."""
-    suffix = path.suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()
     return suffix if suffix in PACKED else ""
 
 

@@ -11,6 +11,7 @@ import pytest
 from dsbert.data.folders import summarized
 from dsbert.data.kinds import kind_of
 from dsbert.data.manifest import Manifest, load_manifest
+from dsbert.data.plan import source_fingerprint
 from dsbert.data.prepare import prepare
 from dsbert.data.sources import resolve
 from dsbert.errors import UserError
@@ -172,6 +173,15 @@ def test_documents_without_a_token_are_counted(tmp_path):
     made = prepare([str(path)], tmp_path / "data", 300, validation=0)
     assert (made["documents"], made["dropped"]["tokenless"], made["dropped"]["tiny"]) == (20, 1, 0)
     assert "1 tokenless" in dsbert("data", str(tmp_path / "data")).stdout
+
+
+def test_the_fingerprint_of_several_files_never_changes():
+    """It stands in manifests: data that was prepared is to be found up to date. Empty files are not part of it."""
+    files = [
+        {"fingerprint": f"xxh3_128:{name}", "pieces": pieces} for name, pieces in (("aa", [1]), ("", []), ("bb", [1]))
+    ]
+    assert source_fingerprint(files) == "2 files: 0c86564f7ba856d4319d53e03fabf504"
+    assert source_fingerprint(files[:2]) == "xxh3_128:aa"
 
 
 @pytest.fixture(scope="module")

@@ -394,7 +394,7 @@ def test_gradients_of_gradients_in_cpp(activation):
 
 
 @pytest.mark.parametrize("backend", ["dense", "dense_onednn", "reference", "cpu"])
-def test_no_tokens(backend):
+def test_tokenless(backend):
     layer = make((64, 96), 16, "auto")
     layer.choice = Choice(backend, backend, backend)
     x = torch.zeros(0, 96, requires_grad=True)
