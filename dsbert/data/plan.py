@@ -52,10 +52,12 @@ def cut_tasks(sources: Sequence[TextSource], column: str, directory: Path) -> li
     return tasks
 
 
-def read_tasks(cuts: Sequence[dict[str, Any]], directory: Path, min_words: int, near: str) -> list[dict[str, Any]]:
+def read_tasks(
+    cuts: Sequence[dict[str, Any]], directory: Path, min_words: int, near: str, normalizer: str
+) -> list[dict[str, Any]]:
     """A task per piece, in the order of the documents, out of what `cut_file` has written.
 
-    near: near_duplicates.algorithm(), or "".
+    near: near_duplicates.algorithm(), or "". normalizer: the tokenizer's, as JSON.
     """
     from importlib.metadata import version
 
@@ -64,7 +66,7 @@ def read_tasks(cuts: Sequence[dict[str, Any]], directory: Path, min_words: int, 
         for piece in found["pieces"]:
             file = piece["file"]
             content = [file["kind"], found["fingerprint"], file["shard"], piece["documents"], piece["column"]]
-            how = [piece["first"], piece["last"], min_words, near, version("sentencex")]
+            how = [piece["first"], piece["last"], min_words, near, normalizer, version("sentencex")]
             tasks.append(
                 {
                     "do": "read",
@@ -72,6 +74,7 @@ def read_tasks(cuts: Sequence[dict[str, Any]], directory: Path, min_words: int, 
                     "to": str(directory / key_of("read", content, how)),
                     "min_words": min_words,
                     "near": bool(near),
+                    "normalizer": normalizer,
                     "weight": piece["weight"],
                 }
             )

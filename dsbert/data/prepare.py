@@ -22,11 +22,11 @@ from typing import Any
 from dsbert.data.assembly import assemble, assert_text, find_existing, split_entry, summarize
 from dsbert.data.crew import Crew, Progress, do_all
 from dsbert.data.decisions import decide
-from dsbert.data.learning import make_tokenizer
+from dsbert.data.learning import make_tokenizer, unknown_share
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.marks import drop_torn_marks, read_mark
 from dsbert.data.merging import plan_shards
-from dsbert.data.options import Options, make_request
+from dsbert.data.options import Options, chosen_normalizer, make_request
 from dsbert.data.plan import cut_tasks, read_tasks
 from dsbert.data.sources import TextSource, resolve
 from dsbert.data.spool import MAX_EXAMPLES, key_of, save_array
@@ -59,8 +59,8 @@ def prepare(
     Returns:
         documents, sentences, tokens (both splits together), duplicates (exact copies dropped), shards, digest,
         seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; mended, mended_in: documents
-        whose sentences were found another way, and where; sources: the grouping of each; resumed: pieces of work that
-        an interrupted call had done.
+        whose sentences were found another way, and where; unknown: the share of [UNK] among the tokens; sources: the
+        grouping of each; resumed: pieces of work that an interrupted call had done.
 
     Raises:
         UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
@@ -110,7 +110,8 @@ class _Preparation:
                 goal, near = make_request(sources, cuts, options), options.near_duplicates
                 existing = find_existing(self.target, goal)
                 algorithm = goal.near_duplicates if near else ""
-                return [] if existing else read_tasks(cuts, self.directory, options.min_words, algorithm)
+                normalizer = chosen_normalizer(options)
+                return [] if existing else read_tasks(cuts, self.directory, options.min_words, algorithm, normalizer)
 
             cut = self._pass("look", look, count=False)
             read = self._pass("read", request)
@@ -147,8 +148,8 @@ class _Preparation:
         fate = self.directory / f"fate-{key}.npy"
         save_array(fate, decisions.fate)
         # By its digest as well: since an interrupted call, the directory that is given may hold another one.
-        named, name = key_of(key, goal.tokenizer), self.options.tokenizer
-        folder, entry = make_tokenizer(self.directory, pieces, decisions, name, goal.vocab_size, named, self.progress)
+        named = key_of(key, goal.tokenizer)
+        folder, entry = make_tokenizer(self.directory, pieces, decisions, self.options, named, self.progress)
         tasks = [
             {
                 "do": "encode",
@@ -203,7 +204,8 @@ class _Preparation:
             if existing is None:
                 self._rename()
             manifest = load_manifest(self.target)
-            summary = summarize(manifest) | {"up_to_date": existing is not None, "resumed": self.resumed}
+            summary = summarize(manifest) | {"unknown": unknown_share(self.target)}
+            summary |= {"up_to_date": existing is not None, "resumed": self.resumed}
             self.crew.tell("summary", json.dumps(summary).encode())
             shutil.rmtree(self.directory, ignore_errors=True)
             return summary
