@@ -62,7 +62,7 @@ def make_tokenizer(
         shutil.rmtree(temporary, ignore_errors=True)
         save_tokenizer(tokenizer, temporary)
         if not is_plain_bert(tokenizer):
-            check_saved(temporary, islice(_Sample(pieces, decisions), _CHECKED_SENTENCES))
+            check_saved(temporary, islice(_Sample(pieces, decisions), _CHECKED_SENTENCES), name)
         temporary.rename(folder)
     progress(stage, 1, 1)
     made = load_tokenizer(folder)

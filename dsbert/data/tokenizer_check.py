@@ -25,10 +25,10 @@ _SHOWN_CHARS = 60
 _SHOWN_TOKENS = 12
 
 
-def check_saved(directory: Path, texts: Iterable[str] = ()) -> None:
+def check_saved(directory: Path, texts: Iterable[str] = (), name: str = "") -> None:
     """Compare `Encoder` with transformers' AutoTokenizer on hostile text, words of the vocabulary and `texts`.
 
-    Raises UserError, showing a text and both tokenisations, if the directory's tokenizer gives other ids there.
+    name: what to call it in an error, instead of the directory. Raises UserError, showing a text and both tokenisations, if the directory's tokenizer gives other ids there.
     """
     from transformers import AutoTokenizer
 
@@ -48,13 +48,13 @@ def check_saved(directory: Path, texts: Iterable[str] = ()) -> None:
         text, ours, theirs = min(differing, key=lambda row: len(row[0]))
         shown = f"{_shown(ours, tokens)} in training and {_shown(theirs, tokens)} after loading"
         raise UserError(
-            f"expected AutoTokenizer to give the ids of the tokenizer in {directory}, found for "
+            f"expected AutoTokenizer to give the ids of the tokenizer {name or directory}, found for "
             f"{text[:_SHOWN_CHARS]!r}: {shown}: give a tokenizer that transformers reads as it is"
         )
     known = {name: getattr(auto, f"{name.strip('[]').lower()}_token_id") for name in SPECIAL_TOKENS}
     if others := [name for name, number in known.items() if number != tokenizer.token_to_id(name)]:
         raise UserError(
-            f"expected AutoTokenizer to know the special tokens of {directory}, found others for {', '.join(others)}"
+            f"expected AutoTokenizer to know the special tokens of {name or directory}, found others for {', '.join(others)}"
             ": give a tokenizer that transformers reads as it is"
         )
 
