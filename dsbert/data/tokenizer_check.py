@@ -28,7 +28,8 @@ _SHOWN_TOKENS = 12
 def check_saved(directory: Path, texts: Iterable[str] = (), name: str = "") -> None:
     """Compare `Encoder` with transformers' AutoTokenizer on hostile text, words of the vocabulary and `texts`.
 
-    name: what to call it in an error, instead of the directory. Raises UserError, showing a text and both tokenisations, if the directory's tokenizer gives other ids there.
+    name: what to call the tokenizer in an error, if not by the directory. Raises UserError, showing a text and both
+    tokenisations, if the directory gives other ids.
     """
     from transformers import AutoTokenizer
 
@@ -54,8 +55,8 @@ def check_saved(directory: Path, texts: Iterable[str] = (), name: str = "") -> N
     known = {name: getattr(auto, f"{name.strip('[]').lower()}_token_id") for name in SPECIAL_TOKENS}
     if others := [name for name, number in known.items() if number != tokenizer.token_to_id(name)]:
         raise UserError(
-            f"expected AutoTokenizer to know the special tokens of {name or directory}, found others for {', '.join(others)}"
-            ": give a tokenizer that transformers reads as it is"
+            f"expected AutoTokenizer to know the special tokens of {name or directory}, found others for "
+            f"{', '.join(others)}: give a tokenizer that transformers reads as it is"
         )
 
 
