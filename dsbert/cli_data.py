@@ -44,6 +44,8 @@ from dsbert.errors import UserError
     help="Train one, or a directory's, or one by its name on the hub.",
 )
 @click.option("--vocab-size", type=int, help="Tokens of the WordPiece vocabulary that is trained.")
+@click.option("--cased", is_flag=True, help="The vocabulary that is trained keeps case and accents.")
+@click.option("--keep-accents", is_flag=True, help="It keeps accents and vowel signs, in lower case.")
 @click.option("--validation", type=float, default=0.05, show_default=True, help="Fraction of the documents held out.")
 @click.option("--min-words", type=click.IntRange(min=1), default=3, show_default=True, help="Drop shorter documents.")
 @click.option("--near-duplicates", is_flag=True, help="Drop documents that nearly repeat another, too (MinHash).")
@@ -73,6 +75,15 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
             summary["left_out"] = left_out_lines(summary["left_out"]) or "no file"
         _say_smaller_vocabulary(options["vocab_size"], to)
         show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
+        if summary["unknown"] > _MANY_UNKNOWN:
+            click.echo(
+                f"{summary['unknown']:.1%} of the tokens are [UNK], text that the vocabulary cannot spell: expected at "
+                f"most {_MANY_UNKNOWN:.0%}; give a larger --vocab-size, or a --tokenizer made for this language",
+                err=True,
+            )
+
+
+_MANY_UNKNOWN = 0.01
 
 
 def _say_smaller_vocabulary(asked: int | None, to: Path) -> None:

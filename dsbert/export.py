@@ -9,6 +9,8 @@ from typing import Any
 
 from dsbert.checkpoint import read_manifest
 from dsbert.data.manifest import TOKENIZER
+from dsbert.data.tokenizer import load_tokenizer, save_tokenizer
+from dsbert.data.tokenizer_check import check_saved
 from dsbert.errors import UserError
 
 COMPACT = "sparse.safetensors"
@@ -43,6 +45,9 @@ def export(path: Path, to: Path) -> dict[str, Any]:
     for name in read_manifest(restored.path)["files"]:  # no more than was verified, whatever else lies there
         if name.startswith(f"{TOKENIZER}/"):
             shutil.copy(restored.path / name, temporary)
+    # As this version writes it: an older one had transformers rebuild normalisers that are not BERT's.
+    save_tokenizer(load_tokenizer(restored.path / TOKENIZER), temporary)
+    check_saved(temporary)
     _save_compact(restored, temporary / COMPACT)
     if to.exists():
         shutil.rmtree(to)

@@ -85,7 +85,7 @@ def named(path: Path) -> str:
         ("deepspeed", {"dsbert.ds_engine", "dsbert.zero_shards", "dsbert.checkpoint"}),
         ("mpi4py", {"dsbert.meeting_place"}),
         ("wandb", {"dsbert.metrics"}),
-        ("transformers", {"dsbert.bert_layers", "dsbert.model", "dsbert.export"}),
+        ("transformers", {"dsbert.bert_layers", "dsbert.model", "dsbert.export", "dsbert.data.tokenizer_check"}),
         ("pickle", set()),
         ("typer", set()),
     ],

@@ -14,9 +14,12 @@ Preparing, in the order of the work:
     crew.py         the ranks and their queue; workers.py, worker.py the processes of one rank
     plan.py         pieces by names that follow from their content; marks.py what was done and is whole
     spool.py        cleaned documents between the passes
+    folding.py      what copies have in common, and texts that must not be parted
+    scripts.py      words of scripts without spaces
     decisions.py    copies and splits; near_duplicates.py MinHash
-    learning.py     the tokenizer of a preparation; tokenizer.py a vocabulary whose ids are the same on every training
-    encoding.py     text to ids, word by word
+    learning.py     the tokenizer of a preparation; tokenizer.py a vocabulary whose ids are the same on every training;
+                    alphabet.py the characters that it spells
+    encoding.py     text to ids, word by word; tokenizer_check.py that transformers gives the same ones
     merging.py      encoded pieces, and shards out of them; assembly.py the directory
     manifest.py     what a prepared data directory contains, and its identity
     inspection.py   `dsbert data`

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-import xxhash
-
 from dsbert.data.folders import EMPTY, NO_TEXT, LeftOut
+from dsbert.data.folding import Folder
 from dsbert.data.pieces import cut, read
 from dsbert.data.sentences import split_sentences
 from dsbert.data.sources import resolve
@@ -60,21 +59,6 @@ def read_documents(
         left_out += without
 
 
-def num_words(text: str) -> int:
-    """Words of a text, or of sentences joined by line breaks, apart by single white space."""
-    return text.count(" ") + text.count("\n") + 1
-
-
-def document_hash(document: Document) -> int:
-    """A 64-bit hash of the document's text: it decides the split, so it must never change."""
-    return text_hash("\n".join(document))
-
-
-def text_hash(text: str) -> int:
-    """`document_hash` of a document whose sentences are joined by line breaks."""
-    return xxhash.xxh3_64_intdigest(text.encode())
-
-
 def validation_limit(fraction: float) -> int:
     """Documents with a hash below it are held out."""
     return int(fraction * _HASH_RANGE)
@@ -83,6 +67,7 @@ def validation_limit(fraction: float) -> int:
 def is_validation(document: Document, fraction: float) -> bool:
     """Whether the document is held out, by its text alone: no order, seed or other document can move it.
 
-    Equal texts fall on the same side, so a duplicate cannot leak into the other split.
+    Texts that fold to the same letters and digits (folding.py) fall on the same side, so that none leaks into the
+    other. Of a tokenizer with a normaliser of its own, the text is what that makes of it.
     """
-    return document_hash(document) < validation_limit(fraction)
+    return Folder(None).hashes("\n".join(document))[1] < validation_limit(fraction)

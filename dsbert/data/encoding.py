@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.data.scripts import cut_unspaced
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -135,4 +137,7 @@ def is_word_local(tokenizer: Any) -> bool:
     state = json.loads(tokenizer.to_str())
     parts = [state[name]["type"] if state[name] else None for name in ("normalizer", "pre_tokenizer", "model")]
     plain = all(" " not in token["content"] for token in state["added_tokens"])
+    cutting = json.loads(cut_unspaced().__getstate__())
+    if state["pre_tokenizer"] == {"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"}, cutting]}:
+        parts[1] = "BertPreTokenizer"
     return parts == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and plain and not state["truncation"]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbert.data.folders import left_out_lines
+from dsbert.data.learning import unknown_share
 from dsbert.data.manifest import SPLITS, TOKENIZER, load_manifest
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
@@ -24,10 +25,11 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
     """Describe a prepared data directory.
 
     Returns:
-        sources, tokenizer, dropped, left_out and digest as in the manifest; splits: of each, documents, sentences,
-        tokens, shards, bytes, quantiles (0, 10, 50, 90, 100 %) of document_tokens and sentence_tokens, and of its spans
-        of `seq_len`: number, dropped_tokens, padding (the share of positions); examples: the first samples of epoch 0
-        in the train split as {text, nsp}, where [token->seen] is one that is asked for, and what stands there instead.
+        sources, tokenizer, dropped, left_out and digest as in the manifest; unknown: the share of [UNK] among the
+        training tokens; splits: of each, documents, sentences, tokens, shards, bytes, quantiles (0, 10, 50, 90, 100 %)
+        of document_tokens and sentence_tokens, and of its spans of `seq_len`: number, dropped_tokens, padding (the
+        share of positions); examples: the first samples of epoch 0 in the train split as {text, nsp}, where
+        [token->seen] is one that is asked for, and what stands there instead.
 
     Raises:
         UserError, DataError: no prepared data, or damaged.
@@ -42,6 +44,7 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
         "tokenizer": vars(manifest.tokenizer),
         "dropped": manifest.dropped,
         "left_out": manifest.left_out,
+        "unknown": unknown_share(path),
         "seq_len": seq_len,
         "splits": splits,
         "examples": _examples(stream, vocabulary_of(load_tokenizer(path / TOKENIZER)), examples),
@@ -99,10 +102,11 @@ def report_lines(report: dict[str, Any]) -> Iterable[str]:
     """What `inspect_data` returned, for people."""
     tokenizer = report["tokenizer"]
     case = "lower case" if tokenizer["lowercase"] else "cased"
+    unknown = f"{report['unknown']:.2%} of the tokens are [UNK]"
     yield f"{report['path']}: digest {report['digest']}"
     for source in report["sources"]:
         yield f"  source       {source['name']} ({source['documents']}; {source['fingerprint']})"
-    yield f"  tokenizer    {tokenizer['vocab_size']:,} tokens, {case}, {tokenizer['digest']}"
+    yield f"  tokenizer    {tokenizer['vocab_size']:,} tokens, {case}, {unknown}, {tokenizer['digest']}"
     yield "  dropped      " + ", ".join(f"{number:,} {cause}" for cause, number in report["dropped"].items())
     for line in left_out_lines(report["left_out"]):
         yield f"  left out     {line}"

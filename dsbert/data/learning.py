@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,22 @@ from numpy.typing import NDArray
 
 from dsbert.data.crew import Progress
 from dsbert.data.decisions import TRAIN, Decisions
-from dsbert.data.manifest import TokenizerEntry
+from dsbert.data.manifest import TOKENIZER, TokenizerEntry, load_unigram_counts
+from dsbert.data.options import Options
 from dsbert.data.spool import FACTS_BYTES, FACTS_LOW, key_of, load_facts, texts_of
 from dsbert.data.tokenizer import (
     find_tokenizer,
     is_lowercase,
+    is_plain_bert,
     load_tokenizer,
     save_tokenizer,
     tokenizer_digest,
     train_tokenizer,
 )
+from dsbert.data.tokenizer_check import check_saved
 
+# Of a tokenizer that is more than BERT's, what transformers makes of so many sentences is looked at.
+_CHECKED_SENTENCES = 500
 # More text than this changes a vocabulary no more than another sample of it would.
 TRAIN_BYTES = 256 << 20
 
@@ -30,32 +36,44 @@ def make_tokenizer(
     directory: Path,
     pieces: Sequence[Path],
     decisions: Decisions,
-    name: str,
-    vocab_size: int,
+    options: Options,
     key: str,
     progress: Progress,
 ) -> tuple[Path, TokenizerEntry]:
     """A directory with the tokenizer, in `directory`, made unless it is there, and what the manifest says of it.
 
-    name: "train", or what `find_tokenizer` takes. key: what a training depends on, but for `vocab_size`.
+    key: what a training depends on, but for the options.
     Raises UserError if it cannot be trained or found, OSError if it cannot be written.
     """
+    name, vocab_size = options.tokenizer, options.vocab_size or 0
     stage = "train tokenizer" if name == "train" else "tokenizer"
-    folder = directory / f"tokenizer-{key_of(key, name, vocab_size)}"
+    folder = directory / f"tokenizer-{key_of(key, name, vocab_size, options.cased, options.keep_accents)}"
     if not folder.exists():
         progress(stage, 0, 0)
         if name == "train":
             # The validation documents train no part of the model, so not the tokenizer either.
-            tokenizer = train_tokenizer(_Sample(pieces, decisions), vocab_size)
+            tokenizer = train_tokenizer(
+                _Sample(pieces, decisions), vocab_size, lowercase=not options.cased,
+                strip_accents=not (options.cased or options.keep_accents),
+            )  # fmt: skip
         else:
             tokenizer = find_tokenizer(name)
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         save_tokenizer(tokenizer, temporary)
+        if not is_plain_bert(tokenizer):
+            check_saved(temporary, islice(_Sample(pieces, decisions), _CHECKED_SENTENCES), name)
         temporary.rename(folder)
     progress(stage, 1, 1)
     made = load_tokenizer(folder)
     return folder, TokenizerEntry(tokenizer_digest(made), made.get_vocab_size(), is_lowercase(made))
+
+
+def unknown_share(data: Path) -> float:
+    """The share of [UNK] among the tokens of a data directory's training documents. Raises UserError if damaged."""
+    counts = load_unigram_counts(data)
+    unknown = load_tokenizer(data / TOKENIZER).token_to_id("[UNK]")
+    return float(counts[unknown] / max(1, counts.sum()))
 
 
 class _Sample:

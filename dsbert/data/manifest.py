@@ -39,7 +39,8 @@ class Source:
 class Request:
     """What was asked for: equal requests give equal data.
 
-    tokenizer: "train", or the digest of the one given; vocab_size then 0. near_duplicates: the algorithm, or "".
+    tokenizer: "train", or the digest of the one given; vocab_size then 0. near_duplicates: the algorithm, or "". cased,
+    keep_accents: of a tokenizer that is trained, whether it keeps case and accents, or only accents.
     """
 
     sources: tuple[Source, ...]
@@ -50,6 +51,8 @@ class Request:
     text_column: str
     min_words: int
     near_duplicates: str
+    cased: bool = False
+    keep_accents: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

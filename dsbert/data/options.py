@@ -25,7 +25,8 @@ class Options:
     tokenizer: "train" (to `vocab_size`; a small corpus has fewer tokens), a directory, or a name on the hub.
     validation: fraction of the documents held out, chosen by their text; 0 holds out none. A split that would get no
     document gets the nearest one. shard_tokens: largest shard. min_words: documents with fewer words are dropped.
-    near_duplicates: whether near copies are, too. text_column: what tables call their text.
+    near_duplicates: whether near copies are, too. text_column: what tables call their text. cased: the tokenizer that
+    is trained keeps case and accents; keep_accents: only accents, as languages need whose vowel signs are some.
     """
 
     vocab_size: int | None = None
@@ -36,6 +37,8 @@ class Options:
     min_words: int = MIN_WORDS
     near_duplicates: bool = False
     text_column: str = TEXT_COLUMN
+    cased: bool = False
+    keep_accents: bool = False
 
     def check(self) -> None:
         """Raises UserError for a number out of bounds."""
@@ -46,6 +49,11 @@ class Options:
         if self.tokenizer == "train" and not self.vocab_size:
             raise UserError(
                 "expected --vocab-size for a tokenizer that is trained, found none: give it, or --tokenizer DIR"
+            )
+        if self.tokenizer != "train" and (self.cased or self.keep_accents):
+            raise UserError(
+                "expected --cased and --keep-accents for a tokenizer that is trained, found --tokenizer "
+                f"{self.tokenizer}, which has a rule of its own: leave them out"
             )
         if self.vocab_size is not None and self.vocab_size > _MAX_VOCAB_SIZE:
             raise UserError(f"expected a vocab_size of at most {_MAX_VOCAB_SIZE}, found {self.vocab_size}")
@@ -77,4 +85,15 @@ def make_request(sources: Sequence[TextSource], files: Sequence[Sequence[dict[st
         text_column=options.text_column,
         min_words=options.min_words,
         near_duplicates=algorithm() if options.near_duplicates else "",
+        cased=options.cased,
+        keep_accents=options.keep_accents and not options.cased,
     )
+
+
+def chosen_normalizer(options: Options) -> str:
+    """What the tokenizer to be makes of characters, as JSON. Raises UserError if the one given cannot be found."""
+    from dsbert.data.tokenizer import bare_tokenizer, find_tokenizer, normalizer_of
+
+    if options.tokenizer != "train":
+        return normalizer_of(find_tokenizer(options.tokenizer))
+    return normalizer_of(bare_tokenizer(not options.cased, not (options.cased or options.keep_accents)))

@@ -90,11 +90,12 @@ def empty_files(files: Sequence[dict[str, Any]]) -> list[LeftOut]:
 
 
 def read_tasks(
-    sources: Sequence[Sequence[dict[str, Any]]], directory: Path, min_words: int, near: str
+    sources: Sequence[Sequence[dict[str, Any]]], directory: Path, min_words: int, near: str, normalizer: str
 ) -> list[dict[str, Any]]:
     """A task per piece, or for some files that are smaller than one, in the order of the documents.
 
     sources: from `files_by_source`. near: near_duplicates.algorithm(), or "".
+    normalizer: the tokenizer's, as JSON.
     """
     from importlib.metadata import version
 
@@ -108,10 +109,11 @@ def read_tasks(
                     "do": "read",
                     "source": number,
                     "pieces": [piece for _, piece, _ in some],
-                    "to": str(directory / key_of("read", content, [min_words, near, version("sentencex")])),
+                    "to": str(directory / key_of("read", content, [min_words, near, normalizer, version("sentencex")])),
                     "min_words": min_words,
                     "near": bool(near),
                     "weight": sum(piece["weight"] for _, piece, _ in some),
+                    "normalizer": normalizer,
                 }
             )
     return tasks

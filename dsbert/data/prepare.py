@@ -23,11 +23,11 @@ from dsbert.data.assembly import assemble, files_without_text, find_existing, sp
 from dsbert.data.crew import Crew, Progress, do_all
 from dsbert.data.decisions import decide
 from dsbert.data.folders import NO_TEXT, LeftOut, summarized
-from dsbert.data.learning import make_tokenizer
+from dsbert.data.learning import make_tokenizer, unknown_share
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.marks import drop_torn_marks, read_mark
 from dsbert.data.merging import plan_shards
-from dsbert.data.options import Options, make_request
+from dsbert.data.options import Options, chosen_normalizer, make_request
 from dsbert.data.plan import cut_tasks, empty_files, files_by_source, read_tasks
 from dsbert.data.sources import TextSource, resolve
 from dsbert.data.spool import MAX_EXAMPLES, key_of, save_array
@@ -61,7 +61,8 @@ def prepare(
         documents, sentences, tokens (both splits together), duplicates (exact copies dropped), shards, digest,
         seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; mended, mended_in: documents
         whose sentences were found another way, and where; left_out: files by reason, as `folders.summarized` gives
-        them; sources: the grouping of each; resumed: pieces of work that an interrupted call had done.
+        them; unknown: the share of [UNK] among the tokens; sources: the grouping of each; resumed: pieces of work that
+        an interrupted call had done.
 
     Raises:
         UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
@@ -113,7 +114,10 @@ class _Preparation:
                     self.left_out += [*source.left_out, *empty_files(own)]
                 goal = make_request(self.sources, files, options)
                 existing = find_existing(self.target, goal)
-                return [] if existing else read_tasks(files, self.directory, options.min_words, goal.near_duplicates)
+                if existing:
+                    return []
+                near, normalizer = goal.near_duplicates, chosen_normalizer(options)
+                return read_tasks(files, self.directory, options.min_words, near, normalizer)
 
             cut = self._pass("look", look, count=False)
             read = self._pass("read", request)
@@ -150,8 +154,8 @@ class _Preparation:
         fate = self.directory / f"fate-{key}.npy"
         save_array(fate, decisions.fate)
         # By its digest as well: since an interrupted call, the directory that is given may hold another one.
-        named, name = key_of(key, goal.tokenizer), self.options.tokenizer
-        folder, entry = make_tokenizer(self.directory, pieces, decisions, name, goal.vocab_size, named, self.progress)
+        named = key_of(key, goal.tokenizer)
+        folder, entry = make_tokenizer(self.directory, pieces, decisions, self.options, named, self.progress)
         tasks = [
             {
                 "do": "encode",
@@ -207,7 +211,8 @@ class _Preparation:
             if existing is None:
                 self._rename()
             manifest = load_manifest(self.target)
-            summary = summarize(manifest) | {"up_to_date": existing is not None, "resumed": self.resumed}
+            summary = summarize(manifest) | {"unknown": unknown_share(self.target)}
+            summary |= {"up_to_date": existing is not None, "resumed": self.resumed}
             if existing is not None:  # what is in the folders now, and what was found when they were read
                 without = {reason: entry for reason, entry in manifest.left_out.items() if reason == NO_TEXT}
                 summary["left_out"] = dict(sorted((summarized(self.left_out) | without).items()))

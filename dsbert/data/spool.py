@@ -1,7 +1,7 @@
 """What is kept between the passes of a preparation, so that none is made twice: cleaned documents, piece by piece.
 
     <key>.arrow     the documents' texts, sentences joined by line breaks, compressed
-    <key>.facts.npy uint64 [D, 4]: the text's 128-bit hash (high, low), its 64-bit hash, its bytes
+    <key>.facts.npy uint64 [D, 4]: the 128-bit hash (high, low) of copies, the 64-bit one of the split, the text's bytes
     <key>.near.npy  uint64 [D, bands]: near_duplicates.py, where they are asked for
     <key>.json      how many documents there are, were dropped and mended: the mark (marks.py) that the piece is done
 
@@ -20,13 +20,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dsbert.data.corpus import num_words, text_hash
+from dsbert.data.folding import Folder, folder_of
 from dsbert.data.marks import write_mark
 from dsbert.data.near_duplicates import BANDS
 from dsbert.data.pieces import Piece, read
+from dsbert.data.scripts import num_words
 from dsbert.data.sentences import Splitter
 
-FORMAT = 1
+FORMAT = 2
 FACTS_HIGH, FACTS_LOW, FACTS_SPLIT, FACTS_BYTES = range(4)
 # Documents that are named in a summary, of each kind: more are only counted.
 MAX_EXAMPLES = 3
@@ -43,15 +44,16 @@ def key_of(*parts: Any) -> str:
 def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     """Read, split, clean and hash the documents of pieces into `task["to"]`, a path without suffix.
 
-    task: pieces (each `Piece.as_json`), to, min_words, near (bool). Returns what <key>.json then holds:
-    {documents, sentences, bytes, empty, tiny, mended, examples, each: the documents of each piece}; mended: documents
-    whose sentences were found another way (sentences.py), with the first few of which examples say where they are.
+    task: pieces (each `Piece.as_json`), to, min_words, near (bool), normalizer (folding.py; as JSON). Returns what
+    <key>.json then holds: {documents, sentences, bytes, empty, tiny, mended, examples, each: the documents of each
+    piece}; mended: documents whose sentences were found another way (sentences.py), with the first few of which
+    examples say where they are.
 
     Raises UserError for a source that cannot be read, OSError for a disk that cannot be written.
     """
     import pyarrow as pa
 
-    to, near = Path(task["to"]), task["near"]
+    to, near, folder = Path(task["to"]), task["near"], folder_of(task["normalizer"])
     pieces = [Piece.from_json(piece) for piece in task["pieces"]]
     counts: dict[str, Any] = dict.fromkeys(("documents", "sentences", "bytes", "empty", "tiny", "mended"), 0)
     counts["examples"] = []
@@ -65,11 +67,11 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema, options=options) as writer:
             for texts in _cleaned(pieces, task["min_words"], counts, each):
-                facts += [_facts(text) for text in texts]
+                facts += [_facts(folder, text) for text in texts]
                 if near:
                     from dsbert.data.near_duplicates import band_hashes
 
-                    signatures += [band_hashes(text) for text in texts]
+                    signatures += [band_hashes(folder.folded(text)[0].decode()) for text in texts]
                 writer.write_batch(pa.RecordBatch.from_arrays([pa.array(texts, pa.large_string())], schema=schema))
         os.replace(temporary, files[0])
     finally:
@@ -125,7 +127,7 @@ def _cleaned(pieces: list[Piece], min_words: int, counts: dict[str, Any], each: 
                 )
         if not text:
             counts["empty"] += 1
-        elif num_words(text) < min_words:
+        elif num_words(text, min_words) < min_words:
             counts["tiny"] += 1
         else:
             batch.append(text)
@@ -140,7 +142,6 @@ def _cleaned(pieces: list[Piece], min_words: int, counts: dict[str, Any], each: 
         yield batch
 
 
-def _facts(text: str) -> tuple[int, int, int, int]:
-    data = text.encode()
-    whole = xxhash.xxh3_128_intdigest(data)
-    return whole >> 64, whole & _HALF, text_hash(text), len(data)
+def _facts(folder: Folder, text: str) -> tuple[int, int, int, int]:
+    copy, split = folder.hashes(text)
+    return copy >> 64, copy & _HALF, split, len(text.encode())

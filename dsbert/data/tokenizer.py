@@ -1,4 +1,4 @@
-"""A BERT WordPiece tokenizer (lower case, accents stripped) whose ids do not depend on the run that trained it.
+"""A BERT WordPiece tokenizer (by default lower case, no accents) whose ids do not depend on the run that trained it.
 
 The trainer numbers continuation characters in the order of a randomly seeded hash map, and breaks ties between
 merges by number, so two trainings may differ in ids and even in tokens. Here the alphabet is given to the trainer in
@@ -8,13 +8,14 @@ sorted order, which fixes the tokens, and the ids are assigned anew: the special
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.data.alphabet import continues_a_word, find_alphabet
+from dsbert.data.scripts import cut_unspaced
 from dsbert.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
 _FILE, _VOCABULARY, _CONFIG = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
-_MAX_ALPHABET = 1000
-_AT_ONCE = 4096  # sentences whose characters are counted together
+# Longer words are [UNK] to BERT's WordPiece.
+_MAX_WORD_CHARS = 100
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ class Vocabulary:
         return np.setdiff1d(np.arange(self.size), [self.pad, self.unk, self.cls, self.sep, self.mask])
 
 
-def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
+def train_tokenizer(
+    sentences: Iterable[str], vocab_size: int, *, lowercase: bool = True, strip_accents: bool = True
+) -> "Tokenizer":
     """Train WordPiece; equal sentences give equal ids, whatever their order and the number of threads.
+
+    Text of a script without spaces has its long runs cut into words (scripts.py), which BERT would take for [UNK].
 
     The sentences are gone through twice and not held; what grows with them is the number of different words. A corpus
     with too few words gives a smaller vocabulary than asked for.
@@ -61,12 +66,15 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
     Raises:
         UserError: `vocab_size` leaves no room for a word beyond the special tokens and the alphabet.
     """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence, Split
     from tokenizers.trainers import WordPieceTrainer
 
     # Without special tokens to look for: in the text that it learns from they are text.
-    tokenizer = _build({token: number for number, token in enumerate(SPECIAL_TOKENS)})
-    alphabet = _alphabet(tokenizer, sentences)
-    continuations = [_CONTINUATION + char for char in alphabet if _continues_a_word(tokenizer, char)]
+    tokenizer = bare_tokenizer(lowercase, strip_accents)
+    room = vocab_size - len(SPECIAL_TOKENS) - 1
+    alphabet, unspaced = find_alphabet(tokenizer, sentences, room)
+    continuations = [_CONTINUATION + char for char in alphabet if continues_a_word(tokenizer, char)]
     smallest = len(SPECIAL_TOKENS) + len(alphabet) + len(continuations) + 1
     if vocab_size < smallest:
         raise UserError(
@@ -81,9 +89,15 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
         continuing_subword_prefix=_CONTINUATION,
         show_progress=False,
     )
+    words_of = [tokenizer.pre_tokenizer, *([cut_unspaced()] if unspaced else [])]
+    # What is [UNK] at any rate teaches nothing, and one word of megabytes would take hours.
+    tokenizer.pre_tokenizer = Sequence([*words_of, Split(Regex(rf"\A.{{{_MAX_WORD_CHARS + 1},}}"), "removed")])
     tokenizer.train_from_iterator(sentences, trainer)
     words = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
-    made = _build({token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])})
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])}
+    made = _build(vocab, lowercase, strip_accents)
+    if unspaced:
+        made.pre_tokenizer = Sequence(words_of)
     made.add_special_tokens(list(SPECIAL_TOKENS))
     return made
 
@@ -91,7 +105,8 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
 def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and vocab.txt, as transformers' AutoTokenizer expects them.
 
-    Raises OSError.
+    It makes a BertTokenizer anew from vocabulary and flags; of a tokenizer that is more than that, it is told to take
+    tokenizer.json as it is. Raises OSError.
     """
     import json
 
@@ -100,7 +115,7 @@ def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
     (directory / _FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     config = {
-        "tokenizer_class": "BertTokenizer",
+        "tokenizer_class": "BertTokenizer" if is_plain_bert(tokenizer) else "PreTrainedTokenizerFast",
         "do_lower_case": is_lowercase(tokenizer),
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
@@ -108,6 +123,22 @@ def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
     }
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (directory / _VOCABULARY).write_text("".join(token + "\n" for token in vocabulary_of(tokenizer)), encoding="utf-8")
+
+
+def is_plain_bert(tokenizer: "Tokenizer") -> bool:
+    """Whether vocabulary and flags are all there is to it: transformers' BertTokenizer then gives the same ids."""
+    import json
+
+    state = json.loads(tokenizer.to_str())
+    normalizer, model = state["normalizer"] or {}, state["model"]
+    rules = [normalizer.get("type"), normalizer.get("clean_text"), state["pre_tokenizer"], model["type"]]
+    return (
+        rules == ["BertNormalizer", True, {"type": "BertPreTokenizer"}, "WordPiece"]
+        and (model["unk_token"], model["continuing_subword_prefix"]) == ("[UNK]", _CONTINUATION)
+        and model["max_input_chars_per_word"] == _MAX_WORD_CHARS
+        and {token["content"] for token in state["added_tokens"]} == set(SPECIAL_TOKENS)
+        and not any(token["normalized"] or token["lstrip"] or token["rstrip"] for token in state["added_tokens"])
+    )
 
 
 def is_lowercase(tokenizer: "Tokenizer") -> bool:
@@ -145,7 +176,8 @@ def find_tokenizer(name: str) -> "Tokenizer":
         raise UserError(
             f"expected a WordPiece vocabulary with {_CONTINUATION} tokens in {name}, found none ({kind}): give another"
         )
-    Vocabulary.of(tokenizer)
+    known = Vocabulary.of(tokenizer)
+    tokenizer.post_processor = _pairs(known.cls, known.sep)  # what the model is trained on, whatever it came with
     if (largest := max(vocab.values())) >= len(vocab):
         # As of a vocab.txt that lists a token twice.
         raise UserError(
@@ -195,7 +227,7 @@ def _from_vocabulary(directory: Path) -> "Tokenizer":
     folds = (
         all(token == token.lower() for token in ordinary) if said["do_lower_case"] is None else said["do_lower_case"]
     )
-    tokenizer = _build({token: number for number, token in enumerate(tokens)})
+    tokenizer = _build({token: number for number, token in enumerate(tokens)}, bool(folds), bool(folds))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=bool(folds),
         strip_accents=said["strip_accents"],
@@ -228,39 +260,37 @@ def word_start_table(tokenizer: "Tokenizer") -> NDArray[np.bool_]:
     return np.array([not token.startswith(_CONTINUATION) for token in vocabulary_of(tokenizer)])
 
 
-def _build(vocab: dict[str, int]) -> "Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+def normalizer_of(tokenizer: "Tokenizer") -> str:
+    """The normaliser as JSON: what folding.py takes."""
+    import json
+
+    return json.dumps(json.loads(tokenizer.to_str())["normalizer"], sort_keys=True)
+
+
+def bare_tokenizer(lowercase: bool, strip_accents: bool) -> "Tokenizer":
+    """A tokenizer that has learned nothing, to be asked for what it makes of characters."""
+    return _build({token: number for number, token in enumerate(SPECIAL_TOKENS)}, lowercase, strip_accents)
+
+
+def _build(vocab: dict[str, int], lowercase: bool, strip_accents: bool) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", continuing_subword_prefix=_CONTINUATION))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
-    )
+    tokenizer.post_processor = _pairs(vocab["[CLS]"], vocab["[SEP]"])
     return tokenizer
 
 
-def _alphabet(tokenizer: "Tokenizer", sentences: Iterable[str]) -> list[str]:
-    """The characters that the vocabulary must spell, sorted: the most frequent ones after normalisation."""
-    raw: Counter[str] = Counter()
-    remaining = iter(sentences)
-    while text := "".join(islice(remaining, _AT_ONCE)):
-        points, numbers = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), return_counts=True)
-        raw.update(dict(zip(map(chr, points.tolist()), numbers.tolist(), strict=True)))
-    counts: Counter[str] = Counter()
-    for char, count in raw.items():
-        for normal in tokenizer.normalizer.normalize_str(char).strip():
-            counts[normal] += count
-    frequent = sorted(counts, key=lambda char: (-counts[char], char))[:_MAX_ALPHABET]
-    return sorted(frequent)
+def _pairs(cls: int, sep: int) -> Any:
+    from tokenizers.processors import TemplateProcessing
 
-
-def _continues_a_word(tokenizer: "Tokenizer", char: str) -> bool:
-    """Letters and digits can stand inside a word; punctuation and Chinese characters are words of their own."""
-    return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a" + char))) == 1
+    return TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+    )
 
 
 def vocabulary_of(tokenizer: "Tokenizer") -> list[str]:
