@@ -24,6 +24,8 @@ Reading:
     shards.py       Arrow files of tokens, written once, memory-mapped by every rank
     staging.py      a copy on a node's own disk
     spans.py        the numbered samples: runs of consecutive sentences of one document
+    pairs.py        how samples become A and B, true and false, and look alike; kinds.py what of tokens can be seen
+    indices.py      arrays that are kept beside the data they follow from
     permutation.py  a shuffled order as a function and not as a table; order.py which sample stands where
     hashing.py      the only source of randomness here: a hash of who asks for what
     masking.py      whole-word masking of a batch

@@ -7,7 +7,7 @@ sorted order, which fixes the tokens, and the ids are assigned anew: the special
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.data.kinds import INSIDE, LOWER, SPECIAL, token_kinds
 from dsbert.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ _AT_ONCE = 4096  # sentences whose characters are counted together
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What batches need to know of a tokenizer: V ids, the special ones, and which start a word (bool [V])."""
+    """What batches need to know of a tokenizer: V ids, the special ones, which start a word (bool [V]), and of what
+    kind each is (uint8 [V], kinds.py), without which it is only known where words start.
+    """
 
     size: int
     pad: int
@@ -38,18 +41,33 @@ class Vocabulary:
     sep: int
     mask: int
     word_start: NDArray[np.bool_]
+    kinds: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+
+    def __post_init__(self) -> None:
+        if not len(self.kinds):
+            kinds = np.where(self.word_start, LOWER, INSIDE).astype(np.uint8)
+            kinds[[self.pad, self.unk, self.cls, self.sep, self.mask]] = SPECIAL
+            object.__setattr__(self, "kinds", kinds)
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer") -> "Vocabulary":
         """Raises UserError if one of the five special tokens is missing."""
         pad, unk, cls_id, sep, mask = (_special_id(tokenizer, token) for token in SPECIAL_TOKENS)
         table = word_start_table(tokenizer)
-        return cls(size=len(table), pad=pad, unk=unk, cls=cls_id, sep=sep, mask=mask, word_start=table)
+        added = tokenizer.get_added_tokens_decoder().items()
+        others = [number for number, token in added if token.special and number < len(table)]
+        kinds = token_kinds(vocabulary_of(tokenizer), [pad, unk, cls_id, sep, mask, *others])
+        return cls(len(table), pad=pad, unk=unk, cls=cls_id, sep=sep, mask=mask, word_start=table, kinds=kinds)
+
+    @property
+    def is_text(self) -> NDArray[np.bool_]:
+        """bool [V]: False for special tokens, [UNK] among them, of which there is nothing to learn."""
+        return self.kinds != SPECIAL
 
     @property
     def ordinary_ids(self) -> NDArray[np.int64]:
         """All ids but the special ones, ascending: what a masked token may be replaced by."""
-        return np.setdiff1d(np.arange(self.size), [self.pad, self.unk, self.cls, self.sep, self.mask])
+        return np.flatnonzero(self.is_text)
 
 
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> "Tokenizer":
