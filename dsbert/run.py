@@ -19,7 +19,7 @@ from dsbert.config import Recipe
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import verify_shards
 from dsbert.data.staging import stage
-from dsbert.data.stream import SampleStream
+from dsbert.data.stream import SAMPLES, SampleStream
 from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config, what_holds, without_batches
 from dsbert.durable import refusal
@@ -98,7 +98,7 @@ class Run:
         self.masks.verify_replicas()
         self.state = {
             "recipe": _with_absolute_path(recipe).model_dump(mode="json"),
-            "identity": recipe.identity() | {"data_digest": self._manifest.digest},
+            "identity": recipe.identity() | {"data_digest": self._manifest.digest, "samples": SAMPLES},
             "vocab_size": vocab_size,
             "layers": shapes,
             "deepspeed": without_batches(self.engine.ds_config),

@@ -244,6 +244,13 @@ class RunDirectory:
                 raise UserError(f"expected the identity of the run in {path}, found: {_line(error)}") from None
         else:
             return
+        made = before.get("samples", 1) if isinstance(before, dict) else None
+        if made != identity.get("samples", 1):
+            raise UserError(
+                f"expected a run of samples as this dsbert makes them (version {identity.get('samples', 1)}) in "
+                f"{self.path}, found version {made}: start anew in another --run-dir, or go on with the dsbert that "
+                "began it"
+            )
         difference = first_difference(before, identity)
         if difference:
             key, old, new = difference

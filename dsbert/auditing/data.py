@@ -12,6 +12,7 @@ import xxhash
 
 from dsbert.auditing.checkpoint import Audit
 from dsbert.checkpoint import Problem
+from dsbert.data.indices import index_differences
 from dsbert.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -24,7 +25,6 @@ from dsbert.data.manifest import (
     load_unigram_counts,
 )
 from dsbert.data.shards import Shard
-from dsbert.data.spans import index_differences
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
 from dsbert.durable import differences, unsealed
 from dsbert.errors import DsbertError
@@ -128,7 +128,7 @@ def _audit_other_files(path: Path, manifest: Manifest, audit: Audit) -> None:
     for name, wrong in differences(path, manifest.files).items():
         if name not in known:
             audit.problems.append(Problem(name, f"{wrong}: prepare the data again"))
-    for folder in sorted(path.glob("spans-*")):
+    for folder in sorted((*path.glob("pairs-*"), *path.glob("spans-*"))):
         for name, wrong in index_differences(folder).items():
             message = f"{wrong}: remove {folder.name}, it is made again"
             audit.problems.append(Problem(f"{folder.name}/{name}", message))

@@ -17,7 +17,8 @@ Preparing, in the order of the work:
     folding.py      what copies have in common, and texts that must not be parted
     scripts.py      words of scripts without spaces
     decisions.py    copies and splits; near_duplicates.py MinHash
-    learning.py     the tokenizer of a preparation; tokenizer.py a vocabulary whose ids are the same on every training;
+    learning.py     the tokenizer of a preparation; wordpiece.py trains a vocabulary whose ids are always the same;
+    tokenizer.py    what batches need of a tokenizer, and how it is saved and found;
                     alphabet.py the characters that it spells
     encoding.py     text to ids, word by word; tokenizer_check.py that transformers gives the same ones
     merging.py      encoded pieces, and shards out of them; assembly.py the directory
@@ -29,6 +30,9 @@ Reading:
     shards.py       Arrow files of tokens, written once, memory-mapped by every rank
     staging.py      a copy on a node's own disk
     spans.py        the numbered samples: runs of consecutive sentences of one document
+    pairs.py        how samples become A and B, true and false, and look alike
+    token_kinds.py  what of a token can be seen without reading
+    indices.py      arrays that are kept beside the data they follow from
     permutation.py  a shuffled order as a function and not as a table; order.py which sample stands where
     hashing.py      the only source of randomness here: a hash of who asks for what
     masking.py      whole-word masking of a batch

@@ -117,7 +117,7 @@ def as_text(tokenizer: Tokenizer) -> Tokenizer:
 
     from tokenizers import Tokenizer
 
-    from dsbert.data.tokenizer import SPECIAL_TOKENS
+    from dsbert.data.wordpiece import SPECIAL_TOKENS
 
     state = json.loads(tokenizer.to_str())
     special = {token["content"] for token in state["added_tokens"] if token["special"]} | set(SPECIAL_TOKENS)

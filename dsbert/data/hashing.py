@@ -19,7 +19,7 @@ _MULTIPLIER_2 = 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
 # First parts of keys, so that no two uses share their numbers.
-ORDER, SAMPLE, CHUNKS, WINDOWS = 1, 2, 3, 4
+ORDER, SAMPLE, CHUNKS, WINDOWS, CUTS, PAIRS = 1, 2, 3, 4, 5, 6
 
 
 def mix64(values: UInt64s) -> UInt64s:

@@ -22,9 +22,9 @@ from dsbert.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_digest,
-    train_tokenizer,
 )
 from dsbert.data.tokenizer_check import check_saved
+from dsbert.data.wordpiece import train_tokenizer
 
 # Of a tokenizer that is more than BERT's, what transformers makes of so many sentences is looked at.
 _CHECKED_SENTENCES = 500

@@ -5,6 +5,7 @@ tokenizer/            as transformers' AutoTokenizer reads it
 train-00000.arrow     token shards (shards.py), as many as needed, for train and validation
 unigram.npy           int64 [V]: how often each token occurs in the train split
 spans-train-128/      the sample index for one sequence length, made on first use (spans.py)
+pairs-train-128/      how samples are cut and meet for next-sentence prediction, made on first use (pairs.py)
 """
 
 import dataclasses

@@ -5,6 +5,8 @@ their hashes, each if it still fits the row's budget of max(1, round(fraction * 
 word is longer than the budget, the first `budget` tokens of the first word in that order are taken: a row with text
 never goes without a masked token, and none exceeds its budget.
 
+Special tokens are never maskable, [UNK] among them: what could not be spelled teaches nothing.
+
 Of the chosen tokens 80 % become [MASK], 10 % a random ordinary token, 10 % stay; each token on its own, as in BERT.
 
 Legend: b rows, S columns, W words of the longest row, m masked tokens.

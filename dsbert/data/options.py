@@ -92,7 +92,8 @@ def make_request(sources: Sequence[TextSource], files: Sequence[Sequence[dict[st
 
 def chosen_normalizer(options: Options) -> str:
     """What the tokenizer to be makes of characters, as JSON. Raises UserError if the one given cannot be found."""
-    from dsbert.data.tokenizer import bare_tokenizer, find_tokenizer, normalizer_of
+    from dsbert.data.tokenizer import find_tokenizer, normalizer_of
+    from dsbert.data.wordpiece import bare_tokenizer
 
     if options.tokenizer != "train":
         return normalizer_of(find_tokenizer(options.tokenizer))

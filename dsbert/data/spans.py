@@ -10,26 +10,22 @@ Span numbers depend on the data and seq_len alone, and never change.
 Legend: N spans; P pieces (sentences, after cutting) of one shard; D documents; n spans asked about.
 """
 
-import json
-import os
-import shutil
-import tempfile
-from dataclasses import dataclass, fields
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.data.indices import Arrays, find_or_make
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import Shard, TokenStore
-from dsbert.durable import checksum, differences, sealed, unsealed
 from dsbert.errors import UserError
 
 NUM_SPECIAL = 3
 MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 1 << 15
-_META = "meta.json"
 _FORMAT = 1
+_ARRAYS = ("start", "length", "document", "first_cut", "cuts")
 
 
 @dataclass(frozen=True)
@@ -76,55 +72,23 @@ class SpanIndex:
         )
 
     @classmethod
-    def open(cls, data_dir: str | Path, split: str, seq_len: int, store: TokenStore) -> "SpanIndex":
-        """The spans of a split, memory-mapped from the data directory, where the first caller writes them.
-
-        Any number of processes may call at once: each writes a directory of its own and renames it into place; the
-        first rename wins, and all of them are equal. Where the directory is read-only the index stays in memory.
-        """
-        target = Path(data_dir) / f"spans-{split}-{seq_len}"
+    def open(
+        cls, data_dir: str | Path, split: str, seq_len: int, store: TokenStore, suspect: Container[str] = ()
+    ) -> "SpanIndex":
+        """The spans of a split, from the data directory or made there. suspect: as in `find_or_make`."""
         meta = {"format": _FORMAT, "data": load_manifest(data_dir).digest}
-        cached = _load(target, meta)
-        if cached is not None:
-            return cached
-        index = cls.build(store, seq_len)
-        try:
-            _save(index, target, meta)
-        except OSError:
-            return index
-        return _load(target, meta) or index
 
-    def cut_counts(self, spans: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [n]: number of sentence ends strictly inside each span."""
-        return np.asarray(self.first_cut[spans + 1] - self.first_cut[spans])
+        def make() -> tuple[Arrays, dict[str, int]]:
+            index = cls.build(store, seq_len)
+            return {name: getattr(index, name) for name in _ARRAYS}, {"dropped_tokens": index.dropped_tokens}
 
-    def head_lengths(self, spans: NDArray[np.int64], room: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [n]: the longest start of each span that fits into `room` tokens and ends with a sentence.
-
-        Where not even the first sentence fits, the start is cut at `room`.
-        """
-        length = self.length[spans].astype(np.int64)
-        first = self.first_cut[spans]
-        low, high = np.zeros_like(first), self.cut_counts(spans)
-        # Binary search in all rows at once: `low` becomes the number of cuts that fit.
-        while (searching := low < high).any():
-            middle = (low + high) // 2
-            fits = np.zeros_like(searching)
-            fits[searching] = self.cuts[(first + middle)[searching]] <= room[searching]
-            low = np.where(fits, middle + 1, low)
-            high = np.where(searching & ~fits, middle, high)
-        heads = np.minimum(length, room)
-        shortened = (length > room) & (low > 0)
-        heads[shortened] = self.cuts[(first + low - 1)[shortened]]
-        return heads
+        arrays, numbers = find_or_make(Path(data_dir) / span_index_name(split, seq_len), meta, make, suspect)
+        return cls(**{name: arrays[name] for name in _ARRAYS}, dropped_tokens=numbers["dropped_tokens"])
 
 
-def index_differences(folder: Path) -> dict[str, str]:
-    """The files of an index on disk that are not what was written: name -> what is wrong."""
-    try:
-        return differences(folder, unsealed(json.loads((folder / _META).read_text())).get("files", {}))
-    except (OSError, ValueError, AttributeError):
-        return {_META: "it is not what was written"}
+def span_index_name(split: str, seq_len: int) -> str:
+    """Of its directory."""
+    return f"spans-{split}-{seq_len}"
 
 
 def _spans_of_shard(shard: Shard, first_token: int, first_document: int, capacity: int) -> SpanIndex:
@@ -175,46 +139,3 @@ def _cut_sentences(shard: Shard, capacity: int) -> tuple[NDArray[np.int64], NDAr
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     pieces[offsets[1:] - 1] = sentences - (counts - 1) * capacity
     return pieces, offsets[shard.sentence_offsets]
-
-
-def _arrays() -> list[str]:
-    return [field.name for field in fields(SpanIndex) if field.name != "dropped_tokens"]
-
-
-def _load(target: Path, meta: dict[str, Any]) -> SpanIndex | None:
-    """The cached index, or None if there is none for this data."""
-    try:
-        found = unsealed(json.loads((target / _META).read_text()))
-        dropped, _ = found.pop("dropped_tokens"), found.pop("files")
-        if found != meta:
-            return None
-        arrays = {name: _map(target / f"{name}.npy") for name in _arrays()}
-    except Exception:  # of many kinds, where a file's head is damaged
-        return None
-    return SpanIndex(**arrays, dropped_tokens=dropped)
-
-
-def _map(path: Path) -> NDArray[Any]:
-    # A plain view: indexing np.memmap pays for its subclass on every call.
-    array: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
-    return array
-
-
-def _save(index: SpanIndex, target: Path, meta: dict[str, Any]) -> None:
-    """Write the index beside its place and rename it there; whoever comes second leaves the first one's.
-
-    Raises OSError where the directory cannot be written.
-    """
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for name in _arrays():
-            np.save(temporary / f"{name}.npy", getattr(index, name))
-        files = {f"{name}.npy": checksum(temporary / f"{name}.npy") for name in _arrays()}
-        found = sealed({**meta, "dropped_tokens": index.dropped_tokens, "files": files})
-        (temporary / _META).write_text(json.dumps(found) + "\n")
-        temporary.chmod(0o755)
-        if target.exists() and _load(target, meta) is None:
-            shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -43,7 +43,10 @@ def stage(data_dir: Path, stage_to: Path | None) -> Path:
                 path = target / shard.file
                 if not path.is_file() or path.stat().st_size != shard.bytes:
                     _copy(data_dir / shard.file, path, shard)
-            for folder in (TOKENIZER, *(path.name for path in sorted(data_dir.glob("spans-*")))):
+            for folder in (
+                TOKENIZER,
+                *(path.name for path in sorted((*data_dir.glob("pairs-*"), *data_dir.glob("spans-*")))),
+            ):
                 if not (target / folder).is_dir():
                     temporary = target / f".{folder}.tmp"
                     shutil.rmtree(temporary, ignore_errors=True)

@@ -7,25 +7,27 @@ purpose, epoch, sample), so any rank computes any batch at any time, and where t
 Legend: b samples in a batch, S sequence length, m masked tokens, N spans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.hashing import SAMPLE, UInt64s, below, hash64, substream
+from dsbert.data.hashing import SAMPLE, hash64, substream
 from dsbert.data.manifest import TOKENIZER, load_manifest
 from dsbert.data.masking import mask_words_
 from dsbert.data.order import Order
+from dsbert.data.pairs import Pairs
 from dsbert.data.shards import TokenStore
-from dsbert.data.spans import NUM_SPECIAL, SpanIndex
+from dsbert.data.spans import SpanIndex
 from dsbert.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_digest
 from dsbert.errors import UserError
 
 IGNORE = -100
-_BORROW_ATTEMPTS = 8
-_SPLIT, _REPLACE, _BORROW, _MASK = range(4)  # what a sample's key is asked for
+# Runs whose samples were made in another way cannot go on: raise this with every change of what a batch holds.
+SAMPLES = 2
+_MASK = 3  # what a sample's key is asked for
 
 Int64s = NDArray[np.int64]
 
@@ -98,8 +100,10 @@ class SampleStream:
         nsp: bool = True,
         mask_fraction: float = 0.15,
         window: int = 0,
+        pairs: Pairs | None = None,
     ) -> None:
-        """Args: `index` was built from `store` with `seq_len`. Raises UserError if it has no span."""
+        """Args: `index` was built from `store` with `seq_len`, and `pairs` from both, which is done here where they are
+        not given. Raises UserError if there is no span."""
         if not len(index):
             raise UserError("the corpus is empty: the split has no sample of two tokens; add documents to the sources")
         self.num_samples = len(index)
@@ -111,7 +115,8 @@ class SampleStream:
         self._nsp = nsp
         self._mask_fraction = mask_fraction
         self._order = Order(len(index), seed, window)
-        self._ordinary_ids = vocab.ordinary_ids
+        self._ordinary_ids, self._is_text = vocab.ordinary_ids, vocab.is_text
+        self._pairs = (pairs or Pairs.build(store, index, vocab)) if nsp else None
 
     @classmethod
     def open(
@@ -123,8 +128,11 @@ class SampleStream:
         nsp: bool = True,
         mask_fraction: float = 0.15,
         window: int = 0,
+        suspect: Container[str] = (),
     ) -> "SampleStream":
-        """The stream over one split ("train" or "validation") of a prepared data directory. window: as in `Order`.
+        """The stream over one split ("train" or "validation") of a prepared data directory.
+
+        window: as in `Order`. suspect: names of indices that are used only if they are what was written.
 
         Raises:
             UserError: there is no prepared data, its tokenizer is not the one of its shards, or the split is empty.
@@ -138,11 +146,13 @@ class SampleStream:
                 f"expected the tokenizer {expected} in {data_dir}, with which its shards were encoded, found {found}: "
                 "put the tokenizer back, or prepare the data again"
             )
-        index = SpanIndex.open(data_dir, split, seq_len, store)
+        index = SpanIndex.open(data_dir, split, seq_len, store, suspect)
         vocab = Vocabulary.of(tokenizer)
+        pairs = Pairs.open(data_dir, split, seq_len, store, index, vocab, suspect) if nsp else None
         return cls(
-            store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction, window=window
-        )
+            store, index, vocab=vocab, seq_len=seq_len, seed=seed, nsp=nsp, mask_fraction=mask_fraction, window=window,
+            pairs=pairs,
+        )  # fmt: skip
 
     def batch(self, position: int, count: int, rows: int | None = None) -> Batch:
         """The samples at positions [position, position + count), which may cross the end of an epoch.
@@ -160,7 +170,7 @@ class SampleStream:
         check_rows(position, count, b)
         epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
-        texts = self._pair(samples, keys) if self._nsp else self._single(samples)
+        texts = self._pair(samples, epochs) if self._nsp else self._single(samples)
         input_ids, token_type_ids, attention, maskable = self._lay_out(texts, b)
         row_keys = np.zeros(b, dtype=np.uint64)
         row_keys[:count] = substream(keys, _MASK)
@@ -184,46 +194,22 @@ class SampleStream:
         length = self._index.length[samples].astype(np.int64)
         return _Texts(self._index.start[samples], length, nothing, nothing, np.full_like(samples, IGNORE))
 
-    def _pair(self, samples: Int64s, keys: UInt64s) -> _Texts:
-        """Each span cut in two at a sentence end, and half of the second parts replaced by another document's text."""
-        index = self._index
-        start, length = index.start[samples], index.length[samples].astype(np.int64)
-        a_length = length // 2
-        cut_counts = index.cut_counts(samples)
-        several = np.flatnonzero(cut_counts)
-        choice = below(substream(keys[several], _SPLIT), cut_counts[several])
-        a_length[several] = index.cuts[index.first_cut[samples[several]] + choice]
-
-        b_start, b_length = start + a_length, length - a_length
-        wanted = substream(keys, _REPLACE) >> np.uint64(63) == 1
-        lenders, found = self._borrow(samples, substream(keys, _BORROW))
-        replaced = np.flatnonzero(wanted & found)
-        lenders = lenders[replaced]
-        b_start[replaced] = index.start[lenders]
-        # Cut at a sentence end where one fits: if only true continuations ended with a full stop, the full stop
-        # would give the label away.
-        b_length[replaced] = index.head_lengths(lenders, self.seq_len - NUM_SPECIAL - a_length[replaced])
-        nsp = np.zeros_like(samples)
-        nsp[replaced] = 1
-        return _Texts(start, a_length, b_start, b_length, nsp)
-
-    def _borrow(self, samples: Int64s, keys: UInt64s) -> tuple[Int64s, NDArray[np.bool_]]:
-        """For each sample a span of another document, and whether one was found.
-
-        A few draws: they all fail where the sample's document has (nearly) all the spans, and B then stays true.
-        """
-        documents = self._index.document[samples]
-        lenders = np.zeros_like(samples)
-        pending = np.arange(len(samples))
-        for attempt in range(_BORROW_ATTEMPTS):
-            draws = below(substream(keys[pending], attempt), self.num_samples)
-            lenders[pending] = draws
-            pending = pending[self._index.document[draws] == documents[pending]]
-            if not pending.size:
-                break
-        found = np.ones(len(samples), dtype=np.bool_)
-        found[pending] = False
-        return lenders, found
+    def _pair(self, samples: Int64s, epochs: Int64s) -> _Texts:
+        """Each span's A, with its own B or with that of the span that it meets in this epoch."""
+        assert self._pairs is not None
+        index, a_lengths = self._index, self._pairs.a_length
+        partners, exchange = self._pairs.meet(samples, epochs, self._seed)
+        asked = index.document[samples] != index.document[partners]
+        exchange &= asked
+        owners = np.where(exchange, partners, samples)  # of the Bs
+        cut = a_lengths[owners].astype(np.int64)
+        return _Texts(
+            a_start=index.start[samples],
+            a_length=a_lengths[samples].astype(np.int64),
+            b_start=index.start[owners] + cut,
+            b_length=index.length[owners] - cut,
+            nsp=np.where(asked, exchange, IGNORE).astype(np.int64),
+        )
 
     def _lay_out(self, texts: _Texts, b: int) -> tuple[Int64s, Int64s, NDArray[np.bool_], NDArray[np.bool_]]:
         """input_ids and token_type_ids int64 [b, S], and bool [b, S] which columns are real, and which are text."""
@@ -242,10 +228,8 @@ class SampleStream:
         self._store.gather(texts.a_start, texts.a_length, input_ids[:count], np.ones_like(texts.nsp))
         if self._nsp:
             self._store.gather(texts.b_start, texts.b_length, input_ids[:count], a_end[:count] + 1)
-        maskable = attention.copy()
-        maskable[:, 0] = False
         every = np.arange(b)
         for separator in (a_end, end - 1):
             input_ids[every, separator] = vocab.sep
-            maskable[every, separator] = False
-        return input_ids, token_type_ids, attention, maskable
+        # Special tokens are no text wherever they stand: an older dsbert encoded "[MASK]" in a text as one.
+        return input_ids, token_type_ids, attention, self._is_text[input_ids]

@@ -1,36 +1,28 @@
-"""A BERT WordPiece tokenizer (by default lower case, no accents) whose ids do not depend on the run that trained it.
-
-The trainer numbers continuation characters in the order of a randomly seeded hash map, and breaks ties between
-merges by number, so two trainings may differ in ids and even in tokens. Here the alphabet is given to the trainer in
-sorted order, which fixes the tokens, and the ids are assigned anew: the special tokens first, then the rest sorted.
-"""
+"""A BERT WordPiece tokenizer: what batches need of it, and how it is saved, found and told from another."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.alphabet import continues_a_word, find_alphabet
-from dsbert.data.scripts import cut_unspaced
+from dsbert.data.token_kinds import CONTINUATION, INSIDE, LOWER, SPECIAL, token_kinds
+from dsbert.data.wordpiece import MAX_WORD_CHARS, SPECIAL_TOKENS, build_tokenizer, cls_and_sep
 from dsbert.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_CONTINUATION = "##"
 _FILE, _VOCABULARY, _CONFIG = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
-# Longer words are [UNK] to BERT's WordPiece.
-_MAX_WORD_CHARS = 100
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What batches need to know of a tokenizer: V ids, the special ones, and which start a word (bool [V])."""
+    """What batches need to know of a tokenizer: V ids, the special ones, which start a word (bool [V]), and of what
+    kind each is (uint8 [V], token_kinds.py), without which it is only known where words start.
+    """
 
     size: int
     pad: int
@@ -39,67 +31,33 @@ class Vocabulary:
     sep: int
     mask: int
     word_start: NDArray[np.bool_]
+    kinds: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+
+    def __post_init__(self) -> None:
+        if not len(self.kinds):
+            kinds = np.where(self.word_start, LOWER, INSIDE).astype(np.uint8)
+            kinds[[self.pad, self.unk, self.cls, self.sep, self.mask]] = SPECIAL
+            object.__setattr__(self, "kinds", kinds)
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer") -> "Vocabulary":
         """Raises UserError if one of the five special tokens is missing."""
         pad, unk, cls_id, sep, mask = (_special_id(tokenizer, token) for token in SPECIAL_TOKENS)
         table = word_start_table(tokenizer)
-        return cls(size=len(table), pad=pad, unk=unk, cls=cls_id, sep=sep, mask=mask, word_start=table)
+        added = tokenizer.get_added_tokens_decoder().items()
+        others = [number for number, token in added if token.special and number < len(table)]
+        kinds = token_kinds(vocabulary_of(tokenizer), [pad, unk, cls_id, sep, mask, *others])
+        return cls(len(table), pad=pad, unk=unk, cls=cls_id, sep=sep, mask=mask, word_start=table, kinds=kinds)
+
+    @property
+    def is_text(self) -> NDArray[np.bool_]:
+        """bool [V]: False for special tokens, [UNK] among them, of which there is nothing to learn."""
+        return self.kinds != SPECIAL
 
     @property
     def ordinary_ids(self) -> NDArray[np.int64]:
         """All ids but the special ones, ascending: what a masked token may be replaced by."""
-        return np.setdiff1d(np.arange(self.size), [self.pad, self.unk, self.cls, self.sep, self.mask])
-
-
-def train_tokenizer(
-    sentences: Iterable[str], vocab_size: int, *, lowercase: bool = True, strip_accents: bool = True
-) -> "Tokenizer":
-    """Train WordPiece; equal sentences give equal ids, whatever their order and the number of threads.
-
-    Text of a script without spaces has its long runs cut into words (scripts.py), which BERT would take for [UNK].
-
-    The sentences are gone through twice and not held; what grows with them is the number of different words. A corpus
-    with too few words gives a smaller vocabulary than asked for.
-
-    Raises:
-        UserError: `vocab_size` leaves no room for a word beyond the special tokens and the alphabet.
-    """
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import Sequence, Split
-    from tokenizers.trainers import WordPieceTrainer
-
-    # Without special tokens to look for: in the text that it learns from they are text.
-    tokenizer = bare_tokenizer(lowercase, strip_accents)
-    room = vocab_size - len(SPECIAL_TOKENS) - 1
-    alphabet, unspaced = find_alphabet(tokenizer, sentences, room)
-    continuations = [_CONTINUATION + char for char in alphabet if continues_a_word(tokenizer, char)]
-    smallest = len(SPECIAL_TOKENS) + len(alphabet) + len(continuations) + 1
-    if vocab_size < smallest:
-        raise UserError(
-            f"vocab_size {vocab_size} is too small for this text: its {len(alphabet)} characters alone need "
-            f"{smallest - 1} tokens; ask for more than that"
-        )
-    trainer = WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, *continuations],  # "special" here only means: numbered first, in this order
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        continuing_subword_prefix=_CONTINUATION,
-        show_progress=False,
-    )
-    words_of = [tokenizer.pre_tokenizer, *([cut_unspaced()] if unspaced else [])]
-    # What is [UNK] at any rate teaches nothing, and one word of megabytes would take hours.
-    tokenizer.pre_tokenizer = Sequence([*words_of, Split(Regex(rf"\A.{{{_MAX_WORD_CHARS + 1},}}"), "removed")])
-    tokenizer.train_from_iterator(sentences, trainer)
-    words = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
-    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *words])}
-    made = _build(vocab, lowercase, strip_accents)
-    if unspaced:
-        made.pre_tokenizer = Sequence(words_of)
-    made.add_special_tokens(list(SPECIAL_TOKENS))
-    return made
+        return np.flatnonzero(self.is_text)
 
 
 def save_tokenizer(tokenizer: "Tokenizer", directory: Path) -> None:
@@ -134,8 +92,8 @@ def is_plain_bert(tokenizer: "Tokenizer") -> bool:
     rules = [normalizer.get("type"), normalizer.get("clean_text"), state["pre_tokenizer"], model["type"]]
     return (
         rules == ["BertNormalizer", True, {"type": "BertPreTokenizer"}, "WordPiece"]
-        and (model["unk_token"], model["continuing_subword_prefix"]) == ("[UNK]", _CONTINUATION)
-        and model["max_input_chars_per_word"] == _MAX_WORD_CHARS
+        and (model["unk_token"], model["continuing_subword_prefix"]) == ("[UNK]", CONTINUATION)
+        and model["max_input_chars_per_word"] == MAX_WORD_CHARS
         and {token["content"] for token in state["added_tokens"]} == set(SPECIAL_TOKENS)
         and not any(token["normalized"] or token["lstrip"] or token["rstrip"] for token in state["added_tokens"])
     )
@@ -172,12 +130,12 @@ def find_tokenizer(name: str) -> "Tokenizer":
             ) from None
     vocab = tokenizer.get_vocab()
     kind = json.loads(tokenizer.to_str())["model"]["type"]
-    if kind != "WordPiece" or not any(token.startswith(_CONTINUATION) for token in vocab):
+    if kind != "WordPiece" or not any(token.startswith(CONTINUATION) for token in vocab):
         raise UserError(
-            f"expected a WordPiece vocabulary with {_CONTINUATION} tokens in {name}, found none ({kind}): give another"
+            f"expected a WordPiece vocabulary with {CONTINUATION} tokens in {name}, found none ({kind}): give another"
         )
     known = Vocabulary.of(tokenizer)
-    tokenizer.post_processor = _pairs(known.cls, known.sep)  # what the model is trained on, whatever it came with
+    tokenizer.post_processor = cls_and_sep(known.cls, known.sep)  # what the model is trained on, whatever it came with
     if (largest := max(vocab.values())) >= len(vocab):
         # As of a vocab.txt that lists a token twice.
         raise UserError(
@@ -227,12 +185,13 @@ def _from_vocabulary(directory: Path) -> "Tokenizer":
     folds = (
         all(token == token.lower() for token in ordinary) if said["do_lower_case"] is None else said["do_lower_case"]
     )
-    tokenizer = _build({token: number for number, token in enumerate(tokens)}, bool(folds), bool(folds))
+    tokenizer = build_tokenizer({token: number for number, token in enumerate(tokens)}, bool(folds), bool(folds))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=bool(folds),
         strip_accents=said["strip_accents"],
         handle_chinese_chars=said["tokenize_chinese_chars"] is not False,
     )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
 
 
@@ -257,7 +216,7 @@ def tokenizer_digest(tokenizer: "Tokenizer") -> str:
 
 def word_start_table(tokenizer: "Tokenizer") -> NDArray[np.bool_]:
     """bool [V]: True where the token begins a word, False for the `##` continuations."""
-    return np.array([not token.startswith(_CONTINUATION) for token in vocabulary_of(tokenizer)])
+    return np.array([not token.startswith(CONTINUATION) for token in vocabulary_of(tokenizer)])
 
 
 def normalizer_of(tokenizer: "Tokenizer") -> str:
@@ -265,32 +224,6 @@ def normalizer_of(tokenizer: "Tokenizer") -> str:
     import json
 
     return json.dumps(json.loads(tokenizer.to_str())["normalizer"], sort_keys=True)
-
-
-def bare_tokenizer(lowercase: bool, strip_accents: bool) -> "Tokenizer":
-    """A tokenizer that has learned nothing, to be asked for what it makes of characters."""
-    return _build({token: number for number, token in enumerate(SPECIAL_TOKENS)}, lowercase, strip_accents)
-
-
-def _build(vocab: dict[str, int], lowercase: bool, strip_accents: bool) -> "Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", continuing_subword_prefix=_CONTINUATION))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
-    tokenizer.post_processor = _pairs(vocab["[CLS]"], vocab["[SEP]"])
-    return tokenizer
-
-
-def _pairs(cls: int, sep: int) -> Any:
-    from tokenizers.processors import TemplateProcessing
-
-    return TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
-    )
 
 
 def vocabulary_of(tokenizer: "Tokenizer") -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dsbert.data.encoding import Encoder
-from dsbert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, vocabulary_of
+from dsbert.data.tokenizer import load_tokenizer, vocabulary_of
+from dsbert.data.wordpiece import SPECIAL_TOKENS
 from dsbert.errors import UserError
 
 # What tokenizers differ in: case, accents and their compositions, full width, digits, scripts, white space, controls.

@@ -13,7 +13,8 @@ from tokenizers import normalizers
 from dsbert.data.folding import Folder, letters
 from dsbert.data.prepare import prepare
 from dsbert.data.shards import TokenStore
-from dsbert.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from dsbert.data.tokenizer import load_tokenizer, save_tokenizer
+from dsbert.data.wordpiece import train_tokenizer
 from tests.data.conftest import make_text
 
 BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dsbert.data.prepare import prepare
 from dsbert.data.sentences import Splitter, plain_sentences, split_sentences
 from dsbert.data.streaming import StreamingSamples
-from dsbert.data.tokenizer import save_tokenizer, train_tokenizer
+from dsbert.data.tokenizer import save_tokenizer
+from dsbert.data.wordpiece import train_tokenizer
 from tests.commands import dsbert, dsbert_process
 from tests.data.conftest import make_text
 

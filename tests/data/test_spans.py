@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.data import spans
+from dsbert.data import indices
 from dsbert.data.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
@@ -72,13 +72,6 @@ def test_golden():
     assert index.dropped_tokens == 2
 
 
-def test_heads_end_with_a_sentence_where_one_fits():
-    index = SpanIndex.build(store_of([3, 4, 3], [9]), SEQ_LEN)
-    spans_asked = np.array([0, 0, 0, 0, 0, 0, 1, 1])
-    room = np.array([12, 10, 9, 7, 6, 2, 9, 5])
-    assert index.head_lengths(spans_asked, room).tolist() == [10, 10, 7, 7, 3, 2, 9, 5]
-
-
 @pytest.mark.parametrize("seq_len", [0, 7, 1 << 16])
 def test_refuses_an_impossible_length(seq_len):
     with pytest.raises(UserError, match="seq_len must be in"):
@@ -137,6 +130,6 @@ class TestCache:
         def refuse(*args, **kwargs):
             raise PermissionError("read-only")
 
-        monkeypatch.setattr(spans.tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(indices.tempfile, "mkdtemp", refuse)
         assert len(self.open(directory))
         assert not (directory / "spans-train-32").exists()

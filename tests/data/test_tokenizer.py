@@ -9,15 +9,14 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from dsbert.data.tokenizer import (
-    SPECIAL_TOKENS,
     Vocabulary,
     find_tokenizer,
     load_tokenizer,
     save_tokenizer,
     tokenizer_digest,
-    train_tokenizer,
     word_start_table,
 )
+from dsbert.data.wordpiece import SPECIAL_TOKENS, train_tokenizer
 from dsbert.errors import UserError
 from tests.data.conftest import make_text
 

@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from dsbert.data.prepare import prepare
-from dsbert.data.tokenizer import find_tokenizer, is_plain_bert, save_tokenizer, train_tokenizer
+from dsbert.data.tokenizer import find_tokenizer, is_plain_bert, save_tokenizer
 from dsbert.data.tokenizer_check import check_saved
+from dsbert.data.wordpiece import train_tokenizer
 from dsbert.errors import UserError
 from tests.data.conftest import make_text
 
