@@ -20,9 +20,11 @@ FLOORS = [
     {"model", "engine", "checkpoint", "checkpoint_writer", "publication", "submit"},
     {"bert_layers"},
     {"data", "ds_engine", "step_guard", "fragments", "zero_shards", "metrics", "ds_config", "stopping", "health"},
+    {"wandb_process"},
+    {"wandb_file"},
     {"sparse"},
     {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
-    {"launch", "ranks", "errors", "progress", "durable", "malloc"},
+    {"launch", "ranks", "errors", "awake", "output", "progress", "durable", "malloc"},
 ]
 
 
@@ -59,7 +61,7 @@ def named(path: Path) -> str:
     [
         ("deepspeed", {"dsbert.ds_engine", "dsbert.zero_shards", "dsbert.checkpoint"}),
         ("mpi4py", {"dsbert.meeting_place"}),
-        ("wandb", {"dsbert.metrics"}),
+        ("wandb", {"dsbert.wandb_process"}),
         ("transformers", {"dsbert.bert_layers", "dsbert.model", "dsbert.export"}),
         ("pickle", set()),
         ("typer", set()),
