@@ -12,6 +12,7 @@ import click
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
 from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+from dsbert.output import flush, lose_output_too, protect
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -63,6 +64,7 @@ def pretrain(
 
     Starts its ranks itself, or takes its place under torchrun, deepspeed, srun or mpiexec.
     """
+    lose_output_too()
     from dsbert.launch import die_with_parent, launch, rank_command
     from dsbert.ranks import ranks_from_environment
     from dsbert.stopping import stop_on_signals
@@ -126,9 +128,14 @@ for _command in (*DATA_COMMANDS, *COMMANDS):
 
 def main() -> None:
     """The console script."""
+    protect()
     code = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        flush()
+    except (DsbertError, OSError) as error:
+        code = code or EXIT_INTERNAL
+        if isinstance(error, DsbertError):
+            print(f"dsbert: {error}", file=sys.stderr)
     if "torch" in sys.modules and "RANK" in os.environ:
         # Ranks leave without the interpreter's teardown: a communicator whose peer is gone may hang or abort in it.
         os._exit(code)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from dsbert.awake import AwakeClock
 from dsbert.errors import (
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
@@ -118,7 +119,7 @@ def die_with_parent() -> None:
     parent = os.environ.pop(PARENT_PID_ENV, None)
     if parent is None:
         return
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED.values())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -166,7 +167,7 @@ def _start(command: Sequence[str], nproc: int, ranks: list[subprocess.Popen[byte
 def _blocked_signals() -> Iterator[None]:
     """Processes started meanwhile hold back what is forwarded, until `die_with_parent`: a signal that comes while the
     interpreter starts is not lost, and does not kill a rank that has no handler yet."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED.values())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
         yield
     finally:
@@ -202,6 +203,7 @@ def _supervise(
 ) -> None:
     """Forward signals until all ranks have ended, or until those that outstay a failure have to be killed."""
     ended: set[int] = set()
+    clock = AwakeClock(1.0)
     term_at = kill_at = float("inf")
     while len(ended) < len(ranks):
         while pending:
@@ -212,8 +214,8 @@ def _supervise(
             ended.add(number)
             _report_signal(number, rank)
             if rank.returncode != 0:
-                term_at = min(term_at, time.monotonic() + grace_s)
-        now = time.monotonic()
+                term_at = min(term_at, clock.now() + grace_s)
+        now = clock.now()
         if now >= kill_at:
             return
         if now >= term_at and len(ended) < len(ranks):

@@ -10,7 +10,7 @@ from types import FrameType
 
 from dsbert.errors import EXIT_INTERRUPTED
 
-_SAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_SAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -25,7 +25,8 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """TERM, USR1, USR2 and the first INT set the flag; a second INT leaves at once with 130."""
+    """TERM, USR1, USR2, HUP and the first INT set the flag; a second INT leaves at once with 130. Where HUP is ignored,
+    as under nohup, it stays so."""
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -33,7 +34,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
             os._exit(EXIT_INTERRUPTED)
         request.name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, remember) for number in _SAVE}
+    heard = [n for n in _SAVE if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield request
     finally:
