@@ -138,6 +138,7 @@ def _handlers(pending: list[signal.Signals]) -> Iterator[None]:
 
     # nohup and the like ignore HUP on purpose.
     numbers = [n for n in FORWARDED if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+    numbers.append(signal.SIGTSTP)
     previous = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield
@@ -207,12 +208,16 @@ def _supervise(
     term_at = kill_at = float("inf")
     while len(ended) < len(ranks):
         while pending:
-            _signal_all(ranks, FORWARDED[pending.pop(0)])
-        for number, rank in enumerate(ranks):
-            if number in ended or rank.poll() is None:
+            number = pending.pop(0)
+            if number == signal.SIGTSTP:
+                _suspend(ranks)
+            else:
+                _signal_all(ranks, FORWARDED[number])
+        for index, rank in enumerate(ranks):
+            if index in ended or rank.poll() is None:
                 continue
-            ended.add(number)
-            _report_signal(number, rank)
+            ended.add(index)
+            _report_signal(index, rank)
             if rank.returncode != 0:
                 term_at = min(term_at, clock.now() + grace_s)
         now = clock.now()
@@ -244,6 +249,16 @@ def _signal_all(ranks: Sequence[subprocess.Popen[bytes]], number: signal.Signals
     """Send a signal to the ranks that still run, but not to what they have started: that may not expect it."""
     for rank in ranks:
         rank.send_signal(number)
+
+
+def _suspend(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ctrl-Z: the ranks, which have sessions of their own, stand still for as long as this process does."""
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, number)
+        if number == signal.SIGSTOP:
+            os.kill(os.getpid(), number)  # returns when we are woken
 
 
 def _kill_group(rank: subprocess.Popen[bytes]) -> None:
