@@ -142,3 +142,19 @@ def test_a_terminal_that_goes(nohup: bool, data: Path, tmp_path: Path) -> None:
     if not nohup:
         assert found["cause"] == "SIGHUP"
         assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == found["step"]
+
+
+def test_a_progress_line_shows_its_own_steps_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    """A tenth of the run need not be a step that is logged."""
+    from dsbert.progress import TrainingBar
+
+    bar = TrainingBar(total=120, step=0)
+    for step in range(1, 25):
+        if step % 10 == 0:
+            bar.show({"step": step, "tokens_per_s": 1000.0, "val_mlm_loss": None})
+        bar.advance(step, 10.0 / step, 1.0)
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "dsbert: step 12 of 120  loss 1.833  mlm 0.833  1,000 tokens/s",
+        "dsbert: step 24 of 120  loss 1.417  mlm 0.417  1,000 tokens/s",
+    ]

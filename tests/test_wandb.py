@@ -8,53 +8,54 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ENVIRONMENT, SMALL
+from tests.commands import SMALL
+from tests.faults import unlucky_dsbert, wait_for
+from tests.helpers import Rank, started
 from tests.wandb_server import WandbServer, wandb_server
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
 
-def processes(mark: str) -> Iterator[int]:
-    """Every process with this mark in its environment: as SLURM signals a step, down to helpers of helpers."""
-    for path in Path("/proc").glob("[0-9]*"):
+def processes(ranks: list[Rank]) -> list[int]:
+    """The ranks and all that descends from them: what SLURM signals, down to helpers of helpers."""
+    found = [rank.process.pid or 0 for rank in ranks]
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if mark.encode() in (path / "environ").read_bytes():
-                yield int(path.name)
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    for process in found:  # grows meanwhile
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
 
 
-def to_all(number: signal.Signals) -> Callable[[subprocess.Popen[str], str], None]:
-    def send(_launcher: subprocess.Popen[str], mark: str) -> None:
-        for process in processes(mark):
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-
-    return send
+def to_all(ranks: list[Rank], number: signal.Signals) -> None:
+    for process in processes(ranks):
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
-def kill_rank_0(_launcher: subprocess.Popen[str], mark: str) -> None:
-    for process in processes(mark):
-        if b"\0RANK=0\0" in Path(f"/proc/{process}/environ").read_bytes():
-            os.kill(process, signal.SIGKILL)
-            return
+def to_rank_0(ranks: list[Rank], number: signal.Signals) -> None:
+    os.kill(ranks[0].process.pid or 0, number)
 
 
-def interrupt(launcher: subprocess.Popen[str], _mark: str) -> None:
-    os.killpg(launcher.pid, signal.SIGINT)
+def to_groups(ranks: list[Rank], number: signal.Signals) -> None:
+    for rank in ranks:
+        os.killpg(rank.process.pid or 0, number)
 
 
-# What happens after so many steps, and the exit codes that may follow.
-ATTEMPTS: list[tuple[int, Callable[[subprocess.Popen[str], str], None], set[int]]] = [
-    (10, to_all(signal.SIGTERM), {75}),
-    (25, kill_rank_0, {3}),
-    (40, interrupt, {75}),
-    (55, to_all(signal.SIGTERM), {75}),
-    (70, to_all(signal.SIGKILL), {-9}),
+# After how many steps which signal goes to whom, and the exit codes that follow.
+ATTEMPTS = [
+    (10, signal.SIGTERM, to_all, [75, 75]),
+    (25, signal.SIGKILL, to_rank_0, [-9, 3]),
+    (40, signal.SIGINT, to_groups, [75, 75]),
+    (55, signal.SIGTERM, to_all, [75, 75]),
+    (70, signal.SIGKILL, to_all, [-9, -9]),
 ]
 
 
@@ -69,34 +70,41 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def start(run_dir: Path, data: Path, mark: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(run_dir), f"data.path={data}", *SMALL]
-    words += ["log.wandb=true", "optim.total_steps=100", "checkpoint.every_steps=10", "eval.every_steps=50"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "dsbert", *words],
-        env={**ENVIRONMENT, **environment, "DSBERT_TEST_MARK": mark},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@contextmanager
+def running(run_dir: Path, data: Path, environment: dict[str, str]) -> Iterator[list[Rank]]:
+    words = ["pretrain", "demo", "--run-dir", str(run_dir), f"data.path={data}", *SMALL, "log.wandb=true"]
+    words += ["optim.total_steps=100", "checkpoint.every_steps=10", "eval.every_steps=50"]
+    args = {"words": words, "faults": [], "record": None}
+    with started(unlucky_dsbert, 2, args, env=environment) as ranks:
+        yield ranks
 
 
 def five_attempts(run_dir: Path, data: Path, environment: dict[str, str]) -> None:
-    for number, (step, harm, codes) in enumerate(ATTEMPTS):
-        mark = f"{run_dir}-{number}"
-        launcher = start(run_dir, data, mark, environment)
-        try:
-            deadline = time.monotonic() + 120
-            while last_step(run_dir) < step and launcher.poll() is None:
+    for number, (step, what, harm, codes) in enumerate(ATTEMPTS):
+        with running(run_dir, data, environment) as ranks:
+            deadline = time.monotonic() + 60
+            while last_step(run_dir) < step and ranks[0].exitcode is None:
                 assert time.monotonic() < deadline, "waited in vain"
                 time.sleep(0.02)
-            harm(launcher, mark)
-            _, stderr = launcher.communicate(timeout=120)
-        finally:
-            to_all(signal.SIGKILL)(launcher, mark)
-        assert launcher.returncode in codes, f"attempt {number}: {stderr}"
-        assert "W&B" not in stderr, stderr
+            harm(ranks, what)
+            ended = wait_for(ranks, set(), 60)
+        label = f"attempt {number}: {ended}"
+        assert [rank.code for rank in ended] == codes, label
+        assert "W&B" not in "".join(rank.stderr for rank in ended), label
+
+
+def to_the_end(run_dir: Path, data: Path, environment: dict[str, str]) -> list[int]:
+    """Undisturbed; returns the processes that there were."""
+    with running(run_dir, data, environment) as ranks:
+        deadline = time.monotonic() + 60
+        while last_step(run_dir) < 90 and ranks[0].exitcode is None:
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.02)
+        found = processes(ranks)
+        ended = wait_for(ranks, set(), 90)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert "W&B" not in "".join(rank.stderr for rank in ended), ended
+    return found
 
 
 def sync(server: WandbServer, run_dir: Path) -> None:
@@ -128,14 +136,12 @@ def assert_each_step_once(server: WandbServer, run_dir: Path) -> None:
 
 @pytest.mark.slow
 def test_offline_every_step_arrives_once_after_five_attempts(data: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    five_attempts(run_dir, data, {"WANDB_MODE": "offline"})
+    run_dir, environment = tmp_path / "run", {"WANDB_MODE": "offline"}
+    five_attempts(run_dir, data, environment)
     with wandb_server() as server:
         sync(server, run_dir)
         assert_each_step_once(server, run_dir)
-        with start(run_dir, data, str(run_dir), {"WANDB_MODE": "offline"}) as launcher:
-            _, stderr = launcher.communicate(timeout=120)
-        assert launcher.returncode == 0, stderr
+        to_the_end(run_dir, data, environment)
         sync(server, run_dir)
         assert_each_step_once(server, run_dir)
         assert sorted(line["step"] for line in server.posts) == list(range(1, 101))
@@ -149,10 +155,11 @@ def test_online_every_step_arrives_once_after_five_attempts(data: Path, tmp_path
     run_dir = tmp_path / "run"
     with wandb_server() as server:
         five_attempts(run_dir, data, server.environment)
-        with start(run_dir, data, str(run_dir), server.environment) as launcher:
-            _, stderr = launcher.communicate(timeout=120)
-        assert launcher.returncode == 0, stderr
-        assert "W&B" not in stderr, stderr
+        found = to_the_end(run_dir, data, server.environment)
         assert_each_step_once(server, run_dir)
         assert sorted(line["step"] for line in server.posts) == list(range(1, 101))
-    assert not list(processes(str(run_dir))), "nothing is left"
+    assert len(found) >= 4, "W&B's processes were among those"
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{process}").exists() for process in found):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.02)
