@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from dsbert.jsonl import JsonlFile
+from dsbert.metrics import WandbLogger
 from tests.commands import SMALL
 from tests.faults import unlucky_dsbert, wait_for
 from tests.helpers import Rank, started
@@ -22,9 +24,9 @@ from tests.wandb_server import WandbServer, wandb_server
 pytest.importorskip("wandb", reason="wandb is not installed")
 
 
-def processes(ranks: list[Rank]) -> list[int]:
-    """The ranks and all that descends from them: what SLURM signals, down to helpers of helpers."""
-    found = [rank.process.pid or 0 for rank in ranks]
+def processes(roots: list[int]) -> list[int]:
+    """These and all that descends from them: what SLURM signals, down to helpers of helpers."""
+    found = list(roots)
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -34,19 +36,23 @@ def processes(ranks: list[Rank]) -> list[int]:
     return found
 
 
+def pids(ranks: list[Rank]) -> list[int]:
+    return [rank.process.pid or 0 for rank in ranks]
+
+
 def to_all(ranks: list[Rank], number: signal.Signals) -> None:
-    for process in processes(ranks):
+    for process in processes(pids(ranks)):
         with suppress(ProcessLookupError):
             os.kill(process, number)
 
 
 def to_rank_0(ranks: list[Rank], number: signal.Signals) -> None:
-    os.kill(ranks[0].process.pid or 0, number)
+    os.kill(pids(ranks)[0], number)
 
 
 def to_groups(ranks: list[Rank], number: signal.Signals) -> None:
-    for rank in ranks:
-        os.killpg(rank.process.pid or 0, number)
+    for pid in pids(ranks):
+        os.killpg(pid, number)
 
 
 # After how many steps which signal goes to whom, and the exit codes that follow.
@@ -100,7 +106,7 @@ def to_the_end(run_dir: Path, data: Path, environment: dict[str, str]) -> list[i
         while last_step(run_dir) < 90 and ranks[0].exitcode is None:
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.02)
-        found = processes(ranks)
+        found = processes(pids(ranks))
         ended = wait_for(ranks, set(), 90)
     assert [rank.code for rank in ended] == [0, 0], ended
     assert "W&B" not in "".join(rank.stderr for rank in ended), ended
@@ -163,3 +169,34 @@ def test_online_every_step_arrives_once_after_five_attempts(data: Path, tmp_path
     while any(Path(f"/proc/{process}").exists() for process in found):
         assert time.monotonic() < deadline, "a process is left"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_online_helpers_that_end_at_a_signal_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb's program ends at TERM and INT with what it has not sent; KILL ends what feeds it, too."""
+    metrics = JsonlFile(tmp_path / "metrics.jsonl")
+    with wandb_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for number, what in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGKILL, None)):
+            logger = WandbLogger(tmp_path, {}, "dsbert", "demo", enabled=True)
+            metrics.append({"step": 2 * number + 1})
+            sender = logger._sender
+            assert sender is not None
+            deadline = time.monotonic() + 60
+            while sender._url is None:
+                assert time.monotonic() < deadline, "waited in vain"
+                time.sleep(0.02)
+            assert sender._child is not None
+            found = processes([sender._child.pid])
+            assert len(found) >= 2
+            for process in found if what else []:
+                with suppress(ProcessLookupError):
+                    os.kill(process, what or 0)
+            metrics.append({"step": 2 * number + 2})
+            logger.close()
+        metrics.close()
+        assert [line["step"] for line in server.posts] == list(range(1, 9))
+        assert {run: sorted(lines) for run, lines in server.lines.items()} == {
+            (tmp_path / "wandb_id").read_text(): list(range(8))
+        }, "no line took the place of another"
