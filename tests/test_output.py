@@ -132,11 +132,14 @@ def test_a_terminal_that_goes(nohup: bool, data: Path, tmp_path: Path) -> None:
         if before is not None:
             signal.signal(signal.SIGHUP, before)
     os.close(slave)
-    wait_for_step(run_dir, 3)
-    os.close(master)
-    if not nohup:  # it is no controlling terminal, so that the kernel's part is played here
-        run.send_signal(signal.SIGHUP)
-    assert run.wait(120) == (0 if nohup else 75)
+    try:
+        wait_for_step(run_dir, 3)
+        os.close(master)
+        if not nohup:  # it is no controlling terminal, so that the kernel's part is played here
+            run.send_signal(signal.SIGHUP)
+        assert run.wait(120) == (0 if nohup else 75)
+    finally:
+        run.kill()
     found = status(run_dir)
     assert (found["outcome"], found["step"] == 200) == (("done", True) if nohup else ("requeue", False))
     if not nohup:
