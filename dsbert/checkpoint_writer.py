@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsbert.awake import AwakeClock
 from dsbert.checkpoint import FORMAT, KIND, STATE, TOPOLOGY, step_name
 from dsbert.distributed import all_reduce, gather_json, together
 from dsbert.durable import sync_directory, write_and_read_back
@@ -157,13 +158,14 @@ class CheckpointWriter:
 
         Raises PeerError on every rank if no rank writes or reads a byte for the timeout, or if a peer is gone.
         """
-        saved, moved, since = None, (-1, False), time.monotonic()
+        clock = AwakeClock(1.0)
+        saved, moved, since = None, (-1, False), clock.now()
         while self._job is not None:
             job = self._job
             job.hurry.set()
             if job.thread is not None:
                 job.thread.join(0.05)
-            stalled = time.monotonic() - since > self._timeout_s
+            stalled = clock.now() - since > self._timeout_s
             busy, total, late = all_reduce(torch.tensor([int(self.busy), job.written, int(stalled)])).tolist()
             if not busy:
                 saved = self.advance()
@@ -173,7 +175,7 @@ class CheckpointWriter:
                     f"{self._timeout_s:g} s: see whether the file system of the run directory answers"
                 )
             if (total, job.publishing) != moved:
-                moved, since = (total, job.publishing), time.monotonic()
+                moved, since = (total, job.publishing), clock.now()
                 self._alive()
         return saved
 

@@ -16,6 +16,7 @@ from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
 from dsbert.cli_types import PathName, examples
 from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+from dsbert.output import flush, lose_output_too, protect
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -75,6 +76,7 @@ def pretrain(
 
     Starts its ranks itself, or takes its place under torchrun, deepspeed, srun or mpiexec.
     """
+    lose_output_too()
     from dsbert.launch import die_with_parent, launch, module_command
     from dsbert.ranks import rank_variables, ranks_from_environment
     from dsbert.stopping import stop_on_signals
@@ -149,12 +151,17 @@ for _command in (*DATA_COMMANDS, *COMMANDS):
 
 def main() -> None:
     """The console script."""
+    protect()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files that are no text
     code = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        flush()
+    except (DsbertError, OSError) as error:
+        code = code or EXIT_INTERNAL
+        if isinstance(error, DsbertError):
+            print(f"dsbert: {error}", file=sys.stderr)
     if "torch" in sys.modules and "RANK" in os.environ:
         # Ranks leave without the interpreter's teardown: a communicator whose peer is gone may hang or abort in it.
         os._exit(code)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from dsbert.errors import DsbertError, LostPeerError, PeerError, UserError
 from dsbert.malloc import keep_freed_pages
@@ -29,6 +30,7 @@ from dsbert.rendezvous import meet
 T = TypeVar("T")
 # In the messages of gloo and NCCL, which have no exception type of their own for it.
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
+_NO_LIMIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,16 @@ def _device(local_rank: int) -> torch.device:
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def unlimit() -> None:
+    """Have no collective end by itself any more: from here on the heartbeat's watchdog keeps the time limit.
+
+    gloo goes by a clock that runs on while a job is suspended: whoever waits then would be told of a timeout.
+    """
+    if dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(_NO_LIMIT, group)
 
 
 @contextmanager

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from dsbert.awake import AwakeClock
 from dsbert.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
 
-# Beyond the time limit of a collective, which gloo keeps by itself: then something else hangs, and we end it.
+# Beyond the time limit of a collective: then something else hangs.
 _BEYOND_S = 8.0
 _POLL_S = 0.05
 _RECORD_BYTES = 1024
+_COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LEAVING = "leaving"
 
 
@@ -44,8 +48,9 @@ class Culprit:
 class Heartbeat:
     """This rank's heartbeat, and a look at everybody's. `start` it; a thread does the rest.
 
-    on_hang: called from a thread if this rank, once it trains, makes no progress for longer than a collective may take.
-    (Before that, what takes long is building and loading.)
+    on_hang: called from a thread if this rank waits in one collective for longer than that may take, or, once it
+    trains, makes no progress for still longer. (Before that, what takes long is building and loading.) Time for which
+    the process was suspended does not count; gloo would count it, see `distributed.unlimit`.
     """
 
     def __init__(self, directory: Path, rank: int, hosts: list[str], timeout_s: float) -> None:
@@ -56,7 +61,7 @@ class Heartbeat:
         self._trains = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._progress, self._progressed = 0, time.monotonic()
+        self._progress = 0
         self._record: dict[str, Any] = {
             "rank": rank,
             "host": hosts[rank],
@@ -81,7 +86,7 @@ class Heartbeat:
 
     def advance(self, step: int | None = None) -> None:
         """Progress was made: `step` optimizer steps are taken, or (None; not written) a piece of something longer."""
-        self._progress, self._progressed = self._progress + 1, time.monotonic()
+        self._progress += 1
         if step is not None:
             self._record["step"] = step
             self._beat()
@@ -176,7 +181,7 @@ class Heartbeat:
 
     def _set(self, **changes: Any) -> None:
         self._record.update(changes)
-        self._progress, self._progressed = self._progress + 1, time.monotonic()
+        self._progress += 1
         self._beat()
 
     def _beat(self) -> None:
@@ -196,10 +201,28 @@ class Heartbeat:
                     os.fdatasync(self._file)
 
     def _watch(self) -> None:
+        clock = AwakeClock(2 * self.interval_s)
+        progress, waits, since = -1, None, {"progress": 0.0, "waits": 0.0}
         while not self._ended.wait(self.interval_s):
-            if self._trains and time.monotonic() - self._progressed > self._timeout_s + _BEYOND_S:
-                self.on_hang()
-                return
+            now = clock.now()
+            seen, frame = self._progress, _collective()
+            if seen != progress or not self._trains:
+                progress, since["progress"] = seen, now
+            # The frame is kept, so that it is no other one in the same place.
+            if frame is None or frame is not waits:
+                waits, since["waits"] = frame, now
+            if now - since["waits"] > self._timeout_s:
+                self.leave()
+            elif now - since["progress"] <= self._timeout_s + _BEYOND_S:
+                continue
+            self.on_hang()
+            return
+
+
+def _collective() -> FrameType | None:
+    """The call of torch.distributed that some thread of this process is in, if there is one."""
+    frames = sys._current_frames().values()
+    return next((frame for frame in frames if frame.f_code.co_filename.endswith(_COLLECTIVES)), None)
 
 
 def last_steps(directory: Path) -> dict[int, int]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from dsbert.awake import AwakeClock
 from dsbert.errors import (
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
@@ -138,7 +139,7 @@ def die_with_parent() -> bool:
     parent = os.environ.pop(PARENT_PID_ENV, None)
     if parent is None:
         return False
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED.values())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     if sys.platform != "linux":
         return True
     libc = ctypes.CDLL(None, use_errno=True)
@@ -158,6 +159,7 @@ def _handlers(pending: list[signal.Signals]) -> Iterator[None]:
 
     # nohup and the like ignore HUP on purpose.
     numbers = [n for n in FORWARDED if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+    numbers.append(signal.SIGTSTP)
     previous = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield
@@ -187,7 +189,7 @@ def _start(command: Sequence[str], nproc: int, ranks: list[subprocess.Popen[byte
 def _blocked_signals() -> Iterator[None]:
     """Processes started meanwhile hold back what is forwarded, until `die_with_parent`: a signal that comes while the
     interpreter starts is not lost, and does not kill a rank that has no handler yet."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED.values())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
         yield
     finally:
@@ -228,10 +230,14 @@ def _supervise(
 ) -> None:
     """Forward signals until all ranks have ended, or until those that outstay a failure have to be killed."""
     ended: set[int] = set()
+    clock = AwakeClock(1.0)
     term_at = kill_at = float("inf")
     while len(ended) < len(ranks):
         while pending:
             number = pending.pop(0)
+            if number == signal.SIGTSTP:
+                _suspend(ranks)
+                continue
             if again:
                 _say(acknowledgement(number.name, again))
                 again = ""
@@ -242,8 +248,8 @@ def _supervise(
             ended.add(index)
             _report_signal(index, rank, explain_kill)
             if rank.returncode != 0:
-                term_at = min(term_at, time.monotonic() + grace_s)
-        now = time.monotonic()
+                term_at = min(term_at, clock.now() + grace_s)
+        now = clock.now()
         if now >= kill_at:
             return
         if now >= term_at and len(ended) < len(ranks):
@@ -273,6 +279,16 @@ def _signal_all(ranks: Sequence[subprocess.Popen[bytes]], number: signal.Signals
     """Send a signal to the ranks that still run, but not to what they have started: that may not expect it."""
     for rank in ranks:
         rank.send_signal(number)
+
+
+def _suspend(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ctrl-Z: the ranks, which have sessions of their own, stand still for as long as this process does."""
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, number)
+        if number == signal.SIGSTOP:
+            os.kill(os.getpid(), number)  # returns when we are woken
 
 
 def _kill_group(rank: subprocess.Popen[bytes]) -> None:

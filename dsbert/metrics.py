@@ -1,43 +1,51 @@
 """Weights & Biases.
 
-W&B is a convenience that must never stop or slow a step. A thread feeds a process of its own (this module, run by
-`python -m`), which alone imports wandb: a slow import, a server that never answers, a crash, and wandb's exit hooks,
-which may wait for minutes, all happen there. What that process cannot take is dropped; metrics.jsonl has everything.
+W&B is a convenience that must never stop or slow a step, and metrics.jsonl is the truth: W&B has each of its steps
+once, however often the run was killed, and a step that is taken again after a rollback stays as it was first told.
+Offline, records go straight into the files that `wandb sync` sends (wandb_file.py). Online, a process of its own
+follows metrics.jsonl (wandb_process.py). Either begins with what the starts before it could not pass on.
 """
 
 import json
 import os
-import queue
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from dsbert.jsonl import to_json
+from dsbert.jsonl import JsonlFile, to_json
 from dsbert.launch import module_command
+from dsbert.wandb_file import OfflineRun, steps_on_disk
 from dsbert.wandb_mode import wandb_mode
+from dsbert.wandb_process import FINISH_S, RUN_SIGNALS
 
-# Records that wait for W&B, at most: at one a second, a quarter of an hour of an unreachable server.
-QUEUE_RECORDS = 1000
-# How long W&B may take to finish: while `close` waits, and after a crash of the run.
-FINISH_S = 60.0
+# How long W&B may take to finish where its server does not answer.
+UNREACHABLE_S = 5.0
+_OF_THE_USER = {
+    "entity": "WANDB_ENTITY",
+    "group": "WANDB_RUN_GROUP",
+    "job_type": "WANDB_JOB_TYPE",
+    "notes": "WANDB_NOTES",
+}
 
 
 class WandbLogger:
-    """Send records to Weights & Biases without ever stopping or slowing a step.
+    """Pass records on to Weights & Biases without ever stopping or slowing a step.
 
-    Offline unless there is a key (wandb_mode.py). The run's id is kept in <run_dir>/wandb_id, so that
-    every attempt continues one W&B run, and its charts run over our own "step", so that a rollback may repeat steps.
-    Whatever fails is one line on standard error, once.
+    Offline unless there is a key (wandb_mode.py). The run's id is kept in <run_dir>/wandb_id, so that every attempt
+    continues one W&B run, and its charts run over our own "step". Whatever fails is one line on standard error, once.
 
     Args:
-        run_dir: the run directory; wandb writes to <run_dir>/wandb.
+        run_dir: the run directory; wandb's files are in <run_dir>/wandb.
         config: the resolved configuration, in JSON types.
         project: the W&B project.
         name: the name that W&B shows for the run.
@@ -45,82 +53,60 @@ class WandbLogger:
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], project: str, name: str, enabled: bool) -> None:
-        self.dropped = 0
         self._active = enabled and os.environ.get("WANDB_MODE") != "disabled"
-        self._warned = False
-        self._child: subprocess.Popen[str] | None = None
-        self._lines: queue.Queue[str | None] = queue.Queue(QUEUE_RECORDS)
+        self._warned = self._closing = False
+        self._offline: OfflineRun | None = None
+        self._sender: _Sender | None = None
         if not self._active:
             return
         mode, why_offline = wandb_mode()
         if why_offline:
             print(f"dsbert: W&B: {why_offline}", file=sys.stderr, flush=True)
-        try:
-            options = to_json(
-                {
-                    "dir": str(run_dir),
-                    "id": _run_id(run_dir / "wandb_id"),
-                    "project": project,
-                    "name": name,
-                    "config": config,
-                    "mode": mode,
-                }
-            )
-        except (OSError, TypeError) as error:
-            self._give_up(f"{type(error).__name__}: {error}")
-        else:
-            self._thread = threading.Thread(target=self._feed, args=[options], name="wandb", daemon=True)
-            self._thread.start()
+        metrics = JsonlFile(run_dir / "metrics.jsonl")
+        with self._no_harm():
+            run: dict[str, Any] = {"id": _run_id(run_dir / "wandb_id"), "project": project, "name": name}
+            run["config"] = config
+            if mode not in ("offline", "dryrun"):
+                options = to_json({**run, "dir": str(run_dir), "mode": mode, "metrics": str(metrics.path)})
+                self._sender = _Sender(options, self._give_up)
+                return
+            run.update({key: os.environ.get(variable) for key, variable in _OF_THE_USER.items()})
+            run["tags"] = list(filter(None, os.environ.get("WANDB_TAGS", "").split(",")))
+            self._known = steps_on_disk(run_dir / "wandb")
+            self._offline = OfflineRun(run_dir / "wandb", run)
+            for record in metrics.read(skip_garbled=True):
+                self._write(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Queue a record and return at once. The oldest record is dropped, and counted, where the queue is full."""
-        if not self._active:
-            return
-        try:
-            self._put(to_json(record))
-        except TypeError as error:
-            self._warn(f"a record was left out: {error}")
+        """Pass on a record that metrics.jsonl has or is about to get. (Online, it is read from there.)"""
+        if self._active:
+            with self._no_harm():
+                self._write(json.loads(to_json(record)))
 
     def close(self, timeout_s: float = FINISH_S) -> None:
-        """Have W&B finish, and wait for that `timeout_s` seconds at most. A second call does nothing."""
+        """Have W&B finish, and wait for that `timeout_s` seconds at most, and `UNREACHABLE_S` where its server does not
+        answer. A second call does nothing."""
         if not self._active:
             return
+        self._closing = True
+        if self._offline:
+            with self._no_harm():
+                self._offline.close()
+        if self._sender and (waited := self._sender.finish(timeout_s)):
+            self._warn(f"it did not finish within {waited:g} s")
         self._active = False
-        self._put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._warn(f"it did not finish within {timeout_s:g} s")
-            if self._child is not None:
-                self._child.kill()
 
-    def _put(self, line: str | None) -> None:
-        """Queue a line; where there is no room, in place of the oldest."""
-        while True:
-            try:
-                self._lines.put_nowait(line)
-                return
-            except queue.Full:
-                with suppress(queue.Empty):
-                    self._lines.get_nowait()
-                    self.dropped += 1
-                self._warn("it does not keep up, and the oldest records are dropped")
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """Into the offline file, unless one has the step."""
+        step = record.get("step")
+        if self._offline and isinstance(step, int) and step not in self._known:
+            self._offline.append({key: value for key, value in record.items() if value is not None})
+            self._known.add(step)
 
-    def _feed(self, options: str) -> None:
-        """Body of the thread: start the process and pass it the lines. Everything that can block or fail is here."""
+    @contextmanager
+    def _no_harm(self) -> Iterator[None]:
         try:
-            child = self._child = _start_process()
-            assert child.stdin is not None
-            assert child.stdout is not None
-            # Where the pipe breaks, the process has ended, and what it has said about that is read below.
-            with suppress(BrokenPipeError), child.stdin:
-                line: str | None = options
-                while line is not None:
-                    child.stdin.write(line + "\n")
-                    child.stdin.flush()
-                    line = self._lines.get()
-            complaint = child.stdout.read().strip()
-            if child.wait() != 0:
-                self._give_up(complaint or f"its process ended with {child.returncode}")
+            yield
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
 
@@ -133,7 +119,11 @@ class WandbLogger:
         """One line on standard error, once in the life of this logger."""
         if not self._warned:
             self._warned = True
-            print(f"dsbert: W&B: {why}. The run goes on; metrics.jsonl has everything.", file=sys.stderr, flush=True)
+            goes_on = "" if self._closing else "The run goes on; "
+            line = (
+                f"dsbert: W&B: {why}. {goes_on}metrics.jsonl has everything, and the next start sends what is missing."
+            )
+            print(line, file=sys.stderr, flush=True)
 
 
 def _run_id(path: Path) -> str:
@@ -145,54 +135,86 @@ def _run_id(path: Path) -> str:
     return path.read_text().strip()
 
 
-def _start_process() -> subprocess.Popen[str]:
-    """Start `_main` in a process of its own, with this very package."""
-    return subprocess.Popen(
-        module_command("dsbert.metrics", str(os.getpid())),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"WANDB_SILENT": "true"},
-        text=True,
-    )
+class _Sender:
+    """The process that talks to wandb, and a thread that starts it and hears what it has to say.
+
+    Args:
+        options: one line of JSON: what wandb is asked for, and which file to follow.
+        on_failure: called from the thread, once, with why nothing more is sent.
+    """
+
+    def __init__(self, options: str, on_failure: Callable[[str], None]) -> None:
+        self._on_failure = on_failure
+        self._child: subprocess.Popen[str] | None = None
+        self._started, self._abandoned = threading.Event(), False
+        self._url: str | None = None
+        self._thread = threading.Thread(target=self._run, args=[options], name="wandb", daemon=True)
+        self._thread.start()
+
+    def finish(self, timeout_s: float) -> float:
+        """Have the process send what is left, and wait for it. Returns 0, or after how many seconds it was ended."""
+        answers: list[bool] = []
+        probe = threading.Thread(target=lambda: answers.append(_answers(self._url)), daemon=True)
+        probe.start()
+        waited = min(timeout_s, UNREACHABLE_S)
+        deadline = time.monotonic() + waited
+        self._started.wait(waited)
+        child = self._child
+        if child is not None and child.stdin is not None:
+            with suppress(OSError):
+                child.stdin.close()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive() and any(answers):
+            self._thread.join(timeout_s - waited)
+            waited = timeout_s
+        if not self._thread.is_alive():
+            return 0.0
+        self._abandoned = True
+        if child is not None:
+            child.kill()
+        return waited
+
+    def _run(self, options: str) -> None:
+        """Body of the thread. Everything that can block or fail is here."""
+        try:
+            # Of this thread, and so of what it starts, which has no handlers yet.
+            signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
+            child = self._child = subprocess.Popen(
+                module_command("dsbert.wandb_process"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"WANDB_SILENT": "true"},
+                text=True,
+                start_new_session=True,
+            )
+            assert child.stdin is not None
+            assert child.stdout is not None
+            # Where the pipe breaks, the process has ended, and has said why.
+            with suppress(BrokenPipeError):
+                child.stdin.write(options + "\n")
+                child.stdin.flush()
+            self._started.set()
+            complaint = ""
+            for line in child.stdout:
+                word, _, rest = line.strip().partition(" ")
+                self._url, complaint = (rest, complaint) if word == "connected" else (self._url, line.strip())
+            if child.wait() != 0 and not self._abandoned:
+                self._on_failure(complaint or f"its process ended with {child.returncode}")
+        except Exception as error:
+            self._on_failure(f"{type(error).__name__}: {error}")
 
 
-def _main(parent: int) -> int:
-    """The process that talks to wandb: options and records on standard input, at most one complaint on output."""
-    # Signals for the run are the run's affair. Ignored ones stay so in the programs that wandb starts.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_after, args=[parent], daemon=True).start()
-    complaint = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # wandb's own words go where standard error goes: nowhere
+def _answers(url: str | None) -> bool:
+    """Whether a server says anything at all, be it that it does not know us."""
+    if url is None:
+        return False
     try:
-        _pass_on(sys.stdin)
-    except BaseException as error:  # wandb has been seen to raise SystemExit
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=complaint, flush=True)
-        return 1
-    return 0
-
-
-def _pass_on(lines: IO[str]) -> None:
-    """Start or continue the W&B run that the first line describes, and log each line that follows."""
-    import wandb
-
-    options = json.loads(lines.readline())
-    run = wandb.init(**options, resume="allow", settings=wandb.Settings(console="off", silent=True))
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    for line in lines:
-        run.log({key: value for key, value in json.loads(line).items() if value is not None})
-    run.finish()
-
-
-def _leave_after(parent: int) -> None:
-    """End this process a while after its parent: long enough to finish, and no orphan that hangs for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    time.sleep(FINISH_S)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1])))
+        with urllib.request.urlopen(url, timeout=UNREACHABLE_S):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    except ValueError:
+        return False

@@ -65,22 +65,23 @@ class TrainingBar:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("", total=total, completed=step)
-        self._total, self._text = total, ""
+        self._total, self._speed = total, ""
         self._progress.start()
 
     def show(self, record: dict[str, Any]) -> None:
-        """Take losses and speed from a record of metrics.jsonl."""
-        self._text = f"loss {record['loss']:.3f}  mlm {record['loss_mlm']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        """Take speed and validation from a record of metrics.jsonl."""
+        self._speed = f"{record['tokens_per_s']:,.0f} tokens/s"
         if record["val_mlm_loss"] is not None:
             self.print(
                 f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}"
             )
 
-    def advance(self, step: int) -> None:
-        """Move to `step`."""
-        self._progress.update(self._task, completed=step, description=self._text)
+    def advance(self, step: int, mlm: float, nsp: float) -> None:
+        """Move to `step`, which had these losses."""
+        text = f"loss {mlm + nsp:.3f}  mlm {mlm:.3f}  {self._speed}".rstrip()
+        self._progress.update(self._task, completed=step, description=text)
         if self._progress.disable and step % max(1, self._total // 10) == 0:
-            self.print(f"step {step} of {self._total}  {self._text}")
+            self.print(f"step {step} of {self._total}  {text}")
 
     def print(self, line: str) -> None:
         """A line above the bar."""

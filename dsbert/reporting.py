@@ -110,10 +110,10 @@ class Reporter:
         if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
             record = self._record(report)
             self._directory.assert_owner(self._attempt)
-            self._directory.metrics.append(record)
             self._wandb.log(record)
+            self._directory.metrics.append(record)
             self._bar.show(record)
-        self._bar.advance(step)
+        self._bar.advance(step, *result.mean_losses())
 
     def say(self, line: str) -> None:
         """A line for people, on standard error."""
@@ -124,7 +124,8 @@ class Reporter:
                 print(f"dsbert: {line}", file=sys.stderr, flush=True)
 
     def close(self, *, patient: bool) -> None:
-        """patient: the run is done, and W&B may take a minute to finish; else the machine may be about to go."""
+        """patient: the run is done, and W&B may take a minute to send what is left; else the machine may be about to
+        go."""
         if self._bar:
             self._bar.close()
         if self._wandb:

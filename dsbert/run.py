@@ -72,6 +72,7 @@ class Run:
         self.heartbeat = Heartbeat(self.directory.heartbeats(self.nonce), world.rank, self.hosts, timeout_s)
         self.heartbeat.on_hang = lambda: threading.Thread(target=self._leave_hung).start()
         self.heartbeat.start()
+        distributed.unlimit()
 
     def build(self, resume: str) -> None:
         """Open the data, build model and engine, and begin an attempt in the run directory.
@@ -92,6 +93,7 @@ class Run:
         model, layers = built
         shapes = layer_shapes(model)
         self.engine = TrainEngine(recipe, model, layers, world, self.directory.path)
+        distributed.unlimit()  # DeepSpeed's groups
         self.engine.on_progress = self.heartbeat.advance
         total_steps = recipe.optim.total_steps
         self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
@@ -228,6 +230,10 @@ class Run:
         """The main thread makes no progress, and its collectives do not end by themselves either."""
         self._leave_at_last(EXIT_PEER)
         found = f"rank {self.world.rank} on {self.world.host} made no progress for {self.timeout_s:g} s"
+        if not _watches(self.world.rank):
+            self.heartbeat.end(EXIT_PEER, found)
+            print(f"dsbert: {found}", file=sys.stderr, flush=True)
+            os._exit(EXIT_PEER)
         own = Culprit(self.world.rank, self.world.host, self.step, None, "lives but does not go on")
         culprits = self.heartbeat.culprits() or [own]
         print(f"dsbert: {self._account_for_lost(found, culprits)}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from types import FrameType
 from dsbert.errors import EXIT_INTERRUPTED
 from dsbert.launch import acknowledgement
 
-_SAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_SAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -28,7 +28,8 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """TERM, USR1, USR2 and the first INT set the flag; a second INT leaves at once with 130."""
+    """TERM, USR1, USR2, HUP and the first INT set the flag; a second INT leaves at once with 130. Where HUP is ignored,
+    as under nohup, it stays so."""
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -39,7 +40,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
             with suppress(OSError):  # not print: the handler may have interrupted one
                 os.write(2, f"dsbert: {acknowledgement(request.name, request.again)}\n".encode())
 
-    before = {number: signal.signal(number, remember) for number in _SAVE}
+    heard = [n for n in _SAVE if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield request
     finally:

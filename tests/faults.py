@@ -153,6 +153,13 @@ def _publish_a_late_one(*_: Any) -> None:
     late.rename(Path(os.environ["DSBERT_TEST_RUN"]) / "checkpoints" / late.name)
 
 
+def _linger(*_: Any) -> None:
+    """Long enough for the test to stop all ranks here."""
+    with Path(os.environ["DSBERT_TEST_LINGERS"]).open("a") as file:
+        file.write("here\n")
+    time.sleep(0.5)
+
+
 _DEEDS: dict[str, Callable[..., object]] = {
     "full": _limit_files(20_000),
     "no room": _limit_files(2_000),
@@ -162,6 +169,7 @@ _DEEDS: dict[str, Callable[..., object]] = {
     "nan": _spoil_the_loss,
     "wait to be overtaken": _wait_to_be_overtaken,
     "publish a late one": _publish_a_late_one,
+    "linger": _linger,
     "slow": lambda *_: time.sleep(0.5),
 }
 

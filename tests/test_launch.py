@@ -83,12 +83,17 @@ def read_pids(launcher: subprocess.Popen[str], count: int) -> dict[str, int]:
     return {name: int(pid) for name, _, pid in lines}
 
 
+def state_of(pid: int) -> str:
+    """The kernel's letter for what a process does; a zombie's where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
 def runs(pid: int) -> bool:
     """Whether the process is there and no zombie, which nobody in a container may collect."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return state_of(pid) != "Z"
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -206,6 +211,18 @@ def test_a_signal_while_a_rank_starts_is_kept_for_it() -> None:
     out, _ = launcher.communicate(timeout=10)
     assert launcher.returncode == 75
     assert sorted(line for line in out.splitlines() if "SIGTERM" in line) == ["rank 0 SIGTERM", "rank 1 SIGTERM"]
+
+
+def test_ctrl_z_suspends_the_ranks_as_well() -> None:
+    launcher = start_launcher(SIGNAL_RANK, 2)
+    pids = read_pids(launcher, 2)
+    launcher.send_signal(signal.SIGTSTP)
+    assert eventually(lambda: all(state_of(pid) == "T" for pid in pids.values()))
+    launcher.send_signal(signal.SIGCONT)
+    assert eventually(lambda: all(state_of(pid) in "SR" for pid in pids.values()))
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=10)
+    assert launcher.returncode == 75
 
 
 def test_a_killed_rank_is_named_and_nothing_is_left() -> None:

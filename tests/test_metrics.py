@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from dsbert import metrics
 from dsbert.jsonl import JsonlFile
 from dsbert.metrics import WandbLogger
+from dsbert.wandb_file import steps_on_disk
 
-# A wandb that writes down what it is asked for.
+# A wandb that writes down what it is asked for. Its server knows the run up to the step that the environment says.
 FAKE = """
 import json, os
 class Settings(dict):
     def __init__(self, **kwargs): super().__init__(kwargs)
 class Run:
+    class settings: base_url = "http://127.0.0.1:9"
+    summary = json.loads(os.environ.get("FAKE_WANDB_SUMMARY", "{}"))
     def note(self, *what):
         with open(os.environ["FAKE_WANDB_LOG"], "a") as file: file.write(json.dumps(what) + "\\n")
     def define_metric(self, *names, **axes): self.note("define", *names, axes)
@@ -51,6 +54,13 @@ def make_logger(run_dir: Path, enabled: bool = True) -> WandbLogger:
     return WandbLogger(run_dir, {"optim": {"lr": 0.1}}, project="dsbert", name="demo", enabled=enabled)
 
 
+def write_metrics(run_dir: Path, *records: dict[str, object]) -> None:
+    file = JsonlFile(run_dir / "metrics.jsonl")
+    for record in records:
+        file.append(record)
+    file.close()
+
+
 def test_metrics_round_trip_and_resume(tmp_path: Path) -> None:
     writer = JsonlFile(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
@@ -70,39 +80,31 @@ def test_only_the_enabled_logger_touches_the_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("environment", "mode"),
-    [
-        ({}, "offline"),
-        ({"WANDB_API_KEY": "key"}, "online"),
-        ({"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, "offline"),
-    ],
-)
-def test_what_wandb_is_asked_for(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    environment: dict[str, str],
-    mode: str,
+@pytest.mark.parametrize("environment", [{"WANDB_API_KEY": "key"}, {"WANDB_MODE": "online"}])
+def test_what_wandb_is_asked_for_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], environment: dict[str, str]
 ) -> None:
     use_wandb(monkeypatch, tmp_path, FAKE)
     monkeypatch.setenv("FAKE_WANDB_LOG", str(tmp_path / "calls.jsonl"))
+    monkeypatch.setenv("FAKE_WANDB_SUMMARY", '{"step": 2}')
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    write_metrics(tmp_path, {"step": 1}, {"step": 2}, {"step": 3, "loss": 0.25})
     logger = make_logger(tmp_path)
-    logger.log({"step": 1, "loss": 0.5, "val_loss": math.nan})
+    write_metrics(tmp_path, {"step": 4, "loss": 0.5, "val_loss": math.nan})
     logger.close(30)
     calls = (tmp_path / "calls.jsonl").read_text().splitlines()
-    assert f'"mode": "{mode}"' in calls[0]
+    assert '"mode": "online"' in calls[0]
     assert '"resume": "allow"' in calls[0]
     assert f'"id": "{(tmp_path / "wandb_id").read_text()}"' in calls[0]
     assert '"config": {"optim": {"lr": 0.1}}' in calls[0]
     assert calls[1:] == [
         '["define", "step", {}]',
         '["define", "*", {"step_metric": "step"}]',
-        '["log", {"step": 1, "loss": 0.5}]',
+        '["log", {"step": 3, "loss": 0.25}]',
+        '["log", {"step": 4, "loss": 0.5}]',
         '["finish"]',
-    ]
+    ], "what the server does not have, and nothing twice"
     assert capfd.readouterr() == ("", "")
 
 
@@ -111,57 +113,50 @@ def test_a_broken_wandb_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
 ) -> None:
     use_wandb(monkeypatch, tmp_path, BROKEN[fault])
+    monkeypatch.setenv("WANDB_MODE", "online")
     start = time.monotonic()
     logger = make_logger(tmp_path)
     for step in range(100):
         logger.log({"step": step, "loss": 0.5})
     assert time.monotonic() - start < 0.5
+    assert logger._sender is not None
+    logger._sender._thread.join(0.1 if fault == "hangs" else 30)
     logger.close(0.5 if fault == "hangs" else 30)
     logger.close()
     logger.log({"step": 101})
-    assert logger._child is not None
-    assert logger._child.wait(10) != 0
+    assert logger._sender._child is not None
+    assert logger._sender._child.wait(10) != 0
     assert time.monotonic() - start < 10
     captured = capfd.readouterr()
     expected = {
-        "import fails": "RuntimeError: no luck",
-        "import exits": "SystemExit: 7",
-        "init fails": "OSError: no server",
-        "process dies": "ended with 9",
-        "hangs": "did not finish within 0.5 s",
+        "import fails": "RuntimeError: no luck. The run goes on; metrics.jsonl has everything",
+        "import exits": "SystemExit: 7. The run goes on",
+        "init fails": "OSError: no server. The run goes on",
+        "process dies": "ended with 9. The run goes on",
+        "hangs": "did not finish within 0.5 s. metrics.jsonl has everything",
     }[fault]
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1, captured.err
     assert expected in captured.err
 
 
-def test_a_full_queue_drops_the_oldest_and_counts(
+def test_a_server_that_cannot_be_reached_delays_the_end_by_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    use_wandb(monkeypatch, tmp_path, BROKEN["hangs"])
-    monkeypatch.setattr(metrics, "QUEUE_RECORDS", 10)
-    logger = make_logger(tmp_path)
-    payload = "x" * 100_000  # more than a pipe takes
-    start = time.monotonic()
-    for step in range(50):
-        logger.log({"step": step, "payload": payload})
-    assert time.monotonic() - start < 1
-    assert 35 <= logger.dropped <= 40
-    logger.close(0.2)
-    assert capfd.readouterr().err.count("\n") == 1
-
-
-def test_what_cannot_be_sent_costs_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    use_wandb(monkeypatch, tmp_path, FAKE)
-    monkeypatch.setenv("FAKE_WANDB_LOG", str(tmp_path / "calls.jsonl"))
-    logger = make_logger(tmp_path)
-    logger.log({"step": 1, "what": object()})
-    logger.log({"step": 2})
-    logger.close(30)
-    assert '["log", {"step": 2}]' in (tmp_path / "calls.jsonl").read_text()
-    assert "a record was left out" in capfd.readouterr().err
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it takes connections, and never answers
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        logger = make_logger(tmp_path)
+        write_metrics(tmp_path, {"step": 1})
+        server.accept()[0].close()
+        start = time.monotonic()
+        logger.close()
+        assert time.monotonic() - start < 6
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        "dsbert: W&B: it did not finish within 5 s. metrics.jsonl has everything, and the next start"
+    )
 
 
 def test_the_process_ends_soon_after_the_run_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,31 +166,67 @@ def test_the_process_ends_soon_after_the_run_dies(tmp_path: Path, monkeypatch: p
 import os, pathlib, signal, sys, time
 from dsbert.metrics import WandbLogger
 logger = WandbLogger(pathlib.Path(sys.argv[1]), {}, "dsbert", "demo", True)
-logger.log({"step": 1})
-while "log" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAKE_WANDB_LOG"])).exists() else ""):
+while "init" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAKE_WANDB_LOG"])).exists() else ""):
     time.sleep(0.01)
+(pathlib.Path(sys.argv[1]) / "metrics.jsonl").write_text('{"step": 1}\\n')
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    environment = os.environ | {"FAKE_WANDB_LOG": str(calls)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FAKE_WANDB_LOG": str(calls)}
+    environment["WANDB_MODE"] = "online"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=30)
     deadline = time.monotonic() + 10
     while '["finish"]' not in calls.read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert '["finish"]' in calls.read_text()
+    assert calls.read_text().splitlines()[-2:] == ['["log", {"step": 1}]', '["finish"]']
 
 
-def test_real_wandb_offline_keeps_the_run_id(
+def test_offline_files_hold_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    """Whatever the starts before have left: records that never came, steps that are taken again, a torn end."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for _ in range(2):
-        logger = make_logger(tmp_path)
-        logger.log({"step": 1, "loss": 0.5})
-        logger.close(60)
-    run_id = (tmp_path / "wandb_id").read_text()
-    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
-    assert all(file.stat().st_size > 100 for file in files)
+    make_logger(tmp_path).close()
+    assert not (tmp_path / "wandb").exists(), "a start without a step leaves no file"
+    first = make_logger(tmp_path)
+    for step in (1, 2, 3):
+        first.log({"step": step, "loss": 1 / step, "text": "x" * 20_000, "dof": math.nan})
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    with file.open("ab") as torn:
+        torn.write(file.read_bytes()[-100:])
+    (tmp_path / "wandb" / "offline-run-20200101_000000-old").mkdir()
+    header = tmp_path / "wandb" / "offline-run-20200101_000000-old" / "run-old.wandb"
+    header.write_bytes(file.read_bytes()[:7])
+    write_metrics(tmp_path, {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": 4.0}, {"step": None})
+    second = make_logger(tmp_path)
+    assert not header.exists(), "it would keep `wandb sync` from sending the others"
+    second.log({"step": 3})
+    second.log({"step": 5})
+    second.close()
+    assert steps_on_disk(tmp_path / "wandb") == {1, 2, 3, 4, 5}
+    data = [path.read_bytes() for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))]
+    assert [one.count(b"\x12\x04step\x82\x01") for one in data] == [6, 4], "in history and summary, each step once"
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_under_an_offline_file_is_one_warning(tmp_path: Path) -> None:
+    program = """
+import pathlib, resource, sys
+from dsbert.metrics import WandbLogger
+from dsbert.wandb_file import steps_on_disk
+run_dir = pathlib.Path(sys.argv[1])
+logger = WandbLogger(run_dir, {}, "dsbert", "demo", True)
+logger.log({"step": 1})
+(file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+resource.setrlimit(resource.RLIMIT_FSIZE, (size := file.stat().st_size + 100, size))
+for step in range(2, 5):
+    logger.log({"step": step})
+logger.close()
+assert steps_on_disk(run_dir / "wandb") == {1}
+assert file.stat().st_size == size - 100, "what does not fit is taken back"
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "File too large. The run goes on; metrics.jsonl has everything" in done.stderr
