@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,11 @@ def ds_config_names() -> list[str]:
 
 def load_ds_config(recipe: Recipe, world_size: int, accumulation_steps: int) -> dict[str, Any]:
     """The configuration for deepspeed.initialize. Raises UserError for what does not fit."""
-    config = _read(recipe.deepspeed.config)
-    _merge(config, recipe.deepspeed.overrides)
+    config = merged_config(recipe)
     for key, owner in _RECIPE_OWNS.items():
         if config.get(key, "auto") != "auto":
             raise UserError(
-                f'expected {key!r} absent or "auto" in DeepSpeed configuration {recipe.deepspeed.config!r}, found '
+                f'expected {key!r} absent or "auto" in DeepSpeed configuration {config_label(recipe)!r}, found '
                 f"{config[key]!r}: the recipe owns it as {owner}"
             )
         config.pop(key, None)
@@ -57,6 +57,19 @@ def load_ds_config(recipe: Recipe, world_size: int, accumulation_steps: int) -> 
     }
 
 
+def merged_config(recipe: Recipe) -> dict[str, Any]:
+    """The configuration as the recipe has it, from its file or its own lines. Raises UserError."""
+    config = _read(recipe.deepspeed.config)
+    _merge(config, recipe.deepspeed.overrides)
+    return config
+
+
+def config_label(recipe: Recipe) -> str:
+    """What to call the configuration in a line."""
+    config = recipe.deepspeed.config
+    return config if isinstance(config, str) else "a DeepSpeed configuration of its own"
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     """0 to 3."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
@@ -70,7 +83,9 @@ def precision(config: dict[str, Any]) -> str:
     return "fp32"
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(name, dict):
+        return copy.deepcopy(name)
     candidates = [folder / f"{name}.json" for folder in _FOLDERS] + [Path(name)]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
