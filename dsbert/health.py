@@ -228,9 +228,11 @@ def living_rank(directory: Path) -> dict[str, Any] | None:
     interval_s = max((float(record.get("interval_s", 5.0)) for record in first.values()), default=0.0)
     deadline = time.monotonic() + 2.2 * interval_s
     while first and time.monotonic() < deadline:
-        for path, record in first.items():
+        for path, record in list(first.items()):
             now = _read(path)
-            if now and now["beat"] != record["beat"] and not now["ended"]:
+            if now is None or now["ended"] or _gone(now):
+                del first[path]
+            elif now["beat"] != record["beat"]:
                 return now
         time.sleep(_POLL_S)
     return None

@@ -46,9 +46,7 @@ def render(
     """
     tasks = len(recipes) if sweep else 0
     comments = [line for line in _head(tasks).splitlines() if not line.startswith(_DIRECTIVE)]
-    lines = [
-        f"{_DIRECTIVE}--{key}" + ("" if value is None else f"={quote(value)}") for key, value in directives.items()
-    ]
+    lines = [_DIRECTIVE + _option(key, value) for key, value in directives.items()]
     settings = [
         *(_setup_line(line) for line in setup),
         f"DSBERT=({shlex.join(module_command('dsbert.cli'))})",
@@ -70,6 +68,11 @@ def quote(word: str) -> str:
     if not word.isprintable():
         raise UserError(f"expected printable text on one line in a job script, found {word!r}")
     return shlex.quote(word)
+
+
+def _option(key: str, value: str | None) -> str:
+    """Unlike a shell, sbatch takes a backslash for an escape inside single quotes as well."""
+    return f"--{key}" if value is None else f"--{key}={quote(value)}".replace("\\", "\\\\")
 
 
 def _join(words: Sequence[str]) -> str:

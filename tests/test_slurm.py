@@ -395,6 +395,17 @@ def test_two_jobs_on_one_run(cluster: Sandbox, data: Path, undisturbed: Path, tm
     assert second.end() == "COMPLETED"
 
 
+def test_odd_characters_reach_slurm_as_they_are(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a 'b' \\c $HOME #d"
+    folder.mkdir()
+    name = 'it\'s "a" \\ $HOME # x'
+    job = Job(cluster, folder, f"data.path={data}", *OVERRIDES, "--job-name", name, "--sbatch", "--hold")
+    shown = cluster.run("scontrol", "show", "job", job.number).stdout
+    assert f"JobName={name}\n" in shown
+    assert f"WorkDir={folder}\n" in shown
+    cluster.run("scancel", job.number)
+
+
 def test_a_program_that_is_missing_is_named_once(cluster: Sandbox, tmp_path: Path) -> None:
     """The script as it stands, submitted where dsbert is on no PATH; and a setup line that fails."""
     shutil.copytree(Path(__file__).parent.parent / "slurm", tmp_path / "slurm")
