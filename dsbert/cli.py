@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,10 @@ from dsbert.cli_data import DATA_COMMANDS
 from dsbert.cli_types import PathName, examples
 from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.output import flush, lose_output_too, protect
+
+if TYPE_CHECKING:
+    from dsbert.config import Recipe
+    from dsbert.ranks import Ranks
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -54,6 +58,7 @@ def app() -> None:
     show_default=True,
     help="Go on from the newest checkpoint: where there is one, or else fail, or not.",
 )
+@click.option("--take-over", is_flag=True, help="Take the run from an attempt that is at work on it; that one leaves.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=1),
@@ -70,6 +75,7 @@ def pretrain(
     run_dir: Path | None,
     nproc: int | None,
     resume: str,
+    take_over: bool,
     timeout: float,
 ) -> None:
     """Pre-train RECIPE: a name in dsbert/recipes, or a YAML file.
@@ -92,6 +98,8 @@ def pretrain(
         loaded = load_recipe(recipe, overrides)
         count = ranks.world_size if ranks else _num_ranks(nproc)
         batch = loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
+        run_dir = run_dir or Path("runs") / loaded.name
+        _assert_startable(loaded, run_dir, ranks, take_over)
         if ranks is None:
             if stop.wanted:
                 raise SystemExit(EXIT_REQUEUE)
@@ -107,7 +115,7 @@ def pretrain(
             )
         from dsbert.pretrain import pretrain as train
 
-        raise SystemExit(train(loaded, run_dir or Path("runs") / loaded.name, resume, timeout, stop))
+        raise SystemExit(train(loaded, run_dir, resume, timeout, stop))
 
 
 @app.command(epilog=examples("dsbert submit bert-base data.path=data/mine --nodes 2 --gpus-per-node 8 --time 24:00:00"))
@@ -115,19 +123,34 @@ def pretrain(
 @click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 @click.option("--nodes", type=click.IntRange(min=1), required=True)
 @click.option("--time", required=True, help="The limit of one start, as SLURM writes it; the job goes on after it.")
-@click.option("--partition")
-@click.option("--account")
-@click.option("--qos")
-@click.option("--gpus-per-node", help="Also the number of ranks per node, unless --ntasks-per-node says otherwise.")
+@click.option("--partition", help="Which queue: `sinfo` lists them, with their time limits. Default: the site's.")
+@click.option("--account", help="Who pays. Default: your own, as the site has it.")
+@click.option("--qos", help="Quality of service: priority and limits, as the site names them.")
+@click.option(
+    "--gpus-per-node",
+    metavar="[TYPE:]N",
+    help="Also the number of ranks per node, unless --ntasks-per-node says otherwise.",
+)
 @click.option("--ntasks-per-node", type=click.IntRange(min=1), help="Ranks per node. Default: its GPUs, else 1.")
 @click.option("--cpus-per-task", type=click.IntRange(min=1))
+@click.option("--mem", help="Memory per node, as 64G.")
+@click.option("--constraint", help="Features that the nodes must have.")
+@click.option("--exclude", help="Nodes that it must not run on.")
+@click.option("--dependency", help="As SLURM writes it: afterok:JOB waits for the job that prepares the data.")
+@click.option("--mail-type", help="When to write a mail: END,FAIL.")
+@click.option("--mail-user", help="To whom.")
 @click.option("--job-name", help="Default: the recipe's name.")
 @click.option("--array", help="Which lines of the sweep, and how many at a time: 1-8%2. Default: all.")
 @click.option("--sweep", type=PathName(), help="A file: a line of overrides per array task.")
 @click.option("--run-dir", type=PathName(), help="Default: runs/RECIPE. A sweep's tasks append -1, ...")
-@click.option("--signal-lead", type=click.IntRange(min=1), help="Seconds before the limit to save. Default: 300.")
+@click.option("--after", is_flag=True, help="Wait for the end of jobs that are on the same run, instead of refusing.")
+@click.option(
+    "--signal-lead", type=click.IntRange(min=1, max=65535), help="Seconds before the limit to save. Default: 300."
+)
 @click.option("--timeout", type=click.FloatRange(min=1), help="As in `dsbert pretrain`.")
 @click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
+@click.option("--launch-prefix", metavar="WORDS", help="What to put before dsbert, as 'apptainer exec image.sif'.")
+@click.option("--srun-args", multiple=True, metavar="WORDS", help="More options of srun, as '--mpi=pmix'. Repeatable.")
 @click.option("--sbatch", "further", multiple=True, help="Any option of sbatch, as --mem=64G. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print the script; needs no SLURM.")
 @as_json_option
@@ -206,6 +229,22 @@ def _assert_utf8(argv: list[str]) -> None:
             raise UserError(
                 f"expected arguments and a working directory in UTF-8, found {os.fsencode(word)!r}"
             ) from None
+
+
+def _assert_startable(recipe: Recipe, run_dir: Path, ranks: Ranks | None, take_over: bool) -> None:
+    """Raise UserError for what can be seen before ranks start: by their launcher, once, where that is us.
+
+    Ranks whose launcher gives them no name (RANK and no more) may be the next start of the attempt that is at work.
+    """
+    from dsbert.ownership import assert_free
+    from dsbert.preflight import assert_data, assert_writable
+
+    if ranks is None:
+        assert_data(recipe)
+        assert_writable(run_dir)
+    named = ranks is None or ranks.launcher != "environment" or "TORCHELASTIC_RUN_ID" in os.environ
+    if named and not take_over:
+        assert_free(run_dir, "choose another --run-dir, or take the run from it with --take-over")
 
 
 def _without_nproc(argv: list[str]) -> list[str]:

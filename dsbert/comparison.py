@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dsbert.checkpoint import fragment_reader, read_state, read_topology, resolve_checkpoint
 from dsbert.errors import CheckpointError, UserError
 from dsbert.fragments import Floats, FragmentReader
-from dsbert.run_directory import first_difference
+from dsbert.jsonl import first_difference
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.topology import combined_digest
 from dsbert.zero_shards import MOMENTS

@@ -109,16 +109,14 @@ class BatchConfig(_Section):
     micro_batch: Whole = Positive
 
     def on_ranks(self, world_size: int) -> BatchConfig:
-        """With the micro-batch of so many ranks: lowered until all have as many samples, in no more micro-batches than
-        before. Raises UserError for more ranks than samples."""
+        """With micro_batch lowered until all ranks have as many samples. UserError for more ranks than samples."""
         if world_size > self.global_batch:
             raise UserError(
                 f"expected batch.global_batch of at least one sample for each of {world_size} ranks, found "
                 f"{self.global_batch}: start at most {self.global_batch} ranks, or give batch.global_batch={world_size}"
             )
-        share = -(-self.global_batch // world_size)
-        accumulation_steps = -(-share // self.micro_batch)
-        return self.model_copy(update={"micro_batch": -(-share // accumulation_steps)})
+        share = math.ceil(self.global_batch / world_size)
+        return self.model_copy(update={"micro_batch": math.ceil(share / math.ceil(share / self.micro_batch))})
 
 
 class OptimConfig(_Section):
@@ -177,9 +175,9 @@ class LogConfig(_Section):
 
 
 class DeepSpeedConfig(_Section):
-    """config: a name in ds_configs/ or the path of a JSON file. overrides: merged over it."""
+    """config: a name in ds_configs/, the path of a JSON file, or what such a file holds. overrides: merged over it."""
 
-    config: Text = "zero1_bf16"
+    config: Text | dict[str, Any] = "zero1_bf16"
     overrides: dict[str, Any] = {}
 
 

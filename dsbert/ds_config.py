@@ -40,8 +40,7 @@ def load_ds_config(
     run_dir: what DeepSpeed writes goes to the folder `deepspeed` in it. Raises UserError, one line, for all that does
     not fit.
     """
-    name = recipe.deepspeed.config
-    merged = _merged(recipe)
+    merged = merged_config(recipe)
     complaints = [*_leave_to_the_recipe(merged), *_leave_out_what_is_off(merged)]
     try:
         config = DeepSpeedJson.model_validate(merged).model_dump(mode="json", exclude_unset=True)
@@ -50,7 +49,7 @@ def load_ds_config(
     if not complaints:
         complaints += _keep_inside(config, run_dir)
     if complaints:
-        raise UserError(f"DeepSpeed configuration {name!r}: {in_one_line(complaints)}")
+        raise UserError(f"DeepSpeed configuration {config_label(recipe)!r}: {in_one_line(complaints)}")
     micro_batch = recipe.batch.micro_batch
     return {"gradient_clipping": _DEFAULTS.gradient_clipping, "steps_per_print": None} | config | {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -68,14 +67,20 @@ def what_holds(recipe: Recipe, config: dict[str, Any]) -> str:
             f" at a dynamic loss scale from {2**scale.initial_scale_power}, at least {scale.min_loss_scale}"
         )  # fmt: skip
     clipped = f"gradients clipped at norm {clipping:g}" if clipping else "gradients not clipped"
-    if "gradient_clipping" not in _merged(recipe):
+    if "gradient_clipping" not in merged_config(recipe):
         clipped += " (DeepSpeed's default: the JSON has no gradient_clipping)"
-    return f"{recipe.deepspeed.config}: ZeRO stage {zero_stage(config)}, {dtype}, {clipped}, nothing offloaded"
+    return f"{config_label(recipe)}: ZeRO stage {zero_stage(config)}, {dtype}, {clipped}, nothing offloaded"
 
 
 def without_batches(config: dict[str, Any]) -> dict[str, Any]:
     """What stands in the JSON, for records: batches follow from the recipe and the number of ranks."""
     return {key: value for key, value in config.items() if key not in RECIPE_OWNS}
+
+
+def config_label(recipe: Recipe) -> str:
+    """What to call the configuration in a line."""
+    config = recipe.deepspeed.config
+    return config if isinstance(config, str) else "a DeepSpeed configuration of its own"
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -91,7 +96,9 @@ def precision(config: dict[str, Any]) -> str:
     return "fp32"
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(name, dict):
+        return copy.deepcopy(name)
     candidates = [folder / f"{name}.json" for folder in _FOLDERS] + [Path(name)]
     path = next((path for path in candidates if os.path.isfile(path)), None)
     if path is None:
@@ -107,7 +114,8 @@ def _read(name: str) -> dict[str, Any]:
     return config
 
 
-def _merged(recipe: Recipe) -> dict[str, Any]:
+def merged_config(recipe: Recipe) -> dict[str, Any]:
+    """The configuration as the recipe has it, from its file or its own lines, not yet looked at. Raises UserError."""
     config = _read(recipe.deepspeed.config)
     _merge(config, copy.deepcopy(recipe.deepspeed.overrides))
     return config

@@ -28,6 +28,8 @@ _POLL_S = 0.05
 _RECORD_BYTES = 1024
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LEAVING = "leaving"
+# Whose file is older than that has no beat to wait for: clocks of machines differ by less.
+_SILENT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Heartbeat:
             "phase": "start",
             "saving": None,
             "ended": None,
+            "interval_s": self.interval_s,
         }
 
     def start(self) -> None:
@@ -232,6 +235,30 @@ def last_steps(directory: Path) -> dict[int, int]:
         if record := _read(path):
             steps[int(record["rank"])] = int(record["step"])
     return steps
+
+
+def living_rank(directory: Path) -> dict[str, Any] | None:
+    """What a rank whose beat moves says of itself; None if none does, after a look as long as a beat may take.
+
+    Ranks that have ended, or whose process is seen to be gone or stopped, need no look.
+    """
+    first: dict[Path, dict[str, Any]] = {}
+    for path in sorted(directory.glob("[0-9]*.json")):
+        with suppress(OSError):
+            record = _read(path) if time.time() - path.stat().st_mtime < _SILENT_S else None
+            if record and not record["ended"] and _gone(record) is None:
+                first[path] = record
+    interval_s = max((float(record.get("interval_s", 5.0)) for record in first.values()), default=0.0)
+    deadline = time.monotonic() + 2.2 * interval_s
+    while first and time.monotonic() < deadline:
+        for path, record in list(first.items()):
+            now = _read(path)
+            if now is None or now["ended"] or _gone(now):
+                del first[path]
+            elif now["beat"] != record["beat"]:
+                return now
+        time.sleep(_POLL_S)
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -177,3 +177,14 @@ def _is_beyond(file: IO[bytes], start: int, step: int) -> bool:
     file.seek(start)
     record = parse_object(file.readline())
     return record is None or int(record.get("step", step)) > step
+
+
+def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted key, old, new) of the first entry in which two nested values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in [*before, *(name for name in after if name not in before)]:
+            found = first_difference(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if before == after else (key, before, after)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsbert.config import Recipe
 from dsbert.distributed import World
+from dsbert.ds_config import config_label
 from dsbert.engine import StepResult
 from dsbert.evaluate import Evaluation
 from dsbert.metrics import WandbLogger
@@ -70,7 +71,7 @@ class Reporter:
         self.say(
             f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}, {rate}, "
             f"{recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
-            f"{recipe.optim.warmup_steps} of warm-up, {recipe.deepspeed.config}"
+            f"{recipe.optim.warmup_steps} of warm-up, {config_label(recipe)}"
         )
         self.say(self._batch_line())
         self._bar = TrainingBar(recipe.optim.total_steps, step)

@@ -27,11 +27,12 @@ from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
 from dsbert.evaluate import EVAL_SEED
 from dsbert.health import Culprit, Heartbeat
+from dsbert.jsonl import first_difference
 from dsbert.model import build_model, layer_shapes
 from dsbert.numerics import changes, numerics
 from dsbert.publication import Retention
 from dsbert.reporting import Reporter
-from dsbert.run_directory import RunDirectory, first_difference
+from dsbert.run_directory import RunDirectory
 from dsbert.sparse import MaskManager
 
 # A rank whose file system hangs as well must still leave.

@@ -32,7 +32,7 @@ from dsbert.distributed import together
 from dsbert.durable import replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError
 from dsbert.health import last_steps
-from dsbert.jsonl import JsonlFile, parse_object, to_json
+from dsbert.jsonl import JsonlFile, first_difference, parse_object, to_json
 
 _VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _SHOWN = ("deepspeed", "numerics")
@@ -270,17 +270,6 @@ class RunDirectory:
     def _replace(self, name: str, text: str) -> None:
         """Write a small file so that a reader sees the old or the new one, never a part."""
         replace_durably(self.path / name, text.encode())
-
-
-def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted key, old, new) of the first entry in which two nested values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in [*before, *(name for name in after if name not in before)]:
-            found = first_difference(before.get(name), after.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-        return None
-    return None if before == after else (key, before, after)
 
 
 def _version(package: str) -> str | None:

@@ -9,7 +9,8 @@
 #   a mistake, a bug, no valid checkpoint (exit 2, 1, 4)     not requeued: it would only happen again
 #   scancel JOB                                              ends, as asked
 #
-# It needs DSBERT, RECIPE, OVERRIDES, RUN_DIR (on a file system that all nodes share) and OPTIONS of `dsbert pretrain`.
+# It needs DSBERT, RECIPE (or FROZEN, the text of one), OVERRIDES, RUN_DIR (on a file system that all nodes share) and
+# OPTIONS of `dsbert pretrain`. LAUNCH_PREFIX comes before dsbert, SRUN_ARGS behind srun.
 
 MAX_FRUITLESS=3
 # Seconds that the other ranks may run on once the first has ended: they name the culprit, or finish W&B's upload. This
@@ -28,6 +29,28 @@ ledger=$RUN_DIR/slurm-restarts
 
 say() {
     echo "job $job, restart $restart: $*"
+}
+
+refuse() { # $1: what is missing. In the first second, once, and before any rank starts.
+    say "not started: $1"
+    exit 2
+}
+
+check_programs() {
+    local program
+    for program in srun "${LAUNCH_PREFIX[@]:0:1}" "${DSBERT[0]}"; do
+        [[ ${LAUNCH_PREFIX[*]} && $program == "${DSBERT[0]}" ]] && continue # the prefix knows where it is
+        command -v "$program" >/dev/null ||
+            refuse "expected $program on the PATH of $(hostname), found none: activate its environment before sbatch, or \
+name it by its path in the settings of this script"
+    done
+}
+
+write_recipe() {
+    [[ ${FROZEN:-} ]] || return 0
+    RECIPE=$RUN_DIR/recipe-$job.yaml
+    { mkdir -p "$RUN_DIR" && printf '%s' "$FROZEN" >"$RECIPE.tmp" && mv "$RECIPE.tmp" "$RECIPE"; } ||
+        refuse "expected to write the recipe to $RECIPE"
 }
 
 newest_checkpoint() {
@@ -84,8 +107,8 @@ run_attempt() {
     [[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     (
         trap '' USR2 # would kill an srun that is only starting
-        exec srun --kill-on-bad-exit=0 --wait="$LINGER_S" \
-            "${DSBERT[@]}" pretrain "$RECIPE" "${OVERRIDES[@]}" --run-dir "$RUN_DIR" "${OPTIONS[@]}"
+        exec srun --kill-on-bad-exit=0 --wait="$LINGER_S" "${SRUN_ARGS[@]}" \
+            "${LAUNCH_PREFIX[@]}" "${DSBERT[@]}" pretrain "$RECIPE" "${OVERRIDES[@]}" --run-dir "$RUN_DIR" "${OPTIONS[@]}"
     ) &
     step=$!
     ((asked)) && forward # the signal came before there was a step
@@ -133,6 +156,8 @@ requeue() { # $1: why; $2: 1 if it is SLURM's own wish
 }
 
 asked=0 step='' forwarder=''
+check_programs
+write_recipe
 count_fruitless
 trap forward USR2
 trap 'write_ledger 1' TERM # SLURM ends the job, and has sent TERM to the ranks as well

@@ -13,11 +13,12 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Floors, from the top; a module imports only from floors below its own or from its own.
 FLOORS = [
     {"__main__", "cli", "cli_checkpoints", "cli_data", "cli_types"},
-    {"pretrain"},
-    {"run"},
+    {"pretrain", "submit"},
+    {"run", "job_queue"},
+    {"preflight"},
     {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison", "numerics"},
-    {"auditing"},
-    {"model", "engine", "checkpoint", "checkpoint_writer", "publication", "submit"},
+    {"auditing", "job_script", "ownership"},
+    {"model", "engine", "checkpoint", "checkpoint_writer", "publication"},
     {"bert_layers"},
     {
         "data",

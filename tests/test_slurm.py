@@ -21,11 +21,12 @@ from typing import Any
 
 import pytest
 
+from dsbert.config import RECIPES
 from dsbert.launch import module_command
 from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
 from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
-from tools.slurm_sandbox import Sandbox, install, missing, wait_for
+from tools.slurm_sandbox import Sandbox, SandboxError, install, missing, wait_for
 
 STEPS = 480  # so many that a job which is disturbed five times is not done before the fifth
 OVERRIDES = (
@@ -65,9 +66,9 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Job:
     """A job of `dsbert submit` on the cluster; number: its id, or that of the whole array."""
 
-    def __init__(self, cluster: Sandbox, folder: Path, *words: str, nodes: int = 2) -> None:
+    def __init__(self, cluster: Sandbox, folder: Path, *words: str, nodes: int = 2, recipe: str = "demo") -> None:
         self.cluster, self.folder = cluster, folder
-        command = [sys.executable, "-m", "dsbert", "submit", "demo", "--nodes", str(nodes), "--time", "30", "--json"]
+        command = [sys.executable, "-m", "dsbert", "submit", recipe, "--nodes", str(nodes), "--time", "30", "--json"]
         done = cluster.run(*command, "--run-dir", str(folder / "run"), *words, cwd=folder, env=ENVIRONMENT | _LEFT_OVER)
         self.run_dir = folder / "run"
         self.number = json.loads(done.stdout)["job_id"]
@@ -221,6 +222,7 @@ def assert_equal_to(undisturbed: Path, found: Path) -> None:
         assert (found / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # six starts: 80 s on two idle cores
 def test_what_befalls_a_job_leaves_no_trace(
     cluster: Sandbox, data: Path, undisturbed: Path, tmp_path: Path, fault_table: FaultTable
@@ -304,14 +306,19 @@ def test_one_task_of_an_array_is_requeued_alone(
     fault_table.identical([fault_table.row("5", what, time.time() - struck, [75], None)])
 
 
-def test_a_users_mistake_is_not_requeued(cluster: Sandbox, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, f"data.path={tmp_path}/none", *OVERRIDES)
+def test_a_users_mistake_is_not_requeued(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    """Found on the nodes: what submit can see, it refuses."""
+    shutil.copytree(data, tmp_path / "none")
+    job = Job(cluster, tmp_path, f"data.path={tmp_path}/none", *OVERRIDES, "--sbatch", "--hold")
+    shutil.rmtree(tmp_path / "none")
+    cluster.run("scontrol", "release", job.label)
     assert job.end() == "FAILED"
     assert (job.record()["ExitCode"], job.record()["Restarts"]) == ("2:0", "0")
     assert "not requeued: the run was refused, exit code 2" in job.verdict()
     assert f"{tmp_path}/none" in job.log()
 
 
+@pytest.mark.slow
 def test_it_gives_up_after_three_restarts_without_progress(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
     for restart in range(4):
@@ -349,6 +356,68 @@ def test_a_site_that_requeues_by_exit_code(cluster: Sandbox, data: Path, undistu
         job.requeued(1)
         job.assert_done(restart=1, attempts=2)
     assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_jobs_on_one_run(cluster: Sandbox, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """What is edited while they wait changes nothing; the second one is refused, or waits for the first, as asked; one
+    that starts all the same finds it at work, says so and ends."""
+    recipe, tuning = tmp_path / "demo.yaml", tmp_path / "zero.json"
+    shutil.copy(Path(RECIPES) / "demo.yaml", recipe)
+    tuning.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
+    words = (f"data.path={data}", *OVERRIDES, f"deepspeed.config={tuning}")
+    job = Job(cluster, tmp_path, *words, "--sbatch", "--hold", recipe=str(recipe))
+    script = tmp_path / "run.sbatch"
+    written = script.read_text()
+    for path in (recipe, tuning):
+        path.write_text("not what was submitted")
+    with pytest.raises(SandboxError, match=f"found job {job.number} queued or at work.*--after"):
+        Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
+    with pytest.raises(SandboxError, match="expected seed = 1 as in the run in"):
+        Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "seed=2", "--after")
+    second = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "--after")
+    assert second.record()["Dependency"].startswith(f"afterany:{job.number}")
+    assert script.read_text() == written, "another job's script"
+    assert (tmp_path / "run.2.sbatch").is_file()
+
+    cluster.run("scontrol", "release", job.label)
+    job.reach(20, restart=0)
+    third = cluster.run("sbatch", "--parsable", str(script), cwd=tmp_path).stdout.strip()
+    log = tmp_path / f"demo-{third}.log"
+    said = "expected nobody at work on the run in"
+    job.wait("the third job's end", lambda: log.exists() and "not requeued" in log.read_text())
+    assert f"found attempt 1 of job {job.number}, rank 0 on n" in log.read_text()
+    assert said in log.read_text()
+    assert "not requeued: the run was refused, exit code 2" in log.read_text()
+    job.assert_done(restart=0, attempts=1)
+    assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
+    assert second.end() == "COMPLETED"
+
+
+def test_odd_characters_reach_slurm_as_they_are(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a 'b' \\c $HOME #d"
+    folder.mkdir()
+    name = 'it\'s "a" \\ $HOME # x'
+    job = Job(cluster, folder, f"data.path={data}", *OVERRIDES, "--job-name", name, "--sbatch", "--hold")
+    shown = cluster.run("scontrol", "show", "job", job.number).stdout
+    assert f"JobName={name}\n" in shown
+    assert f"WorkDir={folder}\n" in shown
+    cluster.run("scancel", job.number)
+
+
+def test_a_program_that_is_missing_is_named_once(cluster: Sandbox, tmp_path: Path) -> None:
+    """The script as it stands, submitted where dsbert is on no PATH; and a setup line that fails."""
+    shutil.copytree(Path(__file__).parent.parent / "slurm", tmp_path / "slurm")
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    command = ("sbatch", "--parsable", "--time=5", "--nodes=2", "slurm/pretrain.sbatch")
+    number = cluster.run(*command, cwd=tmp_path, env=environment).stdout.strip()
+    log = tmp_path / f"demo-{number}.log"
+    wait_for(lambda: log.exists() and bool(log.read_text()), START_S, "a line in the log")
+    record = cluster.run("scontrol", "--oneliner", "show", "job", number).stdout
+    assert log.read_text().startswith(f"job {number}, restart 0: not started: expected dsbert on the PATH of n")
+    assert log.read_text().count("\n") == 1
+    assert "Restarts=0" in record
 
 
 def test_the_sandbox_leaves_nothing_behind(cluster: Sandbox) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dsbert.config import RECIPES, Recipe, load_recipe
+from dsbert.ds_config import load_ds_config
 from dsbert.launch import module_command
 from dsbert.submit import _seconds
 from tests.commands import Done, complaint, dsbert
@@ -19,6 +22,8 @@ SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
 BASIC = ("submit", "demo", "--nodes", "2", "--time", "24:00:00", "--dry-run")
 RUNNING = "JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1"
+# What a frozen recipe says of the demo's DeepSpeed configuration.
+DEMO_JSON = ("deepspeed.config={zero_optimization: {stage: 1}, gradient_clipping: 1.0}",)
 HOSTILE = [
     "data.path=it's here",
     'data.path=a "$(touch pwned)" `touch pwned` ${HOME} \\ !! * ? [a] ; rm -rf x & # no comment',
@@ -90,6 +95,11 @@ def run_script(
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def frozen_recipe(seen: list[str]) -> Recipe:
+    """What the ranks would read."""
+    return load_recipe(seen[seen.index("pretrain") + 1])
+
+
 def status(outcome: str, job: str = "7", restart: int = 0) -> str:
     """A shell command that leaves a status.json."""
     text = json.dumps({"attempt": 1, "job_id": job, "restart_count": restart, "outcome": outcome, "culprit": None})
@@ -156,7 +166,8 @@ def test_a_shell_reads_hostile_values_as_they_are(tmp_path: Path) -> None:
     seen = words_of_srun(run_script(text, tmp_path))
     start = seen.index("pretrain")
     assert seen[start - 3 : start] == module_command("dsbert.cli")
-    assert seen[start + 1 :] == ["demo", *HOSTILE, "--run-dir", str(run_dir)]
+    assert seen[start + 1 :] == [str(run_dir / "recipe-7.yaml"), "--run-dir", str(run_dir)]
+    assert frozen_recipe(seen) == load_recipe("demo", [*HOSTILE, f"data.path={Path.cwd() / '-n'}", *DEMO_JSON])
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -170,9 +181,9 @@ def test_a_sweep_has_a_line_and_a_run_directory_per_task(tmp_path: Path) -> None
     assert not late_directives(text)
     done = run_script(text, tmp_path, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
     seen = words_of_srun(done)
-    assert seen[seen.index("demo") :] == [
-        "demo", "batch.global_batch=64", "seed=3", "data.path=a b", "--run-dir", str(tmp_path / "s-2"),
-    ]  # fmt: skip
+    assert seen[-2:] == ["--run-dir", str(tmp_path / "s-2")]
+    changes = ("batch.global_batch=64", "seed=3", f"data.path={Path.cwd() / 'a b'}")
+    assert frozen_recipe(seen) == load_recipe("demo", [*changes, *DEMO_JSON])
 
 
 @pytest.mark.parametrize(
@@ -283,6 +294,16 @@ def test_json_and_nothing_is_written(tmp_path: Path) -> None:
         ),
         (["--time", "10", "--signal-lead", "400"], "half of --time"),
         (["--array", "1-3"], "--sweep"),
+        (["--gpus-per-node", "h100"], "such as 8 or h100:8 with --gpus-per-node, found 'h100'"),
+        (["--gpus-per-node", "h100:0"], "h100:0"),
+        (["--sbatch", "--gpus-per-node=all"], "found 'all'"),
+        (["--sbatch", "--ntasks=4"], "ntasks"),
+        (["--sbatch", "--ntasks-per-node=two"], "found 'two'"),
+        (["--time", "-5"], "found '-5'"),
+        (["--time", "1:2:3:4"], "found '1:2:3:4'"),
+        (["--launch-prefix", "apptainer 'exec"], "--launch-prefix"),
+        (["--srun-args", "--mpi=pmix --wait=3"], "--wait=3"),
+        (["--srun-args", "-K1"], "-K1"),
         (["--sweep", "no/such/file"], "no/such/file"),
         (["--sbatch", "mem=4G"], "mem=4G"),
         (["--sbatch", "--signal=USR1@3"], "signal"),
@@ -295,42 +316,193 @@ def test_a_mistake_is_one_line(words: list[str], said: str) -> None:
     assert said in complaint(dsbert(*BASIC, *words))
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("1-7", "1 to 3, one per line of the sweep, found --array 1-7"), ("0-2", "1 to 3"), ("4", "1 to 3"),
+        ("3-1", "1 to 3"), ("1-3%", "such as 1-8"), ("1;2", "such as 1-8"), ("1-3:0", "such as 1-8"), ("", "such as"),
+    ],
+)  # fmt: skip
+def test_array_tasks_have_lines(asked: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("seed=2\nseed=3\nseed=4\n")
+    assert said in complaint(dsbert(*BASIC, "--sweep", str(tmp_path / "lines"), "--array", asked))
+
+
+@pytest.mark.parametrize("asked", ["1-3", "1,3", "1-3:2%1", "2"])
+def test_array_tasks_that_have_lines(asked: str, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("seed=2\nseed=3\nseed=4\n")
+    assert directives(script("--sweep", str(tmp_path / "lines"), "--array", asked))["array"] == shlex.quote(asked)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        (["--gpus-per-node", "h100:4"], "4"), (["--gpus-per-node", "a100:2,h100:3"], "5"),
+        (["--sbatch", "--gres=gpu:h100:4"], "4"), (["--sbatch", "--gres=gpu:2"], "2"),
+        (["--gpus-per-node", "4", "--sbatch", "--ntasks-per-node=2"], "2"),
+    ],
+)  # fmt: skip
+def test_one_rank_per_gpu(words: list[str], ranks: str) -> None:
+    assert directives(script(*words))["ntasks-per-node"] == ranks
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "seed=2 'open\n", "seed=2\nnosuch=1\n"])
 def test_a_wrong_sweep_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "lines").write_text(text)
     complaint(dsbert(*BASIC, "--sweep", str(tmp_path / "lines")))
 
 
-def _submit_with(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Done:
-    """Submit where sbatch is this shell program."""
-    if program:
-        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{program}\n")
-        (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return dsbert("submit", "demo", "--nodes", "1", "--time", "60", "--run-dir", str(tmp_path / "r"), "--json")
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which sbatch answers 41 and squeue, where there is a file `queued`, that the job waits."""
+    (tmp_path / "bin").mkdir()
+    programs = {"sbatch": "echo '41;cluster'", "squeue": f"[ -e {tmp_path}/queued ] && echo PENDING"}
+    for name, program in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_the_job_id_and_the_script_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = _submit_with("echo '41;cluster'", tmp_path, monkeypatch)
+def submit(data: Path, *words: str) -> Done:
+    small = () if "demo" not in words else (f"data.path={data}",)
+    return dsbert("submit", *words, *small, "--nodes", "1", "--time", "60", "--run-dir", "r", "--json")
+
+
+def test_the_job_id_and_the_script_are_kept(site: Path, data: Path) -> None:
+    done = submit(data, "demo")
     found = json.loads(done.stdout)
-    assert (found["job_id"], found["script"]) == ("41", str(tmp_path / "r.sbatch"))
+    assert (found["job_id"], found["script"]) == ("41", str(site / "r.sbatch"))
     assert Path(found["script"]).read_text() == found["text"]
+    (record,) = [json.loads(line) for line in (site / "r" / "jobs.jsonl").read_text().splitlines()]
+    assert (record["job_id"], record["script"]) == ("41", found["script"])
 
 
-def test_what_sbatch_complains_of_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = _submit_with("echo 'error: invalid partition' >&2; exit 1", tmp_path, monkeypatch)
-    assert "invalid partition" in complaint(done)
+def test_what_sbatch_complains_of_is_one_line(site: Path, data: Path) -> None:
+    (site / "bin" / "sbatch").write_text("#!/bin/sh\necho 'error: invalid partition' >&2; exit 1\n")
+    assert "invalid partition" in complaint(submit(data, "demo"))
+    assert not list(site.glob("*.sbatch")), "no script of a job that there is not"
 
 
-def test_no_sbatch_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--dry-run" in complaint(_submit_with("", tmp_path, monkeypatch))
+def test_no_sbatch_is_one_line(site: Path, data: Path) -> None:
+    (site / "bin" / "sbatch").unlink()
+    assert "--dry-run" in complaint(submit(data, "demo"))
+
+
+def test_a_run_has_one_job_at_a_time(site: Path, data: Path) -> None:
+    first = json.loads(submit(data, "demo").stdout)
+    (site / "queued").touch()
+    assert f"the run in {site}/r, found job 41 queued" in complaint(submit(data, "demo"))
+    assert "expected seed = 1 as in the run in" in complaint(submit(data, "demo", "seed=2", "--after"))
+    assert "without '?'" in complaint(submit(data, "demo", "--after", "--dependency", "afterok:3?afterok:4"))
+    second = json.loads(submit(data, "demo", "log.every_steps=5", "--after", "--dependency", "afterok:3").stdout)
+    assert directives(second["text"])["dependency"] == "afterok:3,afterany:41"
+    assert Path(first["script"]).read_text() == first["text"]
+    assert second["script"] == str(site / "r.2.sbatch")
+    (site / "queued").unlink()
+    assert submit(data, "demo", "seed=2").returncode == 0, "nothing was trained, and nobody is there"
+
+
+def test_files_that_are_edited_later_change_nothing(site: Path, data: Path) -> None:
+    shutil.copy(RECIPES / "demo.yaml", site / "mine.yaml")
+    (site / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (site / "lines").write_text("model.hidden_size=64\nseed=4\n")
+    words = ("mine.yaml", "deepspeed.config=zero.json", "data.path=d", "data.stage_to=s", "--sweep", "lines")
+    (site / "d").symlink_to(data)
+    done = submit(data, *words)
+    assert done.returncode == 0, done.stderr
+    for name in ("mine.yaml", "zero.json", "lines"):
+        (site / name).write_text("{")
+    text = json.loads(done.stdout)["text"]
+    for task, (width, seed) in {"1": (64, 1), "2": (128, 4)}.items():
+        ran = run_script(text, site, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID=task, SLURM_JOB_ID="7")
+        recipe = frozen_recipe(words_of_srun(ran))
+        assert (recipe.model.hidden_size, recipe.model.num_heads, recipe.seed) == (width, width // 64, seed)
+        assert (recipe.data.path, recipe.data.stage_to) == (site / "d", site / "s")
+        assert load_ds_config(recipe, 1, 1)["zero_optimization"] == {"stage": 2}
+
+
+def test_what_the_nodes_would_refuse_is_refused_at_once(site: Path, data: Path, run: Path) -> None:
+    def said(*words: str) -> str:
+        return complaint(dsbert("submit", "demo", *words, "--nodes", "1", "--time", "60"))
+
+    here = f"data.path={data}"
+    assert f"no prepared data in {site}/none" in said("data.path=none")
+    assert "afterok" not in said("data.path=lines")
+    damaged = site / "damaged"
+    shutil.copytree(data, damaged)
+    shard = next(damaged.glob("train-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"bytes in {shard}, found" in said(f"data.path={damaged}")
+    assert "expected a block size that divides" in said(here, "sparsity.block_size=128", "model.hidden_size=64")
+    assert f"as in the run in {run}, found" in said(here, "--run-dir", str(run))
+    (site / "file").touch()
+    assert f"found the file {site}/file" in said(here, "--run-dir", "file/r")
+    assert "found no % in the folder" not in said(here, "--sbatch", "--output=%j/log")
+    assert not list(site.glob("**/*.sbatch"))
+    late = dsbert("submit", "demo", "data.path=none", "--nodes", "1", "--time", "60", "--dependency", "afterok:3")
+    assert late.returncode == 0, "the data is another job's to make"
+
+
+def test_a_log_has_a_folder(site: Path, data: Path) -> None:
+    assert submit(data, "demo", "--job-name", "a/b", "--sbatch", "--error=logs/%x/%j.err").returncode == 0
+    assert (site / "a").is_dir(), "of the default, %x-%j.log"
+    assert (site / "logs" / "a" / "b").is_dir()
+
+
+def test_setup_prefix_and_srun_options_are_used(tmp_path: Path) -> None:
+    words = ("--run-dir", str(tmp_path / "r"), "--setup", "export GREETING='good day'")
+    step = 'echo "GREETING=$GREETING"'
+    text = script(
+        *words, "--launch-prefix", "env 'A=b c'", "--srun-args", "--mpi=pmix", "--srun-args", "--cpu-bind 'x y'"
+    )
+    shellcheck(text)
+    done = run_script(text, tmp_path, step)
+    assert "GREETING=good day\n" in done.stdout
+    seen = words_of_srun(done)
+    assert seen[2:] == [
+        "--mpi=pmix", "--cpu-bind", "x y", "env", "A=b c", *module_command("dsbert.cli"), "pretrain",
+        str(tmp_path / "r" / "recipe-7.yaml"), "--run-dir", str(tmp_path / "r"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--setup", "true", "--setup", "module load 'no such'"], "and the job ends: module load 'no such'\n"),
+        (["--setup", "if then"], "the job ends: if then\n"),
+        (["--setup", "false || (exit 7)"], "exit code 7, and"),
+        (["--launch-prefix", "apptainer exec image.sif"], "expected apptainer on the PATH of "),
+    ],
+)
+def test_what_the_node_lacks_ends_the_job_before_a_rank_starts(words: list[str], said: str, tmp_path: Path) -> None:
+    text = script("--run-dir", str(tmp_path / "r"), *words)
+    shellcheck(text)
+    done = run_script(text, tmp_path, "touch started", RUNNING)
+    assert done.returncode == 2
+    assert said in done.stdout + done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("name", ["pretrain.sbatch", "sweep.sbatch", "prepare.sbatch"])
+def test_a_script_as_it_stands_names_a_program_that_is_missing(name: str, tmp_path: Path) -> None:
+    text = (SLURM / name).read_text()
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(SLURM.parent)}
+    done = run_script(text, tmp_path, "touch started", RUNNING, **variables)
+    assert (done.returncode, (done.stdout + done.stderr).count("\n")) == (2, 1), done
+    assert "expected dsbert on the PATH of" in done.stdout + done.stderr
+    if name != "prepare.sbatch":
+        done = run_script(text, tmp_path, "touch started", RUNNING, **variables | {"SLURM_SUBMIT_DIR": str(tmp_path)})
+        assert (done.returncode, "submit from the top of a checkout" in done.stderr) == (2, True)
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
         ("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:5", 86405),
-        ("UNLIMITED", float("inf")),
+        ("UNLIMITED", float("inf")), ("0", float("inf")),
     ],
 )  # fmt: skip
 def test_slurms_formats_of_time(text: str, seconds: float) -> None:
