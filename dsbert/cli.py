@@ -14,7 +14,7 @@ import click
 from dsbert import __version__
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
-from dsbert.cli_types import PathName, examples
+from dsbert.cli_types import PathName, Seconds, examples
 from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 
 
@@ -45,7 +45,7 @@ def app() -> None:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 @click.option("--run-dir", type=PathName(), help="Where the run lives. Default: runs/RECIPE.")
-@click.option("--nproc", type=click.IntRange(min=1), help="Start this many ranks here. Default: one per GPU, else 1.")
+@click.option("--nproc", type=click.IntRange(1, 1024), help="Start this many ranks here. Default: one per GPU, else 1.")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "must", "never"]),
@@ -55,7 +55,7 @@ def app() -> None:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
+    type=Seconds(min=1, max=1e6),
     default=300.0,
     show_default=True,
     help="Seconds after which a rank that does not answer counts as dead.",
@@ -122,7 +122,7 @@ def pretrain(
 @click.option("--sweep", type=PathName(), help="A file: a line of overrides per array task.")
 @click.option("--run-dir", type=PathName(), help="Default: runs/RECIPE. A sweep's tasks append -1, ...")
 @click.option("--signal-lead", type=click.IntRange(min=1), help="Seconds before the limit to save. Default: 300.")
-@click.option("--timeout", type=click.FloatRange(min=1), help="As in `dsbert pretrain`.")
+@click.option("--timeout", type=Seconds(min=1, max=1e6), help="As in `dsbert pretrain`.")
 @click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
 @click.option("--sbatch", "further", multiple=True, help="Any option of sbatch, as --mem=64G. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print the script; needs no SLURM.")

@@ -47,6 +47,9 @@ def test_shells_can_complete(shell: str) -> None:
         (["pretrain", "demo", "--nproc"], "requires an argument; see `dsbert"),
         (["pretrain", "demo", "--nproc", "none"], "'none' is not a valid integer"),
         (["pretrain", "demo", "--npro=2"], "--nproc"),
+        (["pretrain", "demo", "--nproc", "100000"], "100000 is not in the range 1<=x<=1024"),
+        (["pretrain", "demo", "--timeout", "nan"], "nan is no number of seconds"),
+        (["pretrain", "demo", "--timeout", "inf"], "inf is not in the range"),
         (["inspect"], "Missing argument 'CHECKPOINT|RUN'; see `dsbert inspect --help`"),
         (["nosuch"], "No such command 'nosuch'"),
         (["pretrain", "demmo"], "do you mean demo?"),
@@ -70,13 +73,13 @@ def test_a_shell_of_srun_is_told_what_to_unset() -> None:
     assert "as in `srun --pty bash`, unset SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID" in found
 
 
-def test_missing_data_names_its_own_command_and_what_is_near(data: Path, tmp_path: Path) -> None:
-    def missing(*overrides: str) -> str:
-        return complaint(dsbert("pretrain", "demo", "--run-dir", str(tmp_path / "run"), *overrides))
+def test_missing_data_names_its_own_command_and_what_is_near(data: Path) -> None:
+    def missing(path: object) -> str:
+        return complaint(dsbert("data", str(path)))
 
-    assert "run: dsbert prepare --source sotu --to nowhere/sotu --vocab-size 2048" in missing("data.path=nowhere/sotu")
-    assert "--source wikibooks --to x/wikibooks --vocab-size 30522" in missing("data.path=x/wikibooks")
-    found = missing(f"data.path={data.parent / 'other'}")
+    assert "run: dsbert prepare --source sotu --to nowhere/sotu --vocab-size 2048" in missing("nowhere/sotu")
+    assert "--source wikibooks --to x/wikibooks --vocab-size 30522" in missing("x/wikibooks")
+    found = missing(data.parent / "other")
     assert f"run: dsbert prepare --source FILE|FOLDER --to {data.parent / 'other'} --vocab-size 30522" in found
     assert f"prepared data near it: {data}" in found
     assert "sotu" not in found
