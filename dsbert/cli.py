@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
 from dsbert.cli_types import PathName, Seconds, examples
 from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+
+if TYPE_CHECKING:
+    from dsbert.config import Recipe
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -89,6 +92,7 @@ def pretrain(
 
         loaded = load_recipe(recipe, overrides)
         if ranks is None:
+            _assert_can_start(loaded, run_dir or Path("runs") / loaded.name)
             count = _num_ranks(nproc)
             if stop.wanted:
                 raise SystemExit(EXIT_REQUEUE)
@@ -207,6 +211,22 @@ def _without_nproc(argv: list[str]) -> list[str]:
             kept.append(word)
         skip = word == "--nproc"
     return kept
+
+
+def _assert_can_start(recipe: Recipe, run_dir: Path) -> None:
+    """What ranks would find one after the other, and each of them: said at once, and once. Raises UserError."""
+    from dsbert.complaints import in_one_line
+    from dsbert.data.manifest import load_manifest
+    from dsbert.ds_config import load_ds_config
+
+    complaints = []
+    for check in (lambda: load_ds_config(recipe, 1, 1, run_dir), lambda: load_manifest(recipe.data.path)):
+        try:
+            check()
+        except UserError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise UserError(in_one_line(complaints))
 
 
 def _num_ranks(nproc: int | None) -> int:

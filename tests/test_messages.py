@@ -85,6 +85,14 @@ def test_missing_data_names_its_own_command_and_what_is_near(data: Path) -> None
     assert "sotu" not in found
 
 
+def test_what_ranks_would_find_is_told_at_once_and_once(tmp_path: Path) -> None:
+    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(tmp_path / "run"), "data.path=nowhere"]
+    done = dsbert(*words, "deepspeed.overrides.gradient_cliping=1")
+    found = complaint(done)
+    assert "the nearest known key is 'gradient_clipping'; no prepared data in nowhere" in found
+    assert done.stderr == found + "\n"
+
+
 def test_inspect_is_for_people(run: Path) -> None:
     done = dsbert("inspect", str(run))
     assert done.returncode == 0
