@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -117,7 +118,7 @@ def interrupt(words: list[str], metrics: Path) -> Done:
         text=True, start_new_session=True,
     )  # fmt: skip
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
-        os.sched_yield()
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=180)
     return Done(process.returncode, stdout, stderr)
