@@ -14,7 +14,7 @@ import click
 from dsbert import __version__
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
-from dsbert.cli_types import PathName, examples
+from dsbert.cli_types import PathName, Seconds, examples
 from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.output import flush, lose_output_too, protect
 
@@ -50,7 +50,7 @@ def app() -> None:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 @click.option("--run-dir", type=PathName(), help="Where the run lives. Default: runs/RECIPE.")
-@click.option("--nproc", type=click.IntRange(min=1), help="Start this many ranks here. Default: one per GPU, else 1.")
+@click.option("--nproc", type=click.IntRange(1, 1024), help="Start this many ranks here. Default: one per GPU, else 1.")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "must", "never"]),
@@ -61,7 +61,7 @@ def app() -> None:
 @click.option("--take-over", is_flag=True, help="Take the run from an attempt that is at work on it; that one leaves.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
+    type=Seconds(min=1, max=1e6),
     default=300.0,
     show_default=True,
     help="Seconds after which a rank that does not answer counts as dead.",
@@ -147,7 +147,7 @@ def pretrain(
 @click.option(
     "--signal-lead", type=click.IntRange(min=1, max=65535), help="Seconds before the limit to save. Default: 300."
 )
-@click.option("--timeout", type=click.FloatRange(min=1), help="As in `dsbert pretrain`.")
+@click.option("--timeout", type=Seconds(min=1, max=1e6), help="As in `dsbert pretrain`.")
 @click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
 @click.option("--launch-prefix", metavar="WORDS", help="What to put before dsbert, as 'apptainer exec image.sif'.")
 @click.option("--srun-args", multiple=True, metavar="WORDS", help="More options of srun, as '--mpi=pmix'. Repeatable.")
@@ -237,11 +237,10 @@ def _assert_startable(recipe: Recipe, run_dir: Path, ranks: Ranks | None, take_o
     Ranks whose launcher gives them no name (RANK and no more) may be the next start of the attempt that is at work.
     """
     from dsbert.ownership import assert_free
-    from dsbert.preflight import assert_data, assert_writable
+    from dsbert.preflight import assert_startable
 
     if ranks is None:
-        assert_data(recipe)
-        assert_writable(run_dir)
+        assert_startable(recipe, run_dir)
     named = ranks is None or ranks.launcher != "environment" or "TORCHELASTIC_RUN_ID" in os.environ
     if named and not take_over:
         assert_free(run_dir, "choose another --run-dir, or take the run from it with --take-over")

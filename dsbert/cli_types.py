@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ class PathName(click.Path):
             )
             raise UserError(f"expected a path as {name}, found none: '' (is a variable unset?)")
         return super().convert(value, param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """A range that holds no NaN either, which is neither below nor above anything."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is no number of seconds", param, ctx)
+        return number
 
 
 def examples(*lines: str) -> str:

@@ -138,11 +138,14 @@ class OptimConfig(_Section):
 
     @model_validator(mode="after")
     def _one_rate(self) -> OptimConfig:
+        found = []
         if (self.lr is None) == (self.dense_lr is None):
-            found = "neither" if self.lr is None else "both: override the other one with null"
-            raise ValueError(f"expected exactly one of lr and dense_lr, found {found}")
+            given = "neither" if self.lr is None else "both: override the other one with null"
+            found.append(f"expected exactly one of lr and dense_lr, found {given}")
         if self.warmup_steps >= self.total_steps:
-            raise ValueError(f"expected warmup_steps below total_steps {self.total_steps}, found {self.warmup_steps}")
+            found.append(f"expected warmup_steps below total_steps {self.total_steps}, found {self.warmup_steps}")
+        if found:
+            raise ValueError(in_one_line(found))
         return self
 
 

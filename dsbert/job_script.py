@@ -6,8 +6,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from dsbert.config import Recipe
 from dsbert.errors import UserError
 from dsbert.launch import module_command
@@ -86,7 +84,8 @@ def _setup_line(line: str) -> str:
 
 
 def _frozen(recipe: Recipe) -> list[str]:
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1 << 20)
+    # As JSON, which is YAML: a dumper of YAML 1.1 leaves words unquoted that are numbers in YAML 1.2.
+    text = json.dumps(recipe.model_dump(mode="json"), indent=2, ensure_ascii=False)
     return [f"IFS= read -r -d '' FROZEN <<'{_RECIPE_END}'", *text.splitlines(), _RECIPE_END]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dsbert.complaints import in_one_line
 from dsbert.config import Recipe
 from dsbert.data.manifest import Manifest, load_manifest
 from dsbert.ds_config import load_ds_config, merged_config
@@ -30,6 +31,22 @@ def frozen(recipe: Recipe) -> Recipe:
             "deepspeed": recipe.deepspeed.model_copy(update={"config": merged_config(recipe), "overrides": {}}),
         }
     )
+
+
+def assert_startable(recipe: Recipe, run_dir: Path) -> None:
+    """What ranks would find one after the other, and each of them: said at once, and once. Raises UserError."""
+    complaints = []
+    for check in (
+        lambda: load_ds_config(recipe, 1, 1, run_dir),
+        lambda: assert_data(recipe),
+        lambda: assert_writable(run_dir),
+    ):
+        try:
+            check()
+        except UserError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise UserError(in_one_line(complaints))
 
 
 def assert_data(recipe: Recipe) -> Manifest:

@@ -256,9 +256,10 @@ class Run:
     def _open_attempt(self, resume: str) -> None:
         directory, world = self.directory, self.world
         checkpoint = directory.find_checkpoint(resume, world.rank, world.world_size)
+        shown = {name: self.state[name] for name in ("deepspeed", "numerics")}
         found = together(
             lambda: directory.open_attempt(
-                self.recipe, self.state["identity"], checkpoint, self.nonce, world.world_size, self.state
+                self.recipe, self.state["identity"], checkpoint, self.nonce, world.world_size, shown
             ),
             only_main=True,
         )

@@ -17,10 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -35,7 +33,6 @@ from dsbert.health import last_steps
 from dsbert.jsonl import JsonlFile, first_difference, parse_object, to_json
 
 _VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
-_SHOWN = ("deepspeed", "numerics")
 _MARK = "shared"
 _ENDING = ("outcome", "step", "cause", "culprit")
 _LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
@@ -100,11 +97,11 @@ class RunDirectory:
         checkpoint: Path | None,
         nonce: str,
         world_size: int,
-        state: Mapping[str, Any] = MappingProxyType({}),
+        shown: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Begin an attempt: {"number", "nonce", "checkpoint": what it resumes from as a name, or None, ...}. Rank 0.
 
-        identity: what must be as in the run that is already there. state: what config.yaml is to show of it, besides.
+        identity: what must be as in the run that is already there. shown: what else config.yaml is to show.
         Raises UserError if it is a run of another identity.
         """
         self._check_identity(identity, checkpoint)
@@ -128,7 +125,7 @@ class RunDirectory:
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
-            **{name: state[name] for name in _SHOWN if name in state},
+            **(shown or {}),
             "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _VERSIONED},
             "git_revision": _git_revision(),
         }

@@ -161,7 +161,7 @@ def test_files_that_are_no_recipes_end_at_once(tmp_path: Path) -> None:
     (tmp_path / "bomb.yaml").write_text("\n".join(bomb))
     (tmp_path / "deep.yaml").write_text("[" * 60_000)
     (tmp_path / "wide.yaml").write_text(f"[{'a,' * 30_000}]")
-    start = time.perf_counter()
+    start = time.process_time()
     for name, expected in {
         "fifo": "no regular file",
         "": "no regular file",
@@ -175,7 +175,7 @@ def test_files_that_are_no_recipes_end_at_once(tmp_path: Path) -> None:
             load_recipe(str(tmp_path / name))
     with pytest.raises(UserError, match="no regular file"):
         load_recipe("/dev/zero")
-    assert time.perf_counter() - start < 7  # a second each, where nothing else runs
+    assert time.process_time() - start < 7  # a second each
 
 
 @pytest.mark.parametrize(

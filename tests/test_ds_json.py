@@ -186,6 +186,7 @@ def test_our_keys_are_deepspeeds() -> None:
         assert f"zero_optimization.{key}" in REFUSED
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_said_when_a_run_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
     """Another clipping, an untold one before, another number of threads, and a file of DeepSpeed's own."""
     first = yaml.safe_load((run / "config.yaml").read_text())

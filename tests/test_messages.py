@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -47,6 +48,9 @@ def test_shells_can_complete(shell: str) -> None:
         (["pretrain", "demo", "--nproc"], "requires an argument; see `dsbert"),
         (["pretrain", "demo", "--nproc", "none"], "'none' is not a valid integer"),
         (["pretrain", "demo", "--npro=2"], "--nproc"),
+        (["pretrain", "demo", "--nproc", "100000"], "100000 is not in the range 1<=x<=1024"),
+        (["pretrain", "demo", "--timeout", "nan"], "nan is no number of seconds"),
+        (["pretrain", "demo", "--timeout", "inf"], "inf is not in the range"),
         (["inspect"], "Missing argument 'CHECKPOINT|RUN'; see `dsbert inspect --help`"),
         (["nosuch"], "No such command 'nosuch'"),
         (["pretrain", "demmo"], "do you mean demo?"),
@@ -70,16 +74,24 @@ def test_a_shell_of_srun_is_told_what_to_unset() -> None:
     assert "as in `srun --pty bash`, unset SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID" in found
 
 
-def test_missing_data_names_its_own_command_and_what_is_near(data: Path, tmp_path: Path) -> None:
-    def missing(*overrides: str) -> str:
-        return complaint(dsbert("pretrain", "demo", "--run-dir", str(tmp_path / "run"), *overrides))
+def test_missing_data_names_its_own_command_and_what_is_near(data: Path) -> None:
+    def missing(path: object) -> str:
+        return complaint(dsbert("data", str(path)))
 
-    assert "run: dsbert prepare --source sotu --to nowhere/sotu --vocab-size 2048" in missing("data.path=nowhere/sotu")
-    assert "--source wikibooks --to x/wikibooks --vocab-size 30522" in missing("data.path=x/wikibooks")
-    found = missing(f"data.path={data.parent / 'other'}")
+    assert "run: dsbert prepare --source sotu --to nowhere/sotu --vocab-size 2048" in missing("nowhere/sotu")
+    assert "--source wikibooks --to x/wikibooks --vocab-size 30522" in missing("x/wikibooks")
+    found = missing(data.parent / "other")
     assert f"run: dsbert prepare --source FILE|FOLDER --to {data.parent / 'other'} --vocab-size 30522" in found
     assert f"prepared data near it: {data}" in found
     assert "sotu" not in found
+
+
+def test_what_ranks_would_find_is_told_at_once_and_once(tmp_path: Path) -> None:
+    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(tmp_path / "run"), "data.path=nowhere"]
+    done = dsbert(*words, "deepspeed.overrides.gradient_cliping=1")
+    found = complaint(done)
+    assert "the nearest known key is 'gradient_clipping'; no prepared data in nowhere" in found
+    assert done.stderr == found + "\n"
 
 
 def test_inspect_is_for_people(run: Path) -> None:
@@ -106,7 +118,7 @@ def interrupt(words: list[str], metrics: Path) -> Done:
         text=True, start_new_session=True,
     )  # fmt: skip
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
-        os.sched_yield()
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=180)
     return Done(process.returncode, stdout, stderr)
