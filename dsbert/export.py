@@ -42,7 +42,7 @@ def export(path: Path, to: Path) -> dict[str, Any]:
     model.save_pretrained(temporary)
     for name in read_manifest(restored.path)["files"]:  # no more than was verified, whatever else lies there
         if name.startswith(f"{TOKENIZER}/"):
-            shutil.copy(restored.path / name, temporary)
+            shutil.copyfile(restored.path / name, temporary / Path(name).name)  # with modes of ours
     _save_compact(restored, temporary / COMPACT)
     if to.exists():
         shutil.rmtree(to)

@@ -8,6 +8,7 @@ which may wait for minutes, all happen there. What that process cannot take is d
 import json
 import os
 import queue
+import re
 import secrets
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from dsbert.durable import read_regular
 from dsbert.jsonl import to_json
 
 # Records that wait for W&B, at most: at one a second, a quarter of an hour of an unreachable server.
@@ -134,11 +136,14 @@ class WandbLogger:
 
 def _run_id(path: Path) -> str:
     """The run's id in W&B: kept in `path`, drawn on the first start, from no generator that training uses."""
-    if not path.exists():
-        fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_text(secrets.token_hex(4))
-        fresh.replace(path)
-    return path.read_text().strip()
+    with suppress(OSError):
+        kept = read_regular(path).decode("utf-8", "replace").strip()
+        if re.fullmatch(r"[\w-]{1,128}", kept, re.ASCII):
+            return kept
+    fresh, drawn = path.with_name(f"{path.name}.tmp"), secrets.token_hex(4)
+    fresh.write_text(drawn)
+    fresh.replace(path)  # also of one that is damaged: W&B goes on as a new run
+    return drawn
 
 
 def _start_process() -> subprocess.Popen[str]:

@@ -92,6 +92,7 @@ class Run:
         shapes = layer_shapes(model)
         self.engine = TrainEngine(recipe, model, layers, world)
         self.engine.on_progress = self.heartbeat.advance
+        self.engine.prove_layout()
         total_steps = recipe.optim.total_steps
         self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
         self.masks.verify_replicas()

@@ -15,13 +15,14 @@ FLOORS = [
     {"__main__", "cli", "cli_checkpoints", "cli_data"},
     {"pretrain"},
     {"run"},
-    {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison"},
+    {"reporting", "run_directory", "history", "export", "evaluate", "inspection", "restore", "comparison"},
     {"auditing"},
     {"model", "engine", "checkpoint", "checkpoint_writer", "publication", "submit"},
     {"bert_layers"},
+    {"layout_proof"},
     {"data", "ds_engine", "step_guard", "fragments", "zero_shards", "metrics", "ds_config", "stopping", "health"},
     {"sparse"},
-    {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
+    {"config", "distributed", "rendezvous", "meeting_place", "jsonl", "records", "provenance"},
     {"launch", "ranks", "errors", "progress", "durable", "malloc"},
 ]
 
