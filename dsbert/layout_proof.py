@@ -67,8 +67,8 @@ def prove_layout(
         _, rank, what = found[0]
         keys = [f"{key} = {value!r}" for key, value in _leaves(config) if key not in _PLAIN_KEYS]
         raise UserError(
-            f"expected DeepSpeed to train the weights that dsbert saves, found on rank {rank}: {what}: take "
-            f"the key that moves them out of the DeepSpeed configuration: {', '.join(keys) or 'none is unusual'}"
+            f"expected DeepSpeed to train the weights that dsbert saves, found on rank {rank}: {what}: one of these "
+            f"keys of the DeepSpeed configuration has to go: {', '.join(keys) or 'none is unusual'}"
         )
 
 

@@ -50,7 +50,8 @@ def bounded(seconds: float = 60.0) -> Iterator[None]:
 
 def says_one_line(*words: str) -> int:
     """Of a command that may find anything: no traceback, and one line if it complains."""
-    done = dsbert(*words)
+    with bounded():
+        done = dsbert(*words)
     assert done.returncode in (0, 2, 4), (words, done.returncode, done.stderr)
     assert "Traceback" not in done.stderr
     if done.returncode and words[0] != "verify":
@@ -390,21 +391,20 @@ def test_what_is_no_file_ends_every_command(special: Callable[[Path], object], c
     checkpoint = copy / "checkpoints" / "step_00000012"
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     assert len(files) == 9
-    with bounded():
-        for path in files:
-            aside = path.rename(tmp_path / "aside")
-            special(path)
-            for whole in (checkpoint, copy):
-                assert says_one_line("verify", str(whole)) == 4
-            assert says_one_line("checkpoints", str(copy)) == 0
-            assert says_one_line("inspect", str(checkpoint)) in (2, 4)
-            assert says_one_line("inspect", str(copy)) == 0, "the older one is whole"
-            if path.name in ("manifest.json", "topology.safetensors"):
-                for words in (("diff", str(copy / "checkpoints" / "step_00000006")), ("evaluate",)):
-                    assert says_one_line(*words, str(checkpoint)) in (2, 4)
-                assert says_one_line("export", str(checkpoint), "--to", str(tmp_path / "to")) in (2, 4)
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            aside.rename(path)
+    for path in files:
+        aside = path.rename(tmp_path / "aside")
+        special(path)
+        for whole in (checkpoint, copy):
+            assert says_one_line("verify", str(whole)) == 4
+        assert says_one_line("checkpoints", str(copy)) == 0
+        assert says_one_line("inspect", str(checkpoint)) in (2, 4)
+        assert says_one_line("inspect", str(copy)) == 0, "the older one is whole"
+        if path.name in ("manifest.json", "topology.safetensors"):
+            for words in (("diff", str(copy / "checkpoints" / "step_00000006")), ("evaluate",)):
+                assert says_one_line(*words, str(checkpoint)) in (2, 4)
+            assert says_one_line("export", str(checkpoint), "--to", str(tmp_path / "to")) in (2, 4)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        aside.rename(path)
 
 
 @pytest.mark.parametrize("special", SPECIAL, ids=IDS)
@@ -416,22 +416,21 @@ def test_a_record_that_is_no_file_is_named(
     from dsbert.run_directory import RunDirectory
 
     names = (*SMALL_RECORDS, *JOURNALS, "config.yaml", "wandb_id", "checkpoints/latest")
-    with bounded():
-        for name in names:
-            path, aside = copy / name, tmp_path / "aside"
-            aside.unlink(missing_ok=True)
-            if path.exists():
-                path.rename(aside)
-            special(path)
-            gone = path.is_symlink() and not path.exists()
-            says_one_line("verify", str(copy))
-            says_one_line("checkpoints", str(copy))
-            begins = gone or name == "checkpoints/latest"  # which nobody needs to go on
-            with nullcontext() if begins else pytest.raises(DsbertError, match=path.name):
-                together(lambda: RunDirectory(copy).find_checkpoint("auto", 0, 1))
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            if aside.exists():
-                aside.rename(path)
+    for name in names:
+        path, aside = copy / name, tmp_path / "aside"
+        aside.unlink(missing_ok=True)
+        if path.exists():
+            path.rename(aside)
+        special(path)
+        gone = path.is_symlink() and not path.exists()
+        says_one_line("verify", str(copy))
+        says_one_line("checkpoints", str(copy))
+        begins = gone or name == "checkpoints/latest"  # which nobody needs to go on
+        with bounded(), nullcontext() if begins else pytest.raises(DsbertError, match=path.name):
+            together(lambda: RunDirectory(copy).find_checkpoint("auto", 0, 1))
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if aside.exists():
+            aside.rename(path)
 
 
 def test_a_hole_behind_some_data_is_seen_and_a_sparse_tail_is_not(tmp_path: Path) -> None:
