@@ -131,7 +131,8 @@ def verify_checkpoint(
         file = path / name
         try:
             if not file.is_file():
-                problems.append(Problem(name, "missing"))
+                there = os.path.lexists(file)
+                problems.append(Problem(name, "expected a file, found something else" if there else "missing"))
             elif file.stat().st_size != size:
                 problems.append(Problem(name, f"expected {size} bytes, found {file.stat().st_size}"))
             elif checksum(file, count) != expected:

@@ -103,12 +103,7 @@ def _file_problems(path: Path, manifest: dict[str, Any], count: Callable[[int], 
         found |= dict.fromkeys(verify_checkpoint(path, share=(number, len(files))))
         count(files[name]["bytes"])
     found |= dict.fromkeys(verify_checkpoint(path, share=(0, 1)) if not files else ())
-    return [
-        Problem(problem.file, "expected a file, found something else")
-        if problem.problem == "missing" and os.path.lexists(path / problem.file)
-        else problem
-        for problem in found
-    ]
+    return list(found)
 
 
 def _content_problems(path: Path, manifest: dict[str, Any], damaged: set[str]) -> Iterator[Problem]:
