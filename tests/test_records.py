@@ -149,7 +149,9 @@ def test_any_field_of_a_checkpoint_may_be_anything(file: str, copy: Path, tmp_pa
                     says_one_line(*words, str(again))
             shutil.rmtree(again)
     free = {"recipe", "identity", "precision", "totals", "engine", "kernels", "created", "attempt"}
-    assert {place[0] for place, _ in loaded} <= free | {"adam_step", "zero_stage", "vocab_size", "layers"}, loaded
+    assert {place[0] for place, _ in loaded} <= free | {"adam_step", "zero_stage", "vocab_size", "layers", "params"}, (
+        loaded
+    )
     edit_state(original, lambda state: state.update(step="12"))
     newest, skipped = newest_checkpoint(copy / "checkpoints")
     assert newest == copy / "checkpoints" / "step_00000006"
