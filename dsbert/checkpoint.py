@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsbert.distributed import gather_json
-from dsbert.durable import checksum
+from dsbert.durable import checksum, read_regular
 from dsbert.errors import CheckpointError, UserError
 from dsbert.fragments import FragmentReader, fragments_name
-from dsbert.sparse import MaskManager
+from dsbert.records import ManifestRecord, StateRecord, checked
+from dsbert.sparse import BlockTopology, MaskManager
+from dsbert.sparse.topology import combined_digest
 from dsbert.zero_shards import forward_copies, set_adam_step
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[P
         found = gather_json(
             [
                 _manifest_checksum(path),
-                [vars(problem) for problem in verify_checkpoint(path, share=(rank, world_size))],
+                [vars(problem) for problem in checkpoint_problems(path, share=(rank, world_size))],
             ]
         )
         problems = [problem for _, own in found for problem in own]
@@ -129,7 +131,8 @@ def verify_checkpoint(
         file = path / name
         try:
             if not file.is_file():
-                problems.append(Problem(name, "missing"))
+                there = os.path.lexists(file)
+                problems.append(Problem(name, "expected a file, found something else" if there else "missing"))
             elif file.stat().st_size != size:
                 problems.append(Problem(name, f"expected {size} bytes, found {file.stat().st_size}"))
             elif checksum(file, count) != expected:
@@ -137,6 +140,54 @@ def verify_checkpoint(
         except OSError as error:
             problems.append(Problem(name, f"unreadable: {error.strerror}"))
     return problems
+
+
+def checkpoint_problems(path: Path, share: tuple[int, int] = (0, 1)) -> list[Problem]:
+    """What keeps a checkpoint from being loaded: `verify_checkpoint`, and with the first share whether manifest, state
+    and topology are of one checkpoint, whatever their checksums say."""
+    problems = verify_checkpoint(path, share)
+    if problems or share[0]:
+        return problems
+    try:
+        manifest = checked(read_manifest(path), ManifestRecord)
+    except (CheckpointError, ValueError) as error:
+        return [Problem(MANIFEST, str(error))]
+    try:
+        state = checked(read_state(path), StateRecord)
+        if re.fullmatch("step_[0-9]{8}", path.name) and path.name != step_name(state["step"]):
+            raise ValueError(f"expected the step of {path.name}, found {state['step']}")
+        for key in ("step", "world_size"):
+            if state[key] != manifest[key]:
+                raise ValueError(f"expected {key} = {manifest[key]} as in {MANIFEST}, found {state[key]}")
+        if state["adam_step"] > state["step"]:
+            raise ValueError(f"expected at most {state['step']} as adam_step, found {state['adam_step']}")
+    except (CheckpointError, ValueError) as error:
+        return [Problem(STATE, str(error))]
+    try:
+        found = _topology_digest(path, state)
+    except (CheckpointError, ValueError) as error:
+        return [Problem(TOPOLOGY, str(error))]
+    if found != manifest["topology_digest"]:
+        message = f"expected the topology {manifest['topology_digest']} as in {MANIFEST}, found {found}"
+        return [Problem(TOPOLOGY, message)]
+    return []
+
+
+def _topology_digest(path: Path, state: dict[str, Any]) -> str:
+    """Of the topology in the file. Raises CheckpointError, or ValueError if it does not fit the layers."""
+    tensors, digests = read_topology(path), {}
+    for name, layer in state["layers"].items():
+        if layer["block_size"] is None:
+            continue
+        parts = [f"{name}.{part}" for part in ("rows", "cols", "born", "explored")]
+        if missing := [part for part in parts if part not in tensors]:
+            raise ValueError(f"expected {missing[0]}, found nothing of that name")
+        rows, cols = tensors[parts[0]], tensors[parts[1]]
+        topology = BlockTopology((layer["shape"][0], layer["shape"][1]), layer["block_size"], rows, cols)
+        if state["params"].get(f"{name}.blocks") != [topology.num_active, layer["block_size"], layer["block_size"]]:
+            raise ValueError(f"expected {name} with the blocks of {STATE}, found {topology.num_active}")
+        digests[name] = topology.digest()
+    return combined_digest(digests)
 
 
 def lies_inside(name: str) -> bool:
@@ -148,7 +199,7 @@ def lies_inside(name: str) -> bool:
 def read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json of a checkpoint. Raises CheckpointError."""
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(read_regular(path / MANIFEST))
         kind, version = manifest["kind"], manifest["format"]
     except FileNotFoundError:
         raise CheckpointError("missing") from None
@@ -162,9 +213,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(read_regular(path / STATE))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"expected {path / STATE}, found: {error}") from None
+        raise CheckpointError(f"expected {path / STATE}, found: {' '.join(str(error).split())}") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != FORMAT:
         raise CheckpointError(f"expected checkpoint format {FORMAT} in {path / STATE}, found {found!r}")
@@ -198,9 +249,14 @@ def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict
 
     Each rank reads the pieces that overlap its own shards. Returns state.json. Raises CheckpointError.
     """
-    state = read_state(path)
+    state, manifest = read_state(path), read_manifest(path)
+    if state["step"] > engine.recipe.optim.total_steps:
+        raise CheckpointError(f"expected {path} to be of the run's {engine.recipe.optim.total_steps} steps, found more")
     reader = fragment_reader(path)
     masks.load_state_dict(read_topology(path), step=state["step"])
+    if masks.digest() != manifest["topology_digest"]:
+        found = f"{masks.digest()} instead of {manifest['topology_digest']}"
+        raise CheckpointError(f"expected the topology that {path} was saved with, found {found}: see `dsbert verify`")
     stepped = state["adam_step"] > 0  # before Adam's first step there are no moments
     if stepped:
         set_adam_step(engine.deepspeed_engine, state["adam_step"])
@@ -218,7 +274,7 @@ def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict
 
 
 def _raise_if_damaged(path: Path) -> None:
-    problems = verify_checkpoint(path)
+    problems = checkpoint_problems(path)
     if problems:
         raise CheckpointError(f"expected a valid checkpoint, found {path / problems[0].file}: {problems[0].problem}")
 

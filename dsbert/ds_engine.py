@@ -15,8 +15,8 @@ from torch import nn
 from dsbert.config import Recipe
 from dsbert.distributed import World
 from dsbert.ds_config import precision
-from dsbert.errors import UserError
-from dsbert.zero_shards import full_shape, inner_optimizer, set_adam_step
+from dsbert.errors import DsbertError, UserError
+from dsbert.zero_shards import full_shape, inner_optimizer, keep_minimal_loss_scale, set_adam_step
 
 
 def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: World) -> Any:
@@ -51,7 +51,11 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
         )
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
+    except (DsbertError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of any type, where options do not go together
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+            raise  # of the machine or of a peer
         found = " ".join(str(error).split())
         raise UserError(
             f"expected a configuration that DeepSpeed accepts in {recipe.deepspeed}, found: {found}"
@@ -60,6 +64,7 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
     # rate was 0, so that the weights did not move.
     if inner_optimizer(engine).state:
         set_adam_step(engine, 0)
+    keep_minimal_loss_scale(engine)
     return engine
 
 

@@ -5,23 +5,55 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
 _CHUNK_BYTES = 1 << 20
 _CHUNKS_A_SYNC = 64
 _SEAL = "xxh3"
+# No file of dsbert's has a gap of this size; reading one would take hours, and find nothing.
+_GAP_BYTES = 1 << 30
+_MAX_GAPS = 1000
+# JSON, YAML and pointers: far above what any of them holds.
+SMALL_BYTES = 1 << 26
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 def refusal(error: OSError) -> str | None:
     """What the file system says where it is full or broken, in words; None for an error that may as well be a bug."""
     return f"{error.filename or 'a file'}: {error.strerror}" if error.errno in _REFUSALS else None
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError for what reading might wait for, or never end: pipes, sockets, devices,
+    directories, and files that are mostly a hole."""
+    _assert_regular(os.stat(path), path)  # before it is opened, which may do something to a device
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        status = os.fstat(file.fileno())
+        _assert_regular(status, path)
+        _assert_no_gap(file.fileno(), status.st_size, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, limit: int = SMALL_BYTES) -> bytes:
+    """All of a file that has at most `limit` bytes. Raises OSError, as `open_regular` does."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EINVAL, f"more than the {limit} bytes that such a file may have", str(path))
+    return data
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -88,11 +120,36 @@ def write_and_read_back(
 def checksum(path: Path, count: Callable[[int], object] = lambda nbytes: None) -> str:
     """xxh3_128 of a file, in hexadecimal. count: told the bytes of every piece. Raises OSError."""
     hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
             count(len(chunk))
     return hasher.hexdigest()
+
+
+def _assert_regular(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def _assert_no_gap(descriptor: int, size: int, path: Path) -> None:
+    """Where a file system knows no holes, everything is data."""
+    position = 0
+    for _ in range(_MAX_GAPS if size > _GAP_BYTES else 0):
+        gap = os.lseek(descriptor, position, os.SEEK_HOLE)
+        if gap >= size:
+            break
+        try:
+            position = os.lseek(descriptor, gap, os.SEEK_DATA)
+        except OSError:  # no data beyond
+            position = size
+        if position - gap > _GAP_BYTES:
+            raise OSError(errno.EINVAL, f"{size} bytes with a hole of {position - gap}", str(path))
+        if position >= size:
+            break
+    os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def differences(directory: Path, files: dict[str, str]) -> dict[str, str]:
@@ -119,6 +176,31 @@ def unsealed(document: dict[str, Any]) -> dict[str, Any]:
     if _SEAL in document and sealed(inside) != document:
         raise ValueError("it is not what was written")
     return inside
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder and all files in it, as new files of ours: whoever may not write the source may still write and
+    remove the copy. Raises OSError."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            copy_tree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all in it, also where modes were copied that forbid it. What cannot be removed stays."""
+    if path.is_symlink():
+        return
+    with suppress(OSError):
+        os.chmod(path, 0o700)
+    for directory, folders, _ in os.walk(path):
+        for folder in (Path(directory) / name for name in folders):
+            with suppress(OSError):
+                if not folder.is_symlink():
+                    os.chmod(folder, 0o700)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

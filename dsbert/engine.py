@@ -20,6 +20,7 @@ from dsbert.data.stream import Batch
 from dsbert.distributed import World, all_reduce
 from dsbert.ds_config import load_ds_config, precision, zero_stage
 from dsbert.ds_engine import initialize
+from dsbert.layout_proof import prove_layout
 from dsbert.model import DeviceBatch, SparseBert
 from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
@@ -28,8 +29,10 @@ from dsbert.sparse.kernel_plan import KernelPlan, plan_kernels
 from dsbert.step_guard import StepGuard
 from dsbert.zero_shards import (
     ParamShard,
+    forward_copies,
     inner_optimizer,
     loss_scale,
+    loss_scale_can_fall,
     loss_scaler,
     param_shard,
     set_loss_scaler,
@@ -54,7 +57,8 @@ class StepResult:
     masked tokens, NSP pairs; tokens: positions that are not padding; stop: some rank asked to
     stop; busy: some rank's checkpoint writer is at work.
 
-    skipped: a loss or a gradient was not finite, and nothing has moved. nonfinite_ranks: the ranks whose own losses or
+    skipped: a loss or a gradient was not finite, and nothing has moved; rescaled: the losses were finite, and the loss
+    scale of fp16 falls for it. nonfinite_ranks: the ranks whose own losses or
     own gradients were not; empty if only the sum over ranks was not.
     """
 
@@ -67,6 +71,7 @@ class StepResult:
     stop: bool
     busy: bool = False
     skipped: bool = False
+    rescaled: bool = False
     nonfinite_ranks: tuple[int, ...] = ()
 
     def mean_losses(self) -> tuple[float, float]:
@@ -112,6 +117,17 @@ class TrainEngine:
     def deepspeed_engine(self) -> Any:
         return self._engine
 
+    def prove_layout(self) -> None:
+        """See that shards, copies and gradients are where dsbert takes them to be, before the first step.
+
+        Leaves no trace. Collective. Raises UserError on every rank for a configuration that dsbert cannot follow.
+        """
+        on_cpu = self.world.device.type == "cpu"
+        # Compiled kernels may be made for a shape: on a GPU the one that training has.
+        rows, length = (1, 8) if on_cpu else (self.recipe.batch.micro_batch, self.recipe.data.seq_len)
+        batch = _any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
+        prove_layout(self._engine, self.parameters, self._guard, batch, self.world, self.ds_config)
+
     def plan_kernels(self, stored: dict[str, Any] | None) -> None:
         """Choose the sparse layers' kernels, for all ranks alike; `stored`: a checkpoint's record, to go on with.
         Collective. Raises UserError on every rank if the recipe asks for kernels that cannot run."""
@@ -150,12 +166,13 @@ class TrainEngine:
             self._engine.backward((micro_losses * scale).sum())
         lr = self._set_lr(self.step + 1)
         verdict = self._guard.verdict(losses)
-        skipped_steps = self._engine.skipped_steps
+        skipped_steps, can_fall = self._engine.skipped_steps, loss_scale_can_fall(self._engine)
         if verdict.finite:
             self._finish_step(lr)
         else:
             self._guard.skip()
         self.step += 1
+        skipped = self._engine.skipped_steps > skipped_steps
         return StepResult(
             verdict.losses,
             masked_tokens,
@@ -165,7 +182,8 @@ class TrainEngine:
             lr,
             stop=stops > 0,
             busy=busy_ranks > 0,
-            skipped=self._engine.skipped_steps > skipped_steps,
+            skipped=skipped,
+            rescaled=skipped and can_fall and bool(verdict.losses.isfinite().all()),
             nonfinite_ranks=verdict.nonfinite_ranks,
         )
 
@@ -202,6 +220,15 @@ class TrainEngine:
             for name, param in self.parameters.items()
         }
 
+    def nonfinite_parameters(self) -> list[str]:
+        """Parameters of which this rank holds a weight, a moment or a copy for forward that is not finite."""
+        found = []
+        for name, shard in self.shards().items():
+            copies = (tensor for tensor, _ in forward_copies(self.parameters[name]))
+            if not all(bool(tensor.isfinite().all()) for tensor in (shard.master, *shard.moments.values(), *copies)):
+                found.append(name)
+        return found
+
     def counters(self) -> dict[str, Any]:
         """DeepSpeed's own counters and loss scaler, for a checkpoint at an accumulation boundary."""
         return {name: getattr(self._engine, name) for name in _COUNTERS} | {"loss_scaler": loss_scaler(self._engine)}
@@ -212,6 +239,10 @@ class TrainEngine:
             setattr(self._engine, name, counters[name])
         self._engine.micro_steps = self.step * self.accumulation_steps
         set_loss_scaler(self._engine, counters["loss_scaler"])
+
+    def loss_scale(self) -> float:
+        """What losses are multiplied by; 1 unless fp16."""
+        return loss_scale(self._engine)
 
     # BlockEditor
 
@@ -261,6 +292,13 @@ class TrainEngine:
             )
             shard = param_shard(self._engine, layer.blocks)
             shrink_slice_(shard.master, shard.offset, layer.block_size**2, factors)
+
+
+def _any_batch(rows: int, length: int, device: torch.device) -> DeviceBatch:
+    """In which every parameter has a part."""
+    ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    return DeviceBatch(ids, ids, torch.ones_like(ids), first, first, ids[:, 0])
 
 
 def _counts(batches: list[Batch]) -> list[int]:

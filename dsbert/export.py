@@ -44,7 +44,7 @@ def export(path: Path, to: Path) -> dict[str, Any]:
     model.save_pretrained(temporary)
     for name in read_manifest(restored.path)["files"]:  # no more than was verified, whatever else lies there
         if name.startswith(f"{TOKENIZER}/"):
-            shutil.copy(restored.path / name, temporary)
+            shutil.copyfile(restored.path / name, temporary / Path(name).name)  # with modes of ours
     # As this version writes it: an older one had transformers rebuild normalisers that are not BERT's.
     save_tokenizer(load_tokenizer(restored.path / TOKENIZER), temporary)
     check_saved(temporary)

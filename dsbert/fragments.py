@@ -124,8 +124,10 @@ class FragmentReader:
             if FORMAT not in metadata:
                 raise CheckpointError(f"expected format {FORMAT} in {path}, found {sorted(metadata)}")
             self._files[path] = file
-            for name, (offset, length) in json.loads(metadata[FORMAT]).items():
+            for name, (offset, length) in _read_index(path, metadata[FORMAT]).items():
                 self._pieces.setdefault(name, []).append(_Piece(path, offset, length))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.offset)
 
     def names(self) -> list[str]:
         """All parameters."""
@@ -138,17 +140,38 @@ class FragmentReader:
     def read(self, name: str, kind: str, offset: int, length: int) -> Floats:
         """Elements [offset, offset + length) of a parameter's master weight or moment: fp32 [length]."""
         out = np.empty(length, dtype=np.float32)
-        covered = 0
+        covered = 0  # from the front, each element once
         for piece in self._pieces.get(name, []):
             start, stop = max(offset, piece.offset), min(offset + length, piece.offset + piece.length)
             if start >= stop:
                 continue
-            source = self._files[piece.path].get_slice(f"{name}/{kind}")
-            out[start - offset : stop - offset] = source[start - piece.offset : stop - piece.offset]
+            if start != offset + covered:
+                break
+            try:
+                source = self._files[piece.path].get_slice(f"{name}/{kind}")
+                if source.get_dtype() != "F32" or source.get_shape() != [piece.length]:
+                    raise ValueError(f"{source.get_dtype()} {source.get_shape()} instead of F32 [{piece.length}]")
+                out[start - offset : stop - offset] = source[start - piece.offset : stop - piece.offset]
+            except Exception as error:  # safetensors raises its own type
+                raise CheckpointError(f"expected {name}/{kind} in {piece.path}, found: {error}") from None
             covered += stop - start
         if covered != length:
             raise CheckpointError(
-                f"expected elements {offset}..{offset + length} of {name}/{kind} in the checkpoint, found {covered} of "
-                f"{length}"
+                f"expected elements {offset}..{offset + length} of {name}/{kind} in the checkpoint once, found "
+                f"{covered} of {length} before a gap or an overlap"
             )
         return out
+
+
+def _read_index(path: Path, text: str) -> dict[str, list[int]]:
+    """Where each piece of a file stands. Raises CheckpointError."""
+    try:
+        index = json.loads(text)
+    except (ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict) or not all(
+        isinstance(place, list) and len(place) == 2 and all(type(number) is int and number >= 0 for number in place)
+        for place in index.values()
+    ):
+        raise CheckpointError(f"expected offset and length of every piece in {path}, found {text[:80]!r}")
+    return index

@@ -21,6 +21,7 @@ from typing import Any
 
 from dsbert.awake import AwakeClock
 from dsbert.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
+from dsbert.records import BeatRecord, read_record
 
 # Beyond the time limit of a collective: then something else hangs.
 _BEYOND_S = 8.0
@@ -265,8 +266,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A record; read again if its writer was in the middle of it."""
     for _ in range(3):
         with suppress(OSError, ValueError):
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return record
+            return read_record(path, BeatRecord)
         time.sleep(0.001)
     return None
 

@@ -15,11 +15,14 @@ from typing import Any
 from dsbert.auditing.checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.auditing.run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.checkpoint import fragment_files, read_manifest, read_state, read_topology, resolve_checkpoint
+from dsbert.durable import open_regular
 from dsbert.errors import CheckpointError, UserError
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.kernel_plan import gain_of
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.zero_shards import MOMENTS
+
+_MAX_HEADER_BYTES = 100_000_000  # as the library has it
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -134,18 +137,27 @@ def _measure(path: Path, names: list[str], dense_numel: int, topology: dict[str,
 def tensor_bytes(path: Path) -> dict[str, int]:
     """Bytes of every tensor of a safetensors file, from its header. Raises CheckpointError if it is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
+            if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
+        return {
+            name: int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        TypeError,
+        RecursionError,
+        struct.error,
+    ) as error:
         raise CheckpointError(f"expected safetensors in {path}, found: {error}") from None
-    return {
-        name: entry["data_offsets"][1] - entry["data_offsets"][0]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def list_checkpoints(

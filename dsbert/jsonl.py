@@ -7,11 +7,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from dsbert.durable import open_regular
+
+# A line that is longer is damage; those of mask updates at block size 1 are the longest.
+_MAX_LINE_BYTES = 1 << 30
 # How much of a file's end is looked at in one piece for its last newline.
 _TAIL_BYTES = 1 << 16
 
@@ -83,13 +87,14 @@ class JsonlFile:
             skip_garbled: leave out what is no JSON object, as a power cut may leave it, instead of raising.
 
         Raises:
+            OSError: the file cannot be read, or is none.
             ValueError: a line is not a JSON object.
         """
         if not self.path.exists():
             return []
         records = []
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_regular(self.path) as file:
+            for number, line in enumerate(lines_of(file), start=1):
                 if not line.endswith(b"\n"):
                     break
                 record = parse_object(line)
@@ -115,7 +120,7 @@ class JsonlFile:
         if not self.path.exists():
             return 0
         self._drop_torn_line()
-        with self.path.open("r+b") as file:
+        with _open_for_cutting(self.path) as file:
             starts = _line_starts(file)
             keep = len(starts)
             # From the end: lines can be large, and few of them lie beyond a checkpoint.
@@ -141,7 +146,7 @@ class JsonlFile:
         """Cut off what follows the last newline, looking from the end."""
         if not self.path.exists():
             return
-        with self.path.open("r+b") as file:
+        with _open_for_cutting(self.path) as file:
             end = position = file.seek(0, os.SEEK_END)
             whole = 0
             while position and not whole:
@@ -151,6 +156,12 @@ class JsonlFile:
                 whole, position = (whole, start) if whole > start else (0, start)
             if whole < end:
                 file.truncate(whole)
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, of which none fills the memory: what is longer than any of ours comes in pieces."""
+    while line := file.readline(_MAX_LINE_BYTES):
+        yield line
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
@@ -166,7 +177,7 @@ def _line_starts(file: IO[bytes]) -> list[int]:
     """The offset of each line's first byte."""
     starts = []
     offset = 0
-    for line in file:
+    for line in lines_of(file):
         starts.append(offset)
         offset += len(line)
     return starts
@@ -175,8 +186,14 @@ def _line_starts(file: IO[bytes]) -> list[int]:
 def _is_beyond(file: IO[bytes], start: int, step: int) -> bool:
     """Whether the line at `start` belongs to a later step, or to none that can be read."""
     file.seek(start)
-    record = parse_object(file.readline())
-    return record is None or int(record.get("step", step)) > step
+    record = parse_object(file.readline(_MAX_LINE_BYTES)) or {"step": None}
+    found = record.get("step", step)
+    return not isinstance(found, int) or found > step
+
+
+def _open_for_cutting(path: Path) -> IO[bytes]:
+    open_regular(path).close()  # or opening it might wait for ever
+    return path.open("r+b")
 
 
 def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -8,6 +8,7 @@ follows metrics.jsonl (wandb_process.py). Either begins with what the starts bef
 
 import json
 import os
+import re
 import secrets
 import signal
 import ssl
@@ -22,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dsbert.durable import read_regular
 from dsbert.jsonl import JsonlFile, to_json
 from dsbert.launch import module_command
 from dsbert.wandb_file import OfflineRun, steps_on_disk
@@ -128,11 +130,14 @@ class WandbLogger:
 
 def _run_id(path: Path) -> str:
     """The run's id in W&B: kept in `path`, drawn on the first start, from no generator that training uses."""
-    if not path.exists():
-        fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_text(secrets.token_hex(4))
-        fresh.replace(path)
-    return path.read_text().strip()
+    with suppress(OSError):
+        kept = read_regular(path).decode("utf-8", "replace").strip()
+        if re.fullmatch(r"[\w-]{1,128}", kept, re.ASCII):
+            return kept
+    fresh, drawn = path.with_name(f"{path.name}.tmp"), secrets.token_hex(4)
+    fresh.write_text(drawn)
+    fresh.replace(path)  # also of one that is damaged: W&B goes on as a new run
+    return drawn
 
 
 class _Sender:

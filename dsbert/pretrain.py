@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def _train(run: Run, stop: StopRequest) -> int:
         prefetcher.close()
     if saved_step != engine.step:
         _save(run)
+    _assert_sound(run)
     return _finish(run, "done", EXIT_OK)
 
 
@@ -96,6 +98,8 @@ def _after_step(run: Run, result: StepResult, stop: StopRequest) -> bool:
     if step % _WEIGHT_CHECK_STEPS == 0:
         assert_replicas_agree("the weights", run.engine.replica_digests())
     _assert_not_stuck(run, result)
+    if validation and step == recipe.optim.total_steps and not _is_finite(validation):
+        raise DsbertError(f"expected a finite validation loss at the last step, {step}, found none; {_advice(run)}")
     return stopping
 
 
@@ -128,6 +132,7 @@ def _save(run: Run) -> None:
         _report(run, run.writer.finish())
         run.masks.verify_replicas()
         assert_replicas_agree("the weights", run.engine.replica_digests())
+        _assert_finite(run)
         together(lambda: run.directory.assert_owner(run.attempt), only_main=True)
         if run.world.is_main:
             run.directory.journal.sync()
@@ -138,6 +143,9 @@ def _save(run: Run) -> None:
 
 def _report(run: Run, saved: Saved | None) -> None:
     if saved:
+        if run.world.is_main:
+            with suppress(OSError):  # what is saved is saved
+                run.directory.note_saved(run.attempt, saved.path.name)
         run.reporter.say(f"saved step {saved.step}: {saved.nbytes / 1e6:.1f} MB in {saved.seconds:.2f} s")
 
 
@@ -182,19 +190,52 @@ def _batches(run: Run, step: int) -> list[Batch]:
 def _assert_not_stuck(run: Run, result: StepResult) -> None:
     """Raise DsbertError on every rank after too many steps in a row without a finite gradient.
 
-    In fp16 an overflow is how the loss scale is found.
+    Steps by which fp16 finds its loss scale do not count.
     """
     in_a_row, limit = run.reporter.totals()["skipped_in_a_row"], run.recipe.optim.max_skipped_steps
-    if in_a_row < limit or run.engine.precision == "fp16":
+    if in_a_row < limit:
         return
     _report(run, run.writer.finish())  # of a step before: skipped steps have moved nothing
     error = DsbertError(
         f"expected a finite gradient, found none in {in_a_row} steps in a row, the last of them step "
-        f"{run.engine.step}: checkpoints are intact; lower the learning rate"
+        f"{run.engine.step}: checkpoints are intact; {_advice(run)}"
     )
     error.ranks = result.nonfinite_ranks
     raise error
 
 
+def _assert_sound(run: Run) -> None:
+    """Raise DsbertError on every rank if the run, saved at its last step, was not trained up to it."""
+    in_a_row = run.reporter.totals()["skipped_in_a_row"]
+    if in_a_row:
+        _report(run, run.writer.finish())
+        raise DsbertError(
+            f"expected a finite loss and gradient at the last step, {run.engine.step}, found none in the last "
+            f"{in_a_row} steps: the run is saved as it was before them, and is not done; {_advice(run)}"
+        )
+
+
+def _assert_finite(run: Run) -> None:
+    """Raise DsbertError on every rank if a weight or a moment is not finite: no run could go on from there."""
+    found = gather_json(run.engine.nonfinite_parameters()[:1])
+    ranks = tuple(rank for rank, names in enumerate(found) if names)
+    if ranks:
+        error = DsbertError(
+            f"expected finite weights and moments at step {run.engine.step}, found others in {found[ranks[0]][0]}: "
+            f"checkpoints are intact; {_advice(run)}"
+        )
+        error.ranks = ranks
+        raise error
+
+
+def _advice(run: Run) -> str:
+    scale = f" or the loss scale, now {run.engine.loss_scale():g}" if run.engine.precision == "fp16" else ""
+    return f"lower the learning rate{scale}"
+
+
 def _due(every_steps: int, step: int, total_steps: int) -> bool:
     return step % every_steps == 0 or step == total_steps
+
+
+def _is_finite(validation: Evaluation) -> bool:
+    return math.isfinite((validation.mlm_loss or 0.0) + (validation.nsp_loss or 0.0))

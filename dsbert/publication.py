@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from dsbert.checkpoint import LATEST, MANIFEST, published, verify_checkpoint
-from dsbert.durable import sync_directory, write_durably
+from dsbert.durable import read_regular, sync_directory, write_durably
 from dsbert.errors import DsbertError
 
 _SPARE_BYTES = 1 << 20  # for state, manifest, directories
@@ -93,7 +93,7 @@ class Publisher:
     def remove_old(self) -> None:
         """Remove what retention does not keep. What cannot be removed costs a line on standard error."""
         try:
-            self._remove_old((self._root / LATEST).read_text().split()[0])
+            self._remove_old(read_regular(self._root / LATEST).decode("utf-8", "replace").split()[0])
         except DsbertError:  # another attempt owns the run, and removes what it likes
             return
         except (OSError, IndexError) as error:

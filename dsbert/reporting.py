@@ -88,7 +88,7 @@ class Reporter:
 
     def totals(self) -> dict[str, int]:
         """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to
-        now, for the checkpoint."""
+        now for another reason than a loss scale that falls, for the checkpoint."""
         return dict(self._totals)
 
     def waited(self, what: str, seconds: float) -> None:
@@ -102,7 +102,8 @@ class Reporter:
         self._totals["flops"] += self._flops * self._recipe.batch.global_batch
         self._totals["flops_dense"] += self._flops_dense * self._recipe.batch.global_batch
         self._totals["skipped"] += result.skipped
-        self._totals["skipped_in_a_row"] = (self._totals["skipped_in_a_row"] + 1) * result.skipped
+        if not result.rescaled:
+            self._totals["skipped_in_a_row"] = (self._totals["skipped_in_a_row"] + 1) * result.skipped
         if not self._main:
             return
         assert self._bar is not None

@@ -96,6 +96,7 @@ class Run:
         self.engine = TrainEngine(recipe, model, layers, world, self.directory.path)
         distributed.unlimit()  # DeepSpeed's groups
         self.engine.on_progress = self.heartbeat.advance
+        self.engine.prove_layout()
         total_steps = recipe.optim.total_steps
         self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
         self.masks.verify_replicas()

@@ -11,10 +11,8 @@ heartbeats/        health.py, a directory per attempt
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -27,12 +25,14 @@ from dsbert.checkpoint import LATEST, newest_checkpoint, published, read_state
 from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.distributed import together
-from dsbert.durable import replace_durably
+from dsbert.durable import copy_tree, remove_tree, replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError
 from dsbert.health import last_steps
-from dsbert.jsonl import JsonlFile, first_difference, parse_object, to_json
+from dsbert.history import assert_files, read_config, saved_before
+from dsbert.jsonl import JsonlFile, first_difference, to_json
+from dsbert.provenance import git_revision, versions
+from dsbert.records import AttemptRecord, Record, StatusRecord, is_record, read_record
 
-_VERSIONED = ("dsbert", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _MARK = "shared"
 _ENDING = ("outcome", "step", "cause", "culprit")
 _LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
@@ -48,6 +48,7 @@ class RunDirectory:
         self.metrics = JsonlFile(path / "metrics.jsonl")
         self.journal = JsonlFile(path / "masks.jsonl")
         self._seen: list[str] = []
+        self._saved: str | None = None  # the newest checkpoint that this attempt knows of
 
     def heartbeats(self, nonce: str) -> Path:
         """Where the ranks of an attempt say that they live."""
@@ -76,16 +77,20 @@ class RunDirectory:
         "must" and nothing valid is there, or if checkpoints are there and none is valid.
         """
         has_some = together(lambda: self._has_checkpoints(resume), only_main=True)
+        told = together(lambda: saved_before(self.path), only_main=True)
         newest, skipped = newest_checkpoint(self.checkpoints, rank, world_size)
 
         def judge() -> None:
             for line in skipped:
                 print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
-            if newest is None and (has_some or resume == "must"):
+            if newest is None and (has_some or told or resume == "must"):
                 raise CheckpointError(
                     f"expected a valid checkpoint in {self.checkpoints} to resume from, found none"
-                    + (": remove the directory to start again" if has_some else "")
+                    + ("" if has_some or not told else f", while {told}")
+                    + (": remove the directory to start again" if has_some or told else "")
                 )
+            if newest is None and self._has_steps():
+                print(f"dsbert: no checkpoint was saved before in {self.path}: starts at step 0", file=sys.stderr)
 
         together(judge, only_main=True)
         return newest
@@ -106,7 +111,7 @@ class RunDirectory:
         """
         self._check_identity(identity, checkpoint)
         history = JsonlFile(self.path / "attempts.jsonl")
-        before = [entry for entry in history.read(skip_garbled=True) if {"number", "nonce"} <= entry.keys()]
+        before = [entry for entry in history.read(skip_garbled=True) if is_record(entry, AttemptRecord)]
         attempt: dict[str, Any] = {
             "number": 1 + max((entry["number"] for entry in before), default=0),
             "nonce": nonce,
@@ -120,14 +125,15 @@ class RunDirectory:
         # The claim comes first: whatever an attempt that still lives does from now on, it has lost the run.
         history.append(attempt)
         self._replace("attempt.json", to_json(attempt) + "\n")
+        self._saved = attempt["checkpoint"]
         self.set_status(attempt, None, None)
         self._clean_up(nonce, {entry["nonce"] for entry in before})
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
             **(shown or {}),
-            "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _VERSIONED},
-            "git_revision": _git_revision(),
+            "versions": versions(),
+            "git_revision": git_revision(),
         }
         self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self._collect_companions(recipe.data.path)
@@ -139,7 +145,7 @@ class RunDirectory:
 
     def assert_owner(self, attempt: dict[str, Any]) -> None:
         """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
-        owner = self._record("attempt.json", "number", "nonce")
+        owner = self._record("attempt.json", AttemptRecord)
         if owner is None:
             path = self.path / "attempt.json"
             raise PeerError(f"expected {path} to name the attempt that owns the run, found nothing that can be read")
@@ -151,12 +157,12 @@ class RunDirectory:
 
     def owns(self, attempt: dict[str, Any]) -> bool | None:
         """Whether the attempt still owns the run; None where that cannot be seen."""
-        owner = self._record("attempt.json", "number", "nonce")
+        owner = self._record("attempt.json", AttemptRecord)
         return None if owner is None else owner["nonce"] == attempt["nonce"]
 
     def has_ended(self, attempt: dict[str, Any]) -> bool:
         """Whether status.json says already how this attempt ended."""
-        status = self._record("status.json", "attempt", "outcome") or {"outcome": None}
+        status = self._record("status.json", StatusRecord) or {"outcome": None}
         return status["outcome"] is not None and status["attempt"] == attempt["number"]
 
     def set_status(
@@ -176,25 +182,30 @@ class RunDirectory:
             "step": step,
             "cause": cause,
             "culprit": culprit,
+            "saved": self._saved,
         }
         self._replace("status.json", to_json(status) + "\n")
 
+    def note_saved(self, attempt: dict[str, Any], name: str) -> None:
+        """Record that a checkpoint was published, where it is not lost with the checkpoints. Raises OSError."""
+        self.assert_owner(attempt)
+        self._saved = name
+        self.set_status(attempt, None, None)
+
     def _previous(self) -> dict[str, Any] | None:
         """How the attempt before this one ended: its status, or where its ranks were seen last."""
-        before, status = self._record("attempt.json", "nonce"), self._record("status.json", *_ENDING)
+        before, status = self._record("attempt.json", AttemptRecord), self._record("status.json", StatusRecord)
         if before is None or status is None:
             return None
         if status["outcome"] is not None:
             return {name: status[name] for name in _ENDING}
-        steps = last_steps(self.heartbeats(str(before["nonce"])))
+        steps = last_steps(self.heartbeats(before["nonce"]))
         return {"outcome": None, "step": max(steps.values(), default=None), "cause": "ended without a word"}
 
-    def _record(self, name: str, *keys: str) -> dict[str, Any] | None:
-        """A small file's JSON object; None unless there is one with these keys, for the file may be damaged."""
-        with suppress(OSError):
-            record = parse_object((self.path / name).read_bytes())
-            if record is not None and record.keys() >= set(keys):
-                return record
+    def _record(self, name: str, model: type[Record]) -> dict[str, Any] | None:
+        """A small file's JSON object; None unless there is one of this kind, for the file may be damaged."""
+        with suppress(OSError, ValueError):
+            return read_record(self.path / name, model)
         return None
 
     def _clean_up(self, nonce: str, before: set[str]) -> None:
@@ -206,15 +217,16 @@ class RunDirectory:
             trash = leftover.with_name(f".trash-{nonce}-{leftover.name.lstrip('.')}")
             with suppress(OSError):
                 os.replace(leftover, trash)
-                shutil.rmtree(trash, ignore_errors=True) if trash.is_dir() else trash.unlink()
+                remove_tree(trash) if trash.is_dir() else trash.unlink()
         for old in (self.path / "heartbeats").glob("*"):
             if old.name in before:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_tree(old)
 
     def _names(self) -> list[str]:
         return [path.name for path in published(self.checkpoints)]
 
     def _has_checkpoints(self, resume: str) -> bool:
+        assert_files(self.path)
         self._seen = self._names()
         try:
             # `latest` without the one that it names: it was there, and is lost.
@@ -236,9 +248,9 @@ class RunDirectory:
             before = read_state(checkpoint)["identity"]
         elif path.is_file() and self._has_steps():
             try:
-                before = yaml.safe_load(path.read_text(encoding="utf-8"))["identity"]
-            except (yaml.YAMLError, KeyError, TypeError) as error:
-                raise UserError(f"expected the identity of the run in {path}, found: {_line(error)}") from None
+                before = dict(read_config(self.path)["identity"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"expected the identity of the run in {path}, found: {error}") from None
         else:
             return
         made = before.get("samples", 1) if isinstance(before, dict) else None
@@ -258,38 +270,12 @@ class RunDirectory:
     def _collect_companions(self, data_path: Path) -> None:
         """Anew at every attempt: an earlier one may have failed on other data before its first step."""
         temporary = self.path / ".companions.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(data_path / TOKENIZER, temporary / TOKENIZER)
-        shutil.copy(data_path / UNIGRAM, temporary / UNIGRAM)
-        shutil.rmtree(self.companions, ignore_errors=True)
+        remove_tree(temporary)
+        copy_tree(data_path / TOKENIZER, temporary / TOKENIZER)
+        shutil.copyfile(data_path / UNIGRAM, temporary / UNIGRAM)
+        remove_tree(self.companions)
         os.replace(temporary, self.companions)
 
     def _replace(self, name: str, text: str) -> None:
         """Write a small file so that a reader sees the old or the new one, never a part."""
         replace_durably(self.path / name, text.encode())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """The checkout's revision, with "+changes" if it has uncommitted ones; None outside of a checkout."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsbert.sparse.block_editor import even_share
@@ -79,16 +80,30 @@ def _stage3_shard(outer: Any, state: Any, param: Any) -> ParamShard:
 
 
 def _stage12_shard(outer: Any, state: Any, param: Any) -> ParamShard:
-    mapping = param._hp_mapping
-    if mapping is None:
-        return ParamShard(0, torch.empty(0, dtype=torch.float32, device=param.device))
-    masters = getattr(outer, "single_partition_of_fp32_groups", None)
-    flat = (outer.fp32_groups_flat_partition if masters is None else masters)[mapping.param_group_index]
-    address = mapping.hp_fragment_address
-    # The state that the mapping caches goes stale after a load; optimizer.state is always the live one.
-    moments = _moments(state, flat, address.start, address.numel)
-    master = flat.data.narrow(0, address.start, address.numel)
-    return ParamShard(mapping.lp_fragment_address.start, master, moments)
+    if hasattr(outer, "round_robin_bit16_groups"):
+        group, start, offset, length = _stage12_place(outer, param)
+        flat = outer.single_partition_of_fp32_groups[group]
+    elif (mapping := param._hp_mapping) is None:
+        group, start, offset, length = 0, 0, 0, 0
+        flat = outer.fp32_groups_flat_partition[0]
+    else:  # bf16 at stage 1 that accumulates in fp32
+        address = mapping.hp_fragment_address
+        start, offset, length = address.start, mapping.lp_fragment_address.start, address.numel
+        flat = outer.fp32_groups_flat_partition[mapping.param_group_index]
+    # The state that DeepSpeed's mapping caches goes stale after a load; optimizer.state is always the live one.
+    return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length))
+
+
+def _stage12_place(outer: Any, param: Any) -> tuple[int, int, int, int]:
+    """(group, start in the master, offset in the parameter, length), in the order in which DeepSpeed has laid out the
+    flat buffer: its own mapping, _hp_mapping, is wrong for round_robin_gradients."""
+    number = param.param_idx_in_group
+    group = next(g for g, own in enumerate(outer.bit16_groups) if number < len(own) and own[number] is param)
+    first = outer.round_robin_bit16_offsets[group][outer.round_robin_bit16_indices[group][number]]
+    size = outer.partition_size[group]
+    left = size * dist.get_rank(group=outer.real_dp_process_group[group])
+    start, stop = max(first, left), min(first + param.numel(), left + size)
+    return (group, start - left, start - first, stop - start) if start < stop else (group, 0, 0, 0)
 
 
 def _half_precision_master(outer: Any, param: nn.Parameter) -> tuple[Tensor, int] | None:
@@ -119,6 +134,12 @@ def forward_copies(param: Any) -> Iterator[tuple[Tensor, int]]:
             yield param.data.view(-1), 0
     else:
         yield param.data.view(-1), 0
+
+
+def release_gathered(engine: Any) -> None:
+    """Leave of stage 3's copies only those that stay gathered for ever; others may have been left by a forward pass."""
+    if hasattr(engine.optimizer, "_partition_all_parameters"):
+        engine.optimizer._partition_all_parameters()
 
 
 def _partition_rank(param: Any) -> int:
@@ -205,6 +226,21 @@ def set_loss_scaler(engine: Any, numbers: dict[str, float]) -> None:
     for name, value in numbers.items():
         if _is_number(getattr(scaler, name, None)):
             setattr(scaler, name, value)
+
+
+def loss_scale_can_fall(engine: Any) -> bool:
+    """Whether an overflow makes the loss scale smaller: fp16 with a dynamic scale above its minimum."""
+    scaler = _loss_scaler(engine)
+    dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+    least = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None) or 0.0
+    return bool(dynamic) and scaler.cur_scale > least
+
+
+def keep_minimal_loss_scale(engine: Any) -> None:
+    """An overflow at the minimum is a skipped step like others, and no exception."""
+    scaler = _loss_scaler(engine)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
 
 
 def _loss_scaler(engine: Any) -> Any:

@@ -369,18 +369,18 @@ def test_a_stray_file_is_a_note_and_harms_nobody(run: Path, checkpoint: Path) ->
 
 
 def test_a_file_that_may_not_be_read_is_named(copy: Path) -> None:
-    open_file = Path.open
+    open_file = os.open
 
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self.name in refused:
-            raise PermissionError(13, "Permission denied", str(self))
-        return open_file(self, *args, **kwargs)
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name in refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, *args, **kwargs)
 
     below = "checkpoints/step_00000012/"
     expected = {f"{below}unigram.npy", "metrics.jsonl", "status.json", "checkpoints/latest"}
     refused = {Path(name).name for name in expected}
     shutil.rmtree(copy / "checkpoints" / "step_00000006")
-    with mock.patch.object(Path, "open", refuse):
+    with mock.patch("os.open", refuse):
         problems = verify(copy)["problems"]
         assert {entry["file"] for entry in problems} == expected
         assert all("Permission denied" in entry["problem"] for entry in problems)

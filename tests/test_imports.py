@@ -16,10 +16,11 @@ FLOORS = [
     {"pretrain", "submit"},
     {"run", "job_queue"},
     {"preflight"},
-    {"reporting", "run_directory", "export", "evaluate", "inspection", "restore", "comparison", "numerics"},
+    {"reporting", "run_directory", "history", "export", "evaluate", "inspection", "restore", "comparison", "numerics"},
     {"auditing", "job_script", "ownership"},
     {"model", "engine", "checkpoint", "checkpoint_writer", "publication"},
     {"bert_layers"},
+    {"layout_proof"},
     {
         "data",
         "ds_engine",
@@ -35,7 +36,7 @@ FLOORS = [
     {"wandb_process"},
     {"wandb_file"},
     {"sparse"},
-    {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
+    {"config", "distributed", "rendezvous", "meeting_place", "jsonl", "records", "provenance"},
     {"overrides"},
     {
         "awake",

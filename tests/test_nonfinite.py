@@ -217,14 +217,15 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
     in_a_row = []
     for step in range(3, 11):
         losses = torch.full((2,), math.nan if step in (4, 6, 7) else 1.0, dtype=torch.float64)
-        result = StepResult(losses, 1, 1, 1, 1.0, 1e-3, stop=False, skipped=step in (4, 6, 7))
+        skipped = step in (4, 5, 6, 7)
+        result = StepResult(losses, 1, 1, 1, 1.0, 1e-3, stop=False, skipped=skipped, rescaled=step == 5)
         reporter.step(StepReport(step, result, masks, None, None))
         in_a_row.append(reporter.totals()["skipped_in_a_row"])
     reporter.close(patient=False)
-    assert in_a_row == [0, 1, 0, 1, 2, 0, 0, 0]
-    assert reporter.totals()["skipped"] == 3
+    assert in_a_row == [0, 1, 1, 2, 3, 0, 0, 0], "a step by which the loss scale falls counts neither way"
+    assert reporter.totals()["skipped"] == 4
     records = [(record["step"], record["skipped"], record["loss"]) for record in directory.metrics.read()]
-    assert records == [(4, 1, None), (6, 1, None), (7, 1, None), (10, 0, 2.0)]
+    assert records == [(4, 1, None), (5, 1, 2.0), (6, 1, None), (7, 1, None), (10, 0, 2.0)]
 
 
 def test_how_many_steps_may_be_skipped_is_no_part_of_the_identity() -> None:

@@ -27,6 +27,7 @@ from dsbert.checkpoint import (
     verify_checkpoint,
 )
 from dsbert.fragments import fragments_name
+from dsbert.records import ManifestRecord, Record, StateRecord, checked
 
 NAME = re.compile(r"step_([0-9]{8})")
 ASIDE = re.compile(r"step_([0-9]{8})\.(damaged|superseded)-.+")
@@ -50,7 +51,7 @@ def audit_checkpoint(path: Path, count: Callable[[int], object] = lambda nbytes:
     else:
         try:
             manifest = read_manifest(path)
-            found = list(_manifest_problems(path, manifest))
+            found = list(_manifest_problems(path, manifest)) or _record_problems(MANIFEST, manifest, ManifestRecord)
         except Exception as error:
             manifest, found = {}, [Problem(MANIFEST, str(error) or repr(error))]
         audit.problems += found or _file_problems(path, manifest, count)
@@ -85,6 +86,15 @@ def _manifest_problems(path: Path, manifest: dict[str, Any]) -> Iterator[Problem
         yield Problem(MANIFEST, f"expected topology_digest, found {manifest.get('topology_digest')!r}")
 
 
+def _record_problems(file: str, record: dict[str, Any], model: type[Record]) -> list[Problem]:
+    """What else would keep a run from going on."""
+    try:
+        checked(record, model)
+    except ValueError as error:
+        return [Problem(file, str(error))]
+    return []
+
+
 def _file_problems(path: Path, manifest: dict[str, Any], count: Callable[[int], object]) -> list[Problem]:
     """`verify_checkpoint`, a file at a time."""
     files = manifest["files"]
@@ -93,12 +103,7 @@ def _file_problems(path: Path, manifest: dict[str, Any], count: Callable[[int], 
         found |= dict.fromkeys(verify_checkpoint(path, share=(number, len(files))))
         count(files[name]["bytes"])
     found |= dict.fromkeys(verify_checkpoint(path, share=(0, 1)) if not files else ())
-    return [
-        Problem(problem.file, "expected a file, found something else")
-        if problem.problem == "missing" and os.path.lexists(path / problem.file)
-        else problem
-        for problem in found
-    ]
+    return list(found)
 
 
 def _content_problems(path: Path, manifest: dict[str, Any], damaged: set[str]) -> Iterator[Problem]:
@@ -107,7 +112,7 @@ def _content_problems(path: Path, manifest: dict[str, Any], damaged: set[str]) -
         return
     try:
         state = read_state(path)
-        found = list(state_problems(state, manifest))
+        found = list(state_problems(state, manifest)) or _record_problems(STATE, state, StateRecord)
     except Exception as error:
         found = [Problem(STATE, f"unreadable: {error or repr(error)}")]
     yield from found

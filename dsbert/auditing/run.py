@@ -13,11 +13,11 @@ from typing import Any
 
 from dsbert.auditing.checkpoint import ASIDE, NAME, Audit, audit_checkpoint
 from dsbert.auditing.data import audit_data
+from dsbert.auditing.records import audit_records
 from dsbert.auditing.special import special, special_files
 from dsbert.checkpoint import KIND, LATEST, MANIFEST, STATE, TOPOLOGY, Problem, read_manifest
-from dsbert.durable import checksum
+from dsbert.durable import checksum, read_regular
 from dsbert.errors import UserError
-from dsbert.jsonl import parse_object
 
 CHECKPOINTS = "checkpoints"
 _RUN_FILES = (CHECKPOINTS, "attempt.json", "attempts.jsonl", "status.json", "masks.jsonl")
@@ -101,10 +101,7 @@ def audit_run(path: Path, count: Callable[[int], object] = lambda nbytes: None) 
         message = "expected a checkpoint, found none: nothing was saved yet, or it was removed"
         audit.problems.append(Problem(CHECKPOINTS, message))
     _audit_latest(root, names, audit)
-    for name in ("metrics.jsonl", "masks.jsonl", "attempts.jsonl"):
-        _audit_journal(path / name, audit, has_steps=name != "attempts.jsonl")
-    for name in ("attempt.json", "status.json"):
-        _audit_record(path / name, audit)
+    audit_records(path, [root / entry["name"] for entry in audit.checkpoints if entry["ok"]], audit)
     return audit
 
 
@@ -117,7 +114,7 @@ _AUDITS: dict[str, Callable[[Path, Callable[[int], object]], Audit]] = {
 
 def read_latest(root: Path) -> tuple[str, str] | None:
     """(name, checksum of the manifest) that `latest` holds; None if it holds anything else. Raises OSError."""
-    words = (root / LATEST).read_bytes().decode("utf-8", "replace").split()
+    words = read_regular(root / LATEST).decode("utf-8", "replace").split()
     if len(words) == 2 and NAME.fullmatch(words[0]) and re.fullmatch("[0-9a-f]{32}", words[1]):
         return words[0], words[1]
     return None
@@ -130,7 +127,7 @@ def _audit_latest(root: Path, names: list[str], audit: Audit) -> None:
     try:
         latest = read_latest(root)
         if latest is None:
-            content = (root / LATEST).read_bytes()
+            content = read_regular(root / LATEST)
             found = f"found {content[:80]!r}" if content.strip() else "found it empty"
             audit.problems.append(Problem(file, f"expected a checkpoint's name and a checksum, {found}"))
             return
@@ -152,47 +149,6 @@ def _audit_latest(root: Path, names: list[str], audit: Audit) -> None:
             audit.notes.append(Problem(file, f"names {name}, while {names[-1]} is newer; the next save mends it"))
     except OSError:
         pass  # the checkpoint's own problem
-
-
-def _audit_journal(file: Path, audit: Audit, has_steps: bool) -> None:
-    """JSON objects, one per line, and where they have steps, each later than the one before. None is no problem."""
-    torn, before = 0, -1
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                ended = line.endswith(b"\n")
-                record = parse_object(line) if ended and not torn else None
-                if torn or (ended and record is None and not has_steps):
-                    torn = torn or number
-                    audit.problems.append(Problem(file.name, f"line {torn}: expected a JSON object, found none"))
-                    return
-                step = record.get("step") if record else None
-                if record is None:
-                    torn = number
-                elif has_steps and not isinstance(step, int):
-                    audit.problems.append(Problem(file.name, f"line {number}: expected a step, found {step!r}"))
-                    return
-                elif has_steps and step is not None and step <= before:
-                    message = f"line {number}: expected a step beyond {before}, found {step}"
-                    audit.problems.append(Problem(file.name, message))
-                    return
-                before = step if isinstance(step, int) else before
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        audit.problems.append(Problem(file.name, f"unreadable: {error.strerror}"))
-    if torn:
-        audit.notes.append(Problem(file.name, f"the last line, {torn}, is torn; the next attempt drops it"))
-
-
-def _audit_record(file: Path, audit: Audit) -> None:
-    try:
-        if parse_object(file.read_bytes()) is None:
-            audit.problems.append(Problem(file.name, "expected a JSON object, found none"))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        audit.problems.append(Problem(file.name, f"unreadable: {error.strerror}"))
 
 
 def bytes_below(path: Path) -> int:

@@ -17,7 +17,7 @@ from dsbert.data.shards import checksum
 from dsbert.data.spool import save_array
 from dsbert.data.workers import Task
 from dsbert.durable import checksum as checksum_128
-from dsbert.durable import replace_durably, sync_directory
+from dsbert.durable import copy_tree, replace_durably, sync_directory
 from dsbert.errors import DataError, UserError
 
 
@@ -98,7 +98,7 @@ def assemble(made: Path, tokenizer: Path, shards: dict[str, list[Task]], vocab_s
     for task in shards["train"]:
         counts += np.load(f"{task['to']}.counts.npy")
     save_array(made / UNIGRAM, counts)
-    shutil.copytree(tokenizer, made / TOKENIZER)
+    copy_tree(tokenizer, made / TOKENIZER)
     added = [made / UNIGRAM, *sorted((made / TOKENIZER).iterdir())]
     for file in added:
         replace_durably(file, file.read_bytes())

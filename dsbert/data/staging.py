@@ -11,6 +11,7 @@ import xxhash
 
 from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, ShardEntry, load_manifest
 from dsbert.data.shards import checksum
+from dsbert.durable import copy_tree, remove_tree
 from dsbert.errors import DataError, UserError
 
 _CHUNK_BYTES = 1 << 22
@@ -49,8 +50,8 @@ def stage(data_dir: Path, stage_to: Path | None) -> Path:
             ):
                 if not (target / folder).is_dir():
                     temporary = target / f".{folder}.tmp"
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    shutil.copytree(data_dir / folder, temporary)
+                    remove_tree(temporary)
+                    copy_tree(data_dir / folder, temporary)
                     temporary.rename(target / folder)
             for name in (UNIGRAM, MANIFEST):
                 shutil.copyfile(data_dir / name, target / f".{name}.tmp")

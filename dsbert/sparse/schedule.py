@@ -26,9 +26,11 @@ class UpdateSchedule:
     def update_number(self, step: int) -> int | None:
         """u if update u happens after `step` optimizer steps, else None."""
         u = round(step * self.num_updates / self.total_steps)  # the only candidate, since n <= T
-        if 1 <= u < self.num_updates and round(u * self.total_steps / self.num_updates) == step:
-            return u
-        return None
+        return u if 1 <= u < self.num_updates and self.step_of(u) == step else None
+
+    def step_of(self, number: int) -> int:
+        """The step after which update `number` happens."""
+        return round(number * self.total_steps / self.num_updates)
 
     def is_update_step(self, step: int) -> bool:
         return self.update_number(step) is not None
