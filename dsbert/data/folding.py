@@ -47,8 +47,13 @@ class Folder:
         # BERT's goes character by character, so that a text is its words'; and of ASCII it changes only case.
         self._by_word = bert or normalizer is None
         self._ascii = _LOWER if normalizer is not None and bert and normalizer["lowercase"] else _PLAIN
-        self._words = _Memory(lambda word: " ".join(self._normal(word).split()))
-        self._letters = _Memory((lambda word: letters(self._normal(word))) if self._by_word else letters)
+        self._words = _Memory(self._word)
+        self._letters = _Memory((lambda word: letters(self._word(word))) if self._by_word else letters)
+
+    def _word(self, word: str) -> str:
+        if word.isascii() and word.isprintable():
+            return word.lower() if self._ascii is _LOWER else word
+        return " ".join(self._normal(word).split())
 
     def hashes(self, text: str) -> tuple[int, int]:
         """128 bits that copies have in common, and 64 bits that decide the split: neither must ever change."""
@@ -79,6 +84,8 @@ def folder_of(normalizer: str) -> Folder:
 
 def letters(text: str) -> str:
     """Letters and digits, without case, accents and compatibility forms."""
+    if text.isascii():
+        return "".join(filter(str.isalnum, text.lower()))
     bare = "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text)))
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", bare.casefold())))
 
