@@ -11,7 +11,7 @@ import click
 
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
-from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError, printable
 
 
 def _take_local_rank(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -140,14 +140,14 @@ def run(argv: list[str]) -> int:
     try:
         app.main(argv, prog_name="dsbert", obj=argv)
     except DsbertError as error:
-        print(f"dsbert: {error}", file=sys.stderr)
+        print(f"dsbert: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception:  # a bug of ours: shown whole, and always exit code 1
         import traceback
 
-        traceback.print_exc()
+        print(printable(traceback.format_exc(), lines=True), end="", file=sys.stderr)
         return EXIT_INTERNAL
     return EXIT_OK
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dsbert.errors import EXIT_NO_CHECKPOINT, EXIT_OK
+from dsbert.errors import EXIT_NO_CHECKPOINT, EXIT_OK, UserError, printable
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _source = click.argument("source", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
@@ -35,13 +35,18 @@ def evaluate(source: Path, text: tuple[str, ...], as_json: bool) -> None:
 
 @click.command()
 @_source
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The directory to write.")
+@click.option("--to", required=True, metavar="PATH", help="The directory to write, new or of an earlier export.")
 @as_json_option
-def export(source: Path, to: Path, as_json: bool) -> None:
-    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form."""
+def export(source: Path, to: str, as_json: bool) -> None:
+    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form.
+
+    Of an earlier export its own files are replaced; others stay.
+    """
     from dsbert.export import export as run
 
-    show(run(source, to), as_json, heading=f"exported {source}")
+    if not to.strip():  # which would be the working directory
+        raise UserError("expected a directory in --to, found an empty name: give one, as exports/demo")
+    show(run(source, Path(to)), as_json, heading=f"exported {source}")
 
 
 @click.command()
@@ -112,14 +117,16 @@ def show(values: dict[str, Any], as_json: bool, heading: str = "", lines: _Lines
         print(to_json(values))
         return
     if lines is not None:
-        print("\n".join(lines(values)))
+        print("\n".join(printable(line, lines=True) for line in lines(values)))
         return
-    print(heading)
+    print(printable(heading))
     for name, value in values.items():
         if isinstance(value, dict):
             value = json.dumps(value)
         elif isinstance(value, list):
-            value = "".join(f"\n    {item if isinstance(item, str) else json.dumps(item)}" for item in value)
+            value = "".join(f"\n    {printable(item if isinstance(item, str) else json.dumps(item))}" for item in value)
         elif isinstance(value, float):
             value = f"{value:.4f}"
-        print(f"  {name:<14} {value}")
+        elif isinstance(value, str):
+            value = printable(value)
+        print(f"  {printable(name):<14} {value}")

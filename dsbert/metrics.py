@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from dsbert.errors import printable
 from dsbert.jsonl import to_json
 
 # Records that wait for W&B, at most: at one a second, a quarter of an hour of an unreachable server.
@@ -129,7 +130,11 @@ class WandbLogger:
         """One line on standard error, once in the life of this logger."""
         if not self._warned:
             self._warned = True
-            print(f"dsbert: W&B: {why}. The run goes on; metrics.jsonl has everything.", file=sys.stderr, flush=True)
+            print(
+                f"dsbert: W&B: {printable(why)}. The run goes on; metrics.jsonl has everything.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _run_id(path: Path) -> str:

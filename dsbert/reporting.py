@@ -10,6 +10,7 @@ from typing import Any
 from dsbert.config import Recipe
 from dsbert.distributed import World
 from dsbert.engine import StepResult
+from dsbert.errors import printable
 from dsbert.evaluate import Evaluation
 from dsbert.metrics import WandbLogger
 from dsbert.progress import TrainingBar
@@ -109,7 +110,7 @@ class Reporter:
             if self._bar:
                 self._bar.print(line)
             else:
-                print(f"dsbert: {line}", file=sys.stderr, flush=True)
+                print(f"dsbert: {printable(line)}", file=sys.stderr, flush=True)
 
     def close(self, *, patient: bool) -> None:
         """patient: the run is done, and W&B may take a minute to finish; else the machine may be about to go."""

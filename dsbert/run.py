@@ -24,7 +24,7 @@ from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config
 from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
-from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError, printable
 from dsbert.evaluate import EVAL_SEED
 from dsbert.health import Culprit, Heartbeat
 from dsbert.model import build_model, layer_shapes
@@ -223,7 +223,7 @@ class Run:
         found = f"rank {self.world.rank} on {self.world.host} made no progress for {self.timeout_s:g} s"
         own = Culprit(self.world.rank, self.world.host, self.step, None, "lives but does not go on")
         culprits = self.heartbeat.culprits() or [own]
-        print(f"dsbert: {self._account_for_lost(found, culprits)}", file=sys.stderr, flush=True)
+        print(f"dsbert: {printable(self._account_for_lost(found, culprits))}", file=sys.stderr, flush=True)
         os._exit(EXIT_PEER)
 
     def _assert_shared(self, run_dir: Path) -> None:
