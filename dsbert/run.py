@@ -84,10 +84,10 @@ class Run:
         patiently(lambda: stage(recipe.data.path, recipe.data.stage_to), everywhere=True)
         streams = together(lambda: _open_streams(recipe, stage(recipe.data.path, recipe.data.stage_to)))
         vocab_size = self._manifest.tokenizer.vocab_size
-        built = together(lambda: build_model(recipe, vocab_size, world.device))
         assert streams is not None
-        assert built is not None
         self.train, self.held_out = streams
+        built = together(lambda: build_model(recipe, vocab_size, world.device, self.train.vocab.pad))
+        assert built is not None
         model, layers = built
         shapes = layer_shapes(model)
         self.engine = TrainEngine(recipe, model, layers, world)
