@@ -21,8 +21,8 @@ FLOORS = [
     {"bert_layers"},
     {"data", "ds_engine", "step_guard", "fragments", "zero_shards", "metrics", "ds_config", "stopping", "health"},
     {"sparse"},
-    {"config", "distributed", "rendezvous", "meeting_place", "jsonl"},
-    {"launch", "ranks", "errors", "progress", "durable", "malloc"},
+    {"config", "distributed", "rendezvous", "handshake", "meeting_place", "sealed_store", "jsonl"},
+    {"launch", "ranks", "errors", "secret", "progress", "durable", "malloc"},
 ]
 
 
