@@ -74,7 +74,8 @@ class SparseBert(nn.Module):
 
 
 def bert_config(recipe: Recipe, vocab_size: int, pad_token_id: int = 0) -> BertConfig:
-    """The transformers configuration of the recipe's model. The embedding of pad_token_id is zero, and stays so."""
+    """The transformers configuration of the recipe's model. The embedding of pad_token_id is zero at
+    first, and padded positions do not move it (the MLM decoder, which is tied to it, does)."""
     model = recipe.model
     return BertConfig(
         vocab_size=vocab_size,

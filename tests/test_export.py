@@ -244,7 +244,4 @@ def test_padding_is_what_the_tokenizer_pads_with(data: Path, tmp_path: Path) -> 
     model = transformers.BertForPreTraining.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert model.config.pad_token_id == tokenizer.pad_token_id == 76
-    weight = model.get_input_embeddings().weight
     assert model.get_input_embeddings().padding_idx == 76
-    assert not weight[76].any()
-    assert weight[0].any()
