@@ -27,7 +27,7 @@ import torch
 
 from dsbert.distributed import gather_json
 from dsbert.durable import checksum, read_regular
-from dsbert.errors import CheckpointError, UserError
+from dsbert.errors import CheckpointError, UserError, printable
 from dsbert.fragments import FragmentReader, fragments_name
 from dsbert.records import ManifestRecord, StateRecord, checked
 from dsbert.sparse import BlockTopology, MaskManager
@@ -66,7 +66,7 @@ def resolve_checkpoint(path: Path) -> Path:
         raise UserError(f"expected a run directory or a checkpoint at {path}, found neither")
     newest, skipped = newest_checkpoint(path / "checkpoints")
     for line in skipped:
-        print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
+        print(f"dsbert: skipped a damaged checkpoint: {printable(line)}", file=sys.stderr)
     if newest is None:
         raise CheckpointError(f"expected a valid checkpoint in {path / 'checkpoints'}, found none")
     return newest

@@ -15,7 +15,7 @@ from dsbert import __version__
 from dsbert.cli_checkpoints import COMMANDS, as_json_option, show
 from dsbert.cli_data import DATA_COMMANDS
 from dsbert.cli_types import PathName, Seconds, examples
-from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError, printable
 from dsbert.output import flush, lose_output_too, protect
 
 if TYPE_CHECKING:
@@ -202,21 +202,22 @@ def run(argv: list[str]) -> int:
         return error.exit_code
     except click.ClickException as error:
         place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "dsbert"
-        print(f"dsbert: {' '.join(error.format_message().split()).rstrip('.')}; see `{place} --help`", file=sys.stderr)
+        message = printable(" ".join(error.format_message().split()).rstrip("."))
+        print(f"dsbert: {message}; see `{place} --help`", file=sys.stderr)
         return error.exit_code
     except click.Abort:
         # What is made aside is renamed when it is whole, and a preparation keeps its pieces.
         print("dsbert: interrupted: nothing is half done; the same command goes on or begins again", file=sys.stderr)
         return EXIT_INTERRUPTED
     except DsbertError as error:
-        print(f"dsbert: {error}", file=sys.stderr)
+        print(f"dsbert: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception:  # a bug of ours: shown whole, and always exit code 1
         import traceback
 
-        traceback.print_exc()
+        print(printable(traceback.format_exc(), lines=True), end="", file=sys.stderr)
         return EXIT_INTERNAL
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dsbert.cli_types import PathName, examples
-from dsbert.errors import EXIT_NO_CHECKPOINT, EXIT_OK
+from dsbert.errors import EXIT_NO_CHECKPOINT, EXIT_OK, printable
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _source = click.argument("source", metavar="CHECKPOINT|RUN", type=PathName())
@@ -50,10 +50,13 @@ def evaluate(
 
 @click.command(epilog=examples("dsbert export runs/demo --to exports/demo"))
 @_source
-@click.option("--to", type=PathName(), required=True, help="The directory to write.")
+@click.option("--to", type=PathName(), required=True, help="The directory to write, new or of an earlier export.")
 @as_json_option
 def export(source: Path, to: Path, as_json: bool) -> None:
-    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form."""
+    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form.
+
+    Of an earlier export its own files are replaced; others stay.
+    """
     from dsbert.export import export as run
 
     show(run(source, to), as_json, heading=f"exported {source}")
@@ -127,16 +130,16 @@ def show(values: dict[str, Any], as_json: bool, heading: str = "", lines: _Lines
         print(to_json(values))
         return
     if heading:
-        print(heading)
+        print(printable(heading))
     if lines is not None:
-        print("\n".join(lines(values)))
+        print("\n".join(printable(line, lines=True) for line in lines(values)))
         return
     for name, value in values.items():
         if isinstance(value, list):
-            shown = "".join(f"\n    {_in_words(item)}" for item in value) or "none"
+            shown = "".join(f"\n    {printable(_in_words(item))}" for item in value) or "none"
         else:
-            shown = _in_words(value)
-        print(f"  {name:<14} {shown}")
+            shown = printable(_in_words(value))
+        print(f"  {printable(name):<14} {shown}")
 
 
 def _in_words(value: Any) -> str:

@@ -61,12 +61,13 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     from dsbert.data.crew import PeerFailedError, meet
     from dsbert.data.folders import left_out_lines
     from dsbert.data.prepare import prepare as run
+    from dsbert.data.prepare import work_directory
     from dsbert.progress import overall_bar
     from dsbert.ranks import ranks_from_environment
 
     ranks = ranks_from_environment()
     try:
-        with meet(ranks) as crew, overall_bar(_SHARES, show=crew.is_main) as progress:
+        with meet(ranks, work_directory(to)) as crew, overall_bar(_SHARES, show=crew.is_main) as progress:
             summary = run(source, to, progress=progress, nproc=nproc or _processes(ranks), crew=crew, **options)
     except PeerFailedError as error:  # that rank has said it
         raise SystemExit(error.exit_code) from None

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed import distributed_c10d
 
 from dsbert.errors import DsbertError, LostPeerError, PeerError, UserError
 from dsbert.malloc import keep_freed_pages
-from dsbert.meeting_place import one_line
+from dsbert.meeting_place import is_loopback, one_line
 from dsbert.ranks import Ranks, ranks_from_environment
 from dsbert.rendezvous import meet
 
@@ -31,6 +32,8 @@ T = TypeVar("T")
 # In the messages of gloo and NCCL, which have no exception type of their own for it.
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
 _NO_LIMIT = timedelta(days=30)
+
+_stores: list[dist.Store] = []  # torch holds on to a store, and that does not keep a Python object alive
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,12 @@ class World:
         return self.rank == 0
 
 
-def init(timeout_s: float = 300.0) -> World:
+def init(timeout_s: float = 300.0, directory: Path | None = None) -> World:
     """Join the other ranks; sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT for libraries that read them.
 
     NCCL for CUDA tensors, with the device of the local rank; gloo for CPU tensors, which all that the ranks say to each
-    other about control is made of: it never waits for a GPU. Without a launcher: a world of one.
+    other about control is made of: it never waits for a GPU. Without a launcher: a world of one. directory: as
+    `rendezvous.meet` says.
     Raises UserError for an incomplete environment or a port that is taken, PeerError if the peers do not come in time.
     """
     ranks = ranks_from_environment() or Ranks(0, 1, 0)
@@ -68,10 +72,16 @@ def init(timeout_s: float = 300.0) -> World:
         keep_freed_pages()
     # NCCL's own watchdog would abort the process when a peer is gone, before it is known which: health.py ends it.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    meeting = meet(ranks, timeout_s)
+    meeting = meet(ranks, timeout_s, directory)
+    if is_loopback(os.environ["MASTER_ADDR"]) and "lo" in (name for _, name in socket.if_nameindex()):
+        # gloo's connections ask nobody who he is: those of one machine need not be within reach of others.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # NCCL asks the store from threads of its own, which must not wait for Python.
+    store = meeting.open_store if cuda else meeting.store
+    _stores.append(store)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=meeting.store, rank=rank, world_size=world_size,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
             # Bound to a device, a world of one would split communicators that it never made.
             device_id=device if cuda and world_size > 1 else None,

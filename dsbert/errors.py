@@ -4,6 +4,8 @@ A `DsbertError` is shown to the user as one line and never as a traceback; anyth
 ours and exits with 1.
 """
 
+import unicodedata
+
 EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USER = 2
@@ -49,3 +51,19 @@ class DataError(DsbertError):
     """Prepared data is damaged: a shard is not what the manifest says."""
 
     exit_code = EXIT_NO_CHECKPOINT
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    """The text with everything escaped by which a stranger's words could steer a terminal or feign other text: control
+    characters, escape sequences, marks that turn the direction of writing, what cannot be encoded; and new lines, but
+    where `lines` may be several. Everything that is printed for people goes through here once."""
+    return "".join(char if _is_harmless(char) or (lines and char == "\n") else _escaped(char) for char in str(text))
+
+
+def _is_harmless(char: str) -> bool:
+    # The two invisible marks are spelling in some scripts.
+    return char.isprintable() or char in "\u200c\u200d" or unicodedata.category(char) == "Zs"
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

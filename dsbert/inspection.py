@@ -16,7 +16,7 @@ from dsbert.auditing.checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.auditing.run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.checkpoint import fragment_files, read_manifest, read_state, read_topology, resolve_checkpoint
 from dsbert.durable import open_regular
-from dsbert.errors import CheckpointError, UserError
+from dsbert.errors import CheckpointError, UserError, printable
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.kernel_plan import gain_of
 from dsbert.sparse.topology import combined_digest, unpack_bits
@@ -228,7 +228,7 @@ def checkpoint_table(listing: dict[str, Any]) -> Iterator[str]:
     if sys.stdout.isatty():
         yield _drawn(heads, rows)
     else:
-        yield from _aligned([heads, *rows])
+        yield from _aligned([heads, *(tuple(map(printable, row)) for row in rows)])
     for entry in listing["checkpoints"]:
         if entry["problem"]:
             yield f"{entry['name']}/{entry['problem']}"
@@ -240,11 +240,12 @@ def _drawn(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    # Without styles: who shows the lines escapes what could steer a terminal.
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     for head in heads:
         table.add_column(head, overflow="fold", no_wrap=head != "name")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # names are no markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # names are no markup
     console = Console()
     with console.capture() as drawn:
         console.print(table)

@@ -4,6 +4,7 @@ The launcher imports no torch, keeps nothing but processes, and ends with the ra
 
 - The port of the rendezvous is bound here and its listening descriptor goes to rank 0, so no other program can take
   the port between choosing and using it.
+- The ranks are told a secret, by which they know each other (secret.py).
 - Each rank has its own session, so a terminal's Ctrl-C reaches the ranks once, through forwarding.
 - A rank that fails gives the others a grace period, in which they can notice and say whose fault it is. Then they are
   stopped. No rank outlives `launch`, nor a launcher that was killed (`die_with_parent`).
@@ -29,8 +30,10 @@ from dsbert.errors import (
     EXIT_PEER,
     EXIT_REQUEUE,
     EXIT_USER,
+    printable,
 )
 from dsbert.memory_kills import memory_kills, why_killed
+from dsbert.secret import SECRET_ENV, new_secret
 
 LISTEN_FD_ENV = "DSBERT_LISTEN_FD"
 PARENT_PID_ENV = "DSBERT_PARENT_PID"
@@ -172,13 +175,14 @@ def _start(command: Sequence[str], nproc: int, ranks: list[subprocess.Popen[byte
     """Start the ranks and append each to `ranks` at once, so that a failure on the way leaves none unknown."""
     # Our own copy is closed on return: with it open, ranks could still connect to the port after rank 0 has died,
     # and would wait for an answer.
+    secret = new_secret()
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc)) as listener, _blocked_signals():
         for rank in range(nproc):
             ranks.append(
                 subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
-                    env=_environment(rank, nproc, listener),
+                    env=_environment(rank, nproc, listener, secret),
                     pass_fds=[listener.fileno()] if rank == 0 else [],
                     start_new_session=True,
                 )
@@ -196,7 +200,7 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _environment(rank: int, nproc: int, listener: socket.socket) -> Mapping[str, str]:
+def _environment(rank: int, nproc: int, listener: socket.socket, secret: str) -> Mapping[str, str]:
     """The environment of one rank: ours, torchrun's variables, and those of this module."""
     environment = os.environ | {
         "RANK": str(rank),
@@ -206,6 +210,7 @@ def _environment(rank: int, nproc: int, listener: socket.socket) -> Mapping[str,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(listener.getsockname()[1]),
         PARENT_PID_ENV: str(os.getpid()),
+        SECRET_ENV: secret,
     }
     if rank == 0:
         environment[LISTEN_FD_ENV] = str(listener.fileno())
@@ -299,4 +304,4 @@ def _kill_group(rank: subprocess.Popen[bytes]) -> None:
 
 def _say(message: str) -> None:
     """One line on standard error, flushed: the ranks write there too."""
-    print(f"dsbert: {message}", file=sys.stderr, flush=True)
+    print(f"dsbert: {printable(message)}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dsbert.errors import PeerError, UserError
@@ -63,7 +64,9 @@ def find_place(ranks: Ranks, deadline: float) -> Place:
         return Place(address, ports, listener=socket.socket(fileno=int(listen_fd)))
     # torchrun's agent already serves a store at this address; then rank 0 is a client like everybody else.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Place(address, ports, listener=_listener(address, ports) if ranks.rank == 0 and not agent else None)
+    return Place(
+        address, ports, listener=_listener(address, ports, given=True) if ranks.rank == 0 and not agent else None
+    )
 
 
 def first_node(hostlist: str) -> str | None:
@@ -115,7 +118,8 @@ def _slurm_place(ranks: Ranks) -> Place:
             )
     ports = (_given_port(),) if env.get("MASTER_PORT") else candidate_ports(*attempt)
     identity = "/".join((env.get("SLURM_CLUSTER_NAME", ""), *attempt))
-    return Place(address, ports, identity, _listener(address, ports) if ranks.rank == 0 else None)
+    given = bool(env.get("MASTER_ADDR"))
+    return Place(address, ports, identity, _listener(address, ports, given=given) if ranks.rank == 0 else None)
 
 
 def _mpi_place(ranks: Ranks, deadline: float) -> Place:
@@ -155,11 +159,11 @@ def _given_port() -> int:
     return int(text)
 
 
-def _listener(address: str, ports: tuple[int, ...]) -> socket.socket:
+def _listener(address: str, ports: tuple[int, ...], *, given: bool) -> socket.socket:
     """The first of the ports that is free here."""
     for port in ports:
         try:
-            return _bind(address, port)
+            return _bind(address, port, given=given)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise UserError(f"expected to bind port {port} on rank 0's machine, found: {error.strerror}") from None
@@ -174,13 +178,32 @@ def _listener(address: str, ports: tuple[int, ...]) -> socket.socket:
     )
 
 
-def _bind(address: str, port: int) -> socket.socket:
-    """Listen for this machine only where the address says so, else on all its addresses, of IPv4 and IPv6."""
-    if is_loopback(address):
-        return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+def _bind(address: str, port: int, *, given: bool = False) -> socket.socket:
+    """Listen at the address where it is a number, or given by the user, and one of this machine's; else at all
+    addresses, of IPv4 and IPv6: what a name is here need not be what it is on other nodes."""
+    own = address if is_loopback(address) else _own_number(address, given)
+    if own:
+        return socket.create_server((own, port), family=socket.AF_INET6 if ":" in own else socket.AF_INET, backlog=1024)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
     return socket.create_server(("", port), backlog=1024)
+
+
+def _own_number(address: str, given: bool) -> str | None:
+    """The numeric address of this machine that is meant, where other machines may mean the same."""
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=0 if given else socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return None
+    numbers = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    # Many systems give their own name a loopback address, which is of no use to others.
+    if any(is_loopback(number) for number in numbers):
+        return None
+    for number in numbers:
+        with suppress(OSError), socket.socket(socket.AF_INET6 if ":" in number else socket.AF_INET) as probe:
+            probe.bind((number, 0))
+            return number
+    return None
 
 
 def is_loopback(address: str) -> bool:

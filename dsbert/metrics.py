@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.durable import read_regular
+from dsbert.errors import printable
 from dsbert.jsonl import JsonlFile, to_json
 from dsbert.launch import module_command
 from dsbert.wandb_file import OfflineRun, steps_on_disk
@@ -122,10 +123,8 @@ class WandbLogger:
         if not self._warned:
             self._warned = True
             goes_on = "" if self._closing else "The run goes on; "
-            line = (
-                f"dsbert: W&B: {why}. {goes_on}metrics.jsonl has everything, and the next start sends what is missing."
-            )
-            print(line, file=sys.stderr, flush=True)
+            rest = f"{goes_on}metrics.jsonl has everything, and the next start sends what is missing."
+            print(f"dsbert: W&B: {printable(why)}. {rest}", file=sys.stderr, flush=True)
 
 
 def _run_id(path: Path) -> str:

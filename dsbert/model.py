@@ -73,8 +73,9 @@ class SparseBert(nn.Module):
         return losses, hits
 
 
-def bert_config(recipe: Recipe, vocab_size: int) -> BertConfig:
-    """The transformers configuration of the recipe's model."""
+def bert_config(recipe: Recipe, vocab_size: int, pad_token_id: int = 0) -> BertConfig:
+    """The transformers configuration of the recipe's model. The embedding of pad_token_id is zero at
+    first, and padded positions do not move it (the MLM decoder, which is tied to it, does)."""
     model = recipe.model
     return BertConfig(
         vocab_size=vocab_size,
@@ -86,12 +87,12 @@ def bert_config(recipe: Recipe, vocab_size: int) -> BertConfig:
         hidden_dropout_prob=model.dropout,
         attention_probs_dropout_prob=model.dropout,
         initializer_range=model.initializer_std,
-        pad_token_id=0,
+        pad_token_id=pad_token_id,
     )
 
 
 def build_model(
-    recipe: Recipe, vocab_size: int, device: torch.device | str = "cpu"
+    recipe: Recipe, vocab_size: int, device: torch.device | str = "cpu", pad_token_id: int = 0
 ) -> tuple[SparseBert, dict[str, BlockSparseLinear]]:
     """The initialised model and its sparse layers by name: the same on every rank, a function of the seed alone.
 
@@ -99,7 +100,7 @@ def build_model(
     model's shapes do not allow.
     """
     with torch.device("meta"):
-        model = SparseBert(bert_config(recipe, vocab_size))
+        model = SparseBert(bert_config(recipe, vocab_size, pad_token_id))
     try:
         layers = sparsify_(model, recipe.sparsity, seed=recipe.seed)
     except ValueError as error:

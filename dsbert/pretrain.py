@@ -36,7 +36,7 @@ def pretrain(
     requeued. Raises DsbertError: the same one on every rank, or PeerError, naming the culprit, where a peer is gone.
     """
     stop = stop or StopRequest()
-    world = distributed.init(timeout_s)
+    world = distributed.init(timeout_s, run_dir)
     with distributed.peer_failures(world):
         run = Run(recipe, run_dir, world, timeout_s)
     code = None

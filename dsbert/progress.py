@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from dsbert.errors import printable
+
 
 @contextmanager
 def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
@@ -85,7 +87,7 @@ class TrainingBar:
 
     def print(self, line: str) -> None:
         """A line above the bar."""
-        self._console.print(f"dsbert: {line}", soft_wrap=True)
+        self._console.print(f"dsbert: {printable(line)}", soft_wrap=True, markup=False, emoji=False)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

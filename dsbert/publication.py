@@ -16,7 +16,7 @@ import xxhash
 
 from dsbert.checkpoint import LATEST, MANIFEST, published, verify_checkpoint
 from dsbert.durable import read_regular, sync_directory, write_durably
-from dsbert.errors import DsbertError
+from dsbert.errors import DsbertError, printable
 
 _SPARE_BYTES = 1 << 20  # for state, manifest, directories
 
@@ -97,7 +97,11 @@ class Publisher:
         except DsbertError:  # another attempt owns the run, and removes what it likes
             return
         except (OSError, IndexError) as error:
-            print(f"dsbert: old checkpoints in {self._root} were not removed: {error}", file=sys.stderr, flush=True)
+            print(
+                f"dsbert: old checkpoints in {self._root} were not removed: {printable(error)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _remove_old(self, latest: str) -> None:
         self._assert_owner()

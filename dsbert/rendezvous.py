@@ -1,8 +1,9 @@
 """How the ranks of one launch find each other, at the place that `meeting_place` reads off the environment.
 
-Rank 0 serves a store there. The others try each port in turn, and join only a store that shows the launch's identity:
-on a port there may as well be the store of another job, or a server that is no store at all. Then every rank writes its
-host into the store, and rank 0 a verdict: a fresh nonce, or who is missing.
+Rank 0 serves a store there, which anybody can reach. So all that ranks say in it is sealed with the launch's secret
+(secret.py, sealed_store.py), and the others join only a store with a challenge that rank 0 has sealed (handshake.py):
+on a port there may as well be the store of another job, a server that is no store at all, or somebody who would like to
+be a rank.
 
 torch's store waits without any limit for a server that accepts and stays silent, or has been stopped. So whatever
 touches a store runs in a thread that can be left behind.
@@ -16,104 +17,118 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin only since Python 3.11
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from dsbert.errors import PeerError, UserError
-from dsbert.meeting_place import POLL_S, Place, find_place, is_loopback, one_line, until
+from dsbert.handshake import ABOUT, APART_S, IDENTITY, LINGER_S, Party, challenge_at, come, hint, receive
+from dsbert.meeting_place import POLL_S, find_place, one_line, until
 from dsbert.ranks import Ranks
+from dsbert.sealed_store import SealedStore
+from dsbert.secret import derive, find_secret
 
 T = TypeVar("T")
 PROBE_S = 1.0  # what one look at a port may cost
 BACK_OFF_S = 4.0  # at most, before another look at a port that proved to be somebody else's: torch is noisy about it
-LINGER_S = 2.0  # how long rank 0 stays to tell those who came who did not
-_SHOWN_RANKS = 8
 _NOTHING = "nothing"
-_IDENTITY = "dsbert/identity"
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """The ranks' common store, and a nonce: the same on every rank, another one at every meeting."""
+    """The ranks' common store, and a nonce: the same on every rank, another one at every meeting, known to ranks alone.
+
+    open_store: the same place, for what cannot use a store that is written in Python.
+    """
 
     store: dist.Store
+    open_store: dist.Store
     nonce: str
 
 
-def meet(ranks: Ranks, timeout_s: float) -> Meeting:
+def meet(ranks: Ranks, timeout_s: float, directory: Path | None = None) -> Meeting:
     """Find the other ranks; sets MASTER_ADDR and MASTER_PORT. Takes at most a few seconds longer than timeout_s.
 
-    Raises UserError for an incomplete environment and for a port that is taken, PeerError naming the ranks that did
-    not come within the timeout.
+    directory: where the ranks keep their secret if their launcher has told them none; all ranks share it. Without
+    either, strangers are told apart by what they say alone.
+    Raises UserError for an incomplete environment, for a port that is taken and for a directory that is not shared,
+    PeerError naming the ranks that did not come within the timeout.
     """
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
-        return Meeting(dist.HashStore(), secrets.token_hex(16))
+        store = dist.HashStore()
+        return Meeting(store, store, secrets.token_hex(16))
     deadline = time.monotonic() + timeout_s
     place = find_place(ranks, deadline)
+    party = Party(ranks, place, find_secret(directory), deadline, timeout_s)
     try:
-        return _in_thread(lambda: _meet_at(place, ranks, deadline, timeout_s)).result(
-            deadline - time.monotonic() + LINGER_S + PROBE_S
-        )
+        return _in_thread(lambda: _meet_at(party)).result(deadline - time.monotonic() + LINGER_S + PROBE_S)
     except FutureTimeoutError:
-        raise _missing(ranks, str(place), timeout_s, [0], ", which does not answer") from None
+        raise party.missing([0], ", which does not answer") from None
     except (dist.DistError, RuntimeError) as error:
-        raise _missing(ranks, str(place), timeout_s, [0], f", whose store is gone: {one_line(error)}") from None
+        raise party.missing([0], f", whose store is gone: {one_line(error)}") from None
 
 
-def _meet_at(place: Place, ranks: Ranks, deadline: float, timeout_s: float) -> Meeting:
-    store = _serve(place, timeout_s) if place.listener else _find(place, ranks, deadline, timeout_s)
+def _meet_at(party: Party) -> Meeting:
+    place = party.place
+    store = _serve(party) if place.listener else _find(party)
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(store.port))
-    # An agent's store outlives a restart of its ranks: keep attempts apart.
-    common = dist.PrefixStore(f"dsbert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    return Meeting(common, _confer(common, ranks, f"{place.address}:{store.port}", deadline, timeout_s, store))
+    door = SealedStore(store, party.key)
+    if party.ranks.rank == 0:
+        session = receive(party, store, door)
+    else:
+        session = come(party, store, door)
+    common = SealedStore(store, derive(session, "store"))
+    nonce = derive(session, "nonce").hex()[:32]
+    return Meeting(common, dist.PrefixStore(derive(session, "open").hex(), store), nonce)
 
 
-def _serve(place: Place, timeout_s: float) -> dist.TCPStore:
+def _serve(party: Party) -> dist.TCPStore:
     """Rank 0's store. The socket goes straight to it."""
-    assert place.listener is not None
-    port = place.listener.getsockname()[1]
+    listener = party.place.listener
+    assert listener is not None
+    address, port = listener.getsockname()[:2]
     # The store is also a client of its own, and the name of a machine need not lead back to it.
-    host = place.address if is_loopback(place.address) else "127.0.0.1"
-    store = dist.TCPStore(
-        host, port, None, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
-        master_listen_fd=place.listener.detach(),
+    host = "127.0.0.1" if address in ("0.0.0.0", "::") else address
+    return dist.TCPStore(
+        host, port, None, is_master=True, timeout=timedelta(seconds=party.timeout_s), wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )  # fmt: skip
-    if place.identity is not None:
-        store.set(_IDENTITY, place.identity)
-    return store
 
 
-def _find(place: Place, ranks: Ranks, deadline: float, timeout_s: float) -> dist.TCPStore:
+def _find(party: Party) -> dist.TCPStore:
     """Look at the ports in turn until one has the right store. Raises PeerError, with what is on each port."""
-    candidates = [_Candidate(place.address, port, place.identity) for port in place.ports]
-    while time.monotonic() < deadline:
+    candidates = [_Candidate(party, port) for port in party.place.ports]
+    patience = time.monotonic() + APART_S
+    while time.monotonic() < party.deadline:
         for candidate in candidates:
             if store := candidate.look():
-                store.set_timeout(timedelta(seconds=timeout_s))
+                store.set_timeout(timedelta(seconds=party.timeout_s))
                 return store
-            if time.monotonic() > deadline:
+            if time.monotonic() > party.deadline:
                 break
+        apart = next((candidate.apart for candidate in candidates if candidate.apart), None)
+        if apart and time.monotonic() > patience:
+            raise party.apart(party.ranks.rank, party.about(), apart)
         time.sleep(POLL_S)
     found = ", ".join(f"{candidate.found} at port {candidate.port}" for candidate in candidates)
-    raise _missing(ranks, str(place), timeout_s, [0], f"; found {found}")
+    raise party.missing([0], f"; found {found}")
 
 
 @dataclass
 class _Candidate:
-    """A port where rank 0 may be, and what was found there."""
+    """A port where rank 0 may be, and what was found there. apart: what a rank 0 with another secret says of itself."""
 
-    address: str
+    party: Party
     port: int
-    identity: str | None
     found: str = _NOTHING
+    apart: dict[str, str] | None = None
     attempt: Future[dist.TCPStore | None] | None = None
     back_off_s: float = POLL_S
     next_look: float = 0.0
@@ -142,7 +157,7 @@ class _Candidate:
 
     def _listens(self) -> bool:
         try:
-            socket.create_connection((self.address, self.port), PROBE_S).close()
+            socket.create_connection((self.party.place.address, self.port), PROBE_S).close()
         except (OSError, UnicodeError) as error:
             self.found = _NOTHING if isinstance(error, ConnectionRefusedError) else one_line(error)
             return False
@@ -151,54 +166,35 @@ class _Candidate:
     def _open(self) -> dist.TCPStore | None:
         try:
             store = dist.TCPStore(
-                self.address, self.port, None, timeout=timedelta(seconds=PROBE_S / 2), wait_for_workers=False
+                self.party.place.address,
+                self.port,
+                None,
+                timeout=timedelta(seconds=PROBE_S / 2),
+                wait_for_workers=False,
             )
-            shown = store.get(_IDENTITY).decode(errors="replace") if store.check([_IDENTITY]) else None
+            if self.party.ranks.rank == 0:  # at the agent's store, where it comes first
+                return store
+            door = SealedStore(store, self.party.key)
+            if until(lambda: challenge_at(door, self.port) is not None, time.monotonic() + PROBE_S / 2):
+                return store
+            self._judge(store)
         except (dist.DistError, RuntimeError):
             self.found = "a server that is no store"
-            return None
-        if self.identity in (None, shown):
-            return store
-        self.found = f"the store of another job ({shown[:80]!r})" if shown else "the store of somebody else"
         return None
 
-
-def _confer(store: dist.Store, ranks: Ranks, where: str, deadline: float, timeout_s: float, root: dist.TCPStore) -> str:
-    """Say that we are here, and wait until rank 0 has seen everybody. Returns the nonce."""
-    if store.add(f"meet/claim/{ranks.rank}", 1) > 1:
-        raise UserError(
-            f"expected one rank {ranks.rank} to come to {where}, found another one there already: give each job a "
-            "MASTER_PORT of its own"
-        )
-    store.set(f"meet/host/{ranks.rank}", socket.gethostname())
-    hosts = [f"meet/host/{rank}" for rank in range(ranks.world_size)]
-    if ranks.rank == 0:
-        complete = until(lambda: store.check(hosts), deadline)
-        root.delete_key(_IDENTITY)  # who comes now is too late, and must not take this store for a new one
-        missing = [] if complete else [rank for rank, key in enumerate(hosts) if not store.check([key])]
-        store.set("meet/verdict", json.dumps({"nonce": secrets.token_hex(16), "missing": missing}))
-        if missing:
-            told = [f"meet/told/{rank}" for rank in range(1, ranks.world_size) if rank not in missing]
-            until(lambda: store.check(told), time.monotonic() + LINGER_S)
-    elif not until(lambda: store.check(["meet/verdict"]), deadline):
-        missing = [rank for rank, key in enumerate(hosts) if not store.check([key])] or [0]
-        store.set(f"meet/told/{ranks.rank}", "")
-        raise _missing(ranks, where, timeout_s, missing)
-    verdict = json.loads(store.get("meet/verdict"))
-    store.set(f"meet/told/{ranks.rank}", "")
-    if verdict["missing"]:
-        raise _missing(ranks, where, timeout_s, verdict["missing"])
-    return str(verdict["nonce"])
-
-
-def _missing(ranks: Ranks, where: str, timeout_s: float, missing: Sequence[int], why: str = "") -> PeerError:
-    names = ", ".join(f"rank {rank}" for rank in missing[:_SHOWN_RANKS])
-    more = f" and {len(missing) - _SHOWN_RANKS} more" if len(missing) > _SHOWN_RANKS else ""
-    error = PeerError(
-        f"expected {ranks.world_size} ranks to meet at {where} within {timeout_s:g} s, missing: {names}{more}{why}"
-    )
-    error.ranks = tuple(missing)
-    return error
+    def _judge(self, store: dist.TCPStore) -> None:
+        """Whose store it says that it is; if ours, tell rank 0 that we have not its secret."""
+        shown = store.get(IDENTITY).decode(errors="replace") if store.check([IDENTITY]) else ""
+        if shown and shown != self.party.place.identity:
+            self.found = f"the store of another job ({shown[:80]!r})"
+            return
+        self.found = "the store of somebody else"
+        self.back_off_s = POLL_S  # or of an agent, to which rank 0 comes yet
+        first = hint(store, ABOUT)
+        mine = self.party.about()
+        if first and self.party.secret.directory and first["secret"] != mine["secret"]:
+            self.apart = first
+            store.set(f"{ABOUT}/{self.party.ranks.rank}", json.dumps(mine))
 
 
 def _in_thread(work: Callable[[], T]) -> Future[T]:

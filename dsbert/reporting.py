@@ -11,6 +11,7 @@ from dsbert.config import Recipe
 from dsbert.distributed import World
 from dsbert.ds_config import config_label
 from dsbert.engine import StepResult
+from dsbert.errors import printable
 from dsbert.evaluate import Evaluation
 from dsbert.metrics import WandbLogger
 from dsbert.progress import TrainingBar
@@ -123,7 +124,7 @@ class Reporter:
             if self._bar:
                 self._bar.print(line)
             else:
-                print(f"dsbert: {line}", file=sys.stderr, flush=True)
+                print(f"dsbert: {printable(line)}", file=sys.stderr, flush=True)
 
     def close(self, *, patient: bool) -> None:
         """patient: the run is done, and W&B may take a minute to send what is left; else the machine may be about to

@@ -24,7 +24,7 @@ from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config, what_holds, without_batches
 from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
-from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError
+from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError, printable
 from dsbert.evaluate import EVAL_SEED
 from dsbert.health import Culprit, Heartbeat
 from dsbert.jsonl import first_difference
@@ -87,10 +87,10 @@ class Run:
         patiently(lambda: stage(recipe.data.path, recipe.data.stage_to), everywhere=True)
         streams = together(lambda: _open_streams(recipe, stage(recipe.data.path, recipe.data.stage_to)))
         vocab_size = self._manifest.tokenizer.vocab_size
-        built = together(lambda: build_model(recipe, vocab_size, world.device))
         assert streams is not None
-        assert built is not None
         self.train, self.held_out = streams
+        built = together(lambda: build_model(recipe, vocab_size, world.device, self.train.vocab.pad))
+        assert built is not None
         model, layers = built
         shapes = layer_shapes(model)
         self.engine = TrainEngine(recipe, model, layers, world, self.directory.path)
@@ -238,7 +238,7 @@ class Run:
             os._exit(EXIT_PEER)
         own = Culprit(self.world.rank, self.world.host, self.step, None, "lives but does not go on")
         culprits = self.heartbeat.culprits() or [own]
-        print(f"dsbert: {self._account_for_lost(found, culprits)}", file=sys.stderr, flush=True)
+        print(f"dsbert: {printable(self._account_for_lost(found, culprits))}", file=sys.stderr, flush=True)
         os._exit(EXIT_PEER)
 
     def _assert_shared(self, run_dir: Path) -> None:

@@ -26,7 +26,7 @@ from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.distributed import together
 from dsbert.durable import copy_tree, remove_tree, replace_durably
-from dsbert.errors import CheckpointError, PeerError, UserError
+from dsbert.errors import CheckpointError, PeerError, UserError, printable
 from dsbert.health import last_steps
 from dsbert.history import assert_files, read_config, saved_before
 from dsbert.jsonl import JsonlFile, first_difference, to_json
@@ -82,7 +82,7 @@ class RunDirectory:
 
         def judge() -> None:
             for line in skipped:
-                print(f"dsbert: skipped a damaged checkpoint: {line}", file=sys.stderr)
+                print(f"dsbert: skipped a damaged checkpoint: {printable(line)}", file=sys.stderr)
             if newest is None and (has_some or told or resume == "must"):
                 raise CheckpointError(
                     f"expected a valid checkpoint in {self.checkpoints} to resume from, found none"

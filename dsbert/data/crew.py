@@ -19,6 +19,7 @@ from dsbert.data.marks import mark_path
 from dsbert.data.workers import Task, Workers
 from dsbert.errors import DsbertError, PeerError
 from dsbert.ranks import Ranks
+from dsbert.secret import SECRET_FILE
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); a total of 0 means that it is not known."""
@@ -107,8 +108,10 @@ class Crew:
 
 
 @contextmanager
-def meet(ranks: Ranks | None, timeout_s: float = 300.0) -> Iterator[Crew]:
+def meet(ranks: Ranks | None, directory: Path | None = None, timeout_s: float = 300.0) -> Iterator[Crew]:
     """The crew that the launcher started; a crew of one without a launcher. A failure inside is told to all ranks.
+
+    directory: where the ranks keep their secret, as `rendezvous.meet` says.
 
     Raises UserError or PeerError if the ranks do not find each other.
     """
@@ -117,7 +120,7 @@ def meet(ranks: Ranks | None, timeout_s: float = 300.0) -> Iterator[Crew]:
         return
     from dsbert.rendezvous import meet as meet_at_store
 
-    crew = Crew(ranks, meet_at_store(ranks, timeout_s).store)
+    crew = Crew(ranks, meet_at_store(ranks, timeout_s, directory).store)
     try:
         yield crew
     except BaseException as error:
@@ -126,7 +129,19 @@ def meet(ranks: Ranks | None, timeout_s: float = 300.0) -> Iterator[Crew]:
         )
         crew.leave(5.0)
         raise
-    crew.leave(LEAVE_S)
+    else:
+        crew.leave(LEAVE_S)
+    finally:
+        if crew.is_main and directory is not None:
+            _tidy(directory)
+
+
+def _tidy(directory: Path) -> None:
+    """Nothing but the secret is left of a preparation that had nothing to do, or was refused."""
+    with suppress(OSError):
+        if os.listdir(directory) == [SECRET_FILE]:
+            os.unlink(directory / SECRET_FILE)
+            os.rmdir(directory)
 
 
 def do_all(crew: Crew, workers: Workers, stage: str, tasks: Sequence[Task], progress: Progress) -> int:

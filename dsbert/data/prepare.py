@@ -35,6 +35,7 @@ from dsbert.data.workers import Task, Workers, disk_trouble
 from dsbert.durable import sync_directory
 from dsbert.errors import UserError
 from dsbert.ranks import Ranks
+from dsbert.secret import SECRET_FILE
 
 
 def prepare(
@@ -76,7 +77,6 @@ def prepare(
     workers = Workers(nproc)
     report = progress if progress and crew.is_main else lambda stage, done, total: None
     try:
-        # A link to a directory elsewhere is no name that could be given to the one that is made here.
         summary = _Preparation(crew, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
     except OSError as error:
         raise UserError(disk_trouble(error)) from error
@@ -85,13 +85,20 @@ def prepare(
     return summary | {"seconds": time.monotonic() - began}
 
 
+def work_directory(to: str | Path) -> Path:
+    """Where a preparation of `to` keeps all that it does, until it is done. A link to a directory elsewhere is no name
+    that could be given to the one that is made here."""
+    target = Path(os.path.realpath(to))
+    return target.with_name(f".{target.name}.preparing")
+
+
 class _Preparation:
     """One call, on one rank. What rank 0 works out between the passes it tells the others."""
 
     def __init__(self, crew: Crew, workers: Workers, target: Path, progress: Progress, options: Options) -> None:
         self.crew, self.workers, self.target, self.progress = crew, workers, target, progress
         self.options = options
-        self.directory = target.with_name(f".{target.name}.preparing")
+        self.directory = work_directory(target)
         self.resumed = 0
         self.sources: list[TextSource] = []
         self.left_out: list[LeftOut] = []
@@ -250,5 +257,7 @@ class _Preparation:
             try:
                 yield
             finally:
-                if self.directory.exists() and not any(path.name != "lock" for path in self.directory.iterdir()):
+                if self.directory.exists() and not any(
+                    path.name not in ("lock", SECRET_FILE) for path in self.directory.iterdir()
+                ):
                     shutil.rmtree(self.directory, ignore_errors=True)
