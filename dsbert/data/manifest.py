@@ -10,13 +10,14 @@ pairs-train-128/      how samples are cut and meet for next-sentence prediction,
 
 import dataclasses
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.durable import replace_durably, sealed, sync_directory
+from dsbert.durable import replace_durably, sealed, sync_directory, unsealed
 from dsbert.errors import UserError
 
 KIND = "dsbert-data"
@@ -25,6 +26,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 UNIGRAM = "unigram.npy"
 SPLITS = ("train", "validation")
+_MAX_BYTES = 1 << 28
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +125,12 @@ def load_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     again = f"run: dsbert prepare --source sotu --to {directory} --vocab-size 2048"
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_BYTES):
+            raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes")
         document = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no prepared data in {directory}; {again}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is unreadable ({error}); remove {directory} and {again}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise UserError(f"{path} does not describe prepared data; {again} into another directory")
@@ -135,9 +140,12 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{directory} and {again}"
         )
     try:
-        return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        content = {key: value for key, value in unsealed(document).items() if key not in ("kind", "version")}
+        manifest: Manifest = _typed(Manifest, content, "")
+        _check_names(manifest)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove {directory} and {again}") from error
+    return manifest
 
 
 def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
@@ -148,6 +156,8 @@ def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
     """
     path = Path(directory) / UNIGRAM
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_BYTES):
+            raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes")
         counts: NDArray[np.int64] = np.load(path)
     except Exception as error:  # of many kinds, where the file's head is damaged
         text = " ".join(str(error).split())
@@ -155,19 +165,41 @@ def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
     return counts
 
 
-def _parse(document: dict[str, Any]) -> Manifest:
-    request = document["request"]
-    splits = {
-        name: SplitEntry(**{**split, "shards": tuple(ShardEntry(**shard) for shard in split["shards"])})
-        for name, split in document["splits"].items()
-    }
-    if set(splits) != set(SPLITS):
-        raise KeyError(f"splits {sorted(splits)}")
-    return Manifest(
-        request=Request(**{**request, "sources": tuple(Source(**source) for source in request["sources"])}),
-        tokenizer=TokenizerEntry(**document["tokenizer"]),
-        splits=splits,
-        dropped=dict(document["dropped"]),
-        digest=document["digest"],
-        files=dict(document.get("files", {})),
-    )
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """A JSON value as what the annotation says. Raises ValueError for another one, a negative or a huge number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        optional = {each.name for each in dataclasses.fields(hint) if each.default_factory is not dataclasses.MISSING}
+        if not set(hints) - optional <= set(value) <= set(hints):
+            raise ValueError(f"expected {', '.join(hints)} in {name or 'it'}, found {', '.join(map(str, value))}")
+        build: Any = hint
+        return build(**{key: _typed(hints[key], each, f"{name}.{key}".lstrip(".")) for key, each in value.items()})
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(inner[0], each, f"{name}[{number}]") for number, each in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(inner[1], each, f"{name}.{key}") for key, each in value.items()}
+    kinds = (int, float) if hint is float else (hint,)
+    if type(value) not in kinds or (not isinstance(value, str | bool) and not 0 <= value < 1 << 62):
+        raise ValueError(f"expected {name} to be of type {getattr(hint, '__name__', hint)}, found {str(value)[:40]!r}")
+    return value
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError unless all names are such as stay inside the directory, and each thing has one of its own."""
+    if set(manifest.splits) != set(SPLITS):
+        raise ValueError(f"expected the splits {', '.join(SPLITS)}, found {', '.join(manifest.splits)}")
+    shards = [shard.file for split in SPLITS for shard in manifest.splits[split].shards]
+    for name in shards:
+        if (
+            not _PLAIN.fullmatch(name)
+            or name in (MANIFEST, UNIGRAM, TOKENIZER)
+            or name.startswith(("spans-", "pairs-"))
+        ):
+            raise ValueError(f"expected the plain name of a shard, found {name[:80]!r}")
+    for name in manifest.files:
+        folder, _, file = name.rpartition("/")
+        if folder not in ("", TOKENIZER) or not _PLAIN.fullmatch(file) or name in shards:
+            raise ValueError(f"expected the plain name of a file, found {name[:80]!r}")
+    if not _PLAIN.fullmatch(manifest.digest):
+        raise ValueError(f"expected a digest, found {manifest.digest[:80]!r}")
