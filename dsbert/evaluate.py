@@ -138,6 +138,7 @@ def evaluate_checkpoint(
 
 def _held_out_stream(restored: Any) -> SampleStream:
     from dsbert.data.manifest import load_manifest
+    from dsbert.data.verification import verify_data
 
     data, expected = restored.recipe.data, restored.state["identity"]["data_digest"]
     manifest = load_manifest(data.path)
@@ -148,7 +149,9 @@ def _held_out_stream(restored: Any) -> SampleStream:
         )
     if not manifest.splits["validation"].documents:
         raise UserError(f"expected held-out documents in {data.path}, found none: use --text")
-    return SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, data.nsp, data.mask_fraction)
+    suspect = verify_data(data.path, data.seq_len, ["validation"])
+    options = (data.nsp, data.mask_fraction)
+    return SampleStream.open(data.path, "validation", data.seq_len, EVAL_SEED, *options, suspect=suspect)
 
 
 def _text_stream(restored: Any, texts: Iterable[list[str]]) -> SampleStream:

@@ -7,7 +7,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from dsbert.checkpoint import load_checkpoint
 from dsbert.checkpoint_writer import CheckpointWriter
 from dsbert.config import Recipe
 from dsbert.data.manifest import load_manifest
-from dsbert.data.shards import verify_shards
-from dsbert.data.staging import stage
+from dsbert.data.staging import stage, staged
 from dsbert.data.stream import SAMPLES, SampleStream
+from dsbert.data.verification import verify_data
 from dsbert.distributed import World, gather_json, patiently, together
 from dsbert.ds_config import load_ds_config, what_holds, without_batches
 from dsbert.durable import refusal
@@ -81,11 +81,16 @@ class Run:
         Raises the same UserError or CheckpointError on every rank.
         """
         recipe, world = self.recipe, self.world
-        together(lambda: verify_shards(recipe.data.path, (world.rank, world.world_size)))
+        data = recipe.data
+        damaged = together(lambda: verify_data(data.path, data.seq_len, share=(world.rank, world.world_size)))
+        suspect = {name for names in gather_json(damaged) for name in names}
         # One rank builds the sample indices, the others then find them.
-        patiently(lambda: _open_streams(recipe, recipe.data.path))
-        patiently(lambda: stage(recipe.data.path, recipe.data.stage_to), everywhere=True)
-        streams = together(lambda: _open_streams(recipe, stage(recipe.data.path, recipe.data.stage_to)))
+        patiently(lambda: _open_streams(recipe, data.path, suspect))
+        patiently(lambda: stage(data.path, data.stage_to), everywhere=True)
+        neighbours = [rank for rank, host in enumerate(self.hosts) if host == world.host]
+        share = (neighbours.index(world.rank), len(neighbours))
+        patiently(lambda: stage(data.path, data.stage_to, share), everywhere=True)
+        streams = together(lambda: _open_streams(recipe, staged(data.path, data.stage_to), suspect))
         vocab_size = self._manifest.tokenizer.vocab_size
         assert streams is not None
         self.train, self.held_out = streams
@@ -274,13 +279,13 @@ def _watches(rank: int) -> bool:
     return rank < _WATCHMEN or rank % _WATCHMEN == 0
 
 
-def _open_streams(recipe: Recipe, path: Path) -> tuple[SampleStream, SampleStream | None]:
+def _open_streams(recipe: Recipe, path: Path, suspect: Container[str]) -> tuple[SampleStream, SampleStream | None]:
     data = recipe.data
     options = (data.nsp, data.mask_fraction)
-    train = SampleStream.open(path, "train", data.seq_len, recipe.seed, *options, data.shuffle_window)
+    train = SampleStream.open(path, "train", data.seq_len, recipe.seed, *options, data.shuffle_window, suspect)
     held_out = None
     if load_manifest(path).splits["validation"].documents:
-        held_out = SampleStream.open(path, "validation", data.seq_len, EVAL_SEED, *options)
+        held_out = SampleStream.open(path, "validation", data.seq_len, EVAL_SEED, *options, 0, suspect)
     return train, held_out
 
 

@@ -3,7 +3,7 @@ named."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from dsbert.data.manifest import (
 )
 from dsbert.data.shards import Shard
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
-from dsbert.durable import differences, unsealed
-from dsbert.errors import DsbertError
+from dsbert.data.verification import wrong_file
+from dsbert.durable import differences
+from dsbert.errors import DataError, DsbertError
 
 _CHUNK_BYTES = 1 << 22
 
@@ -40,10 +41,6 @@ def audit_data(path: Path, count: Callable[[int], object] = lambda nbytes: None)
     except DsbertError as error:
         audit.problems.append(Problem(MANIFEST, str(error)))
         return audit
-    try:
-        unsealed(json.loads((path / MANIFEST).read_text()))
-    except (OSError, ValueError):
-        audit.problems.append(Problem(MANIFEST, "expected what was written, found it changed: prepare the data again"))
     if data_digest(manifest.tokenizer.digest, manifest.splits) != manifest.digest:
         audit.problems.append(Problem(MANIFEST, "expected the digest of its own entries, found another"))
     vocab_size = _audit_tokenizer(path, manifest, audit)
@@ -69,7 +66,10 @@ def audit_data(path: Path, count: Callable[[int], object] = lambda nbytes: None)
 
 
 def _audit_tokenizer(path: Path, manifest: Manifest, audit: Audit) -> int:
+    file = path / TOKENIZER / "tokenizer.json"
     try:
+        if os.path.lexists(file) and (wrong := wrong_file(file)):
+            raise DataError(wrong)
         tokenizer = load_tokenizer(path / TOKENIZER)
     except DsbertError as error:
         audit.problems.append(Problem(f"{TOKENIZER}/tokenizer.json", str(error)))
@@ -87,6 +87,9 @@ def _audit_shard(
     file = path / entry.file
     digest = xxhash.xxh3_64()
     try:
+        if wrong := wrong_file(file, entry.bytes):
+            audit.problems.append(Problem(entry.file, f"{wrong}: prepare the data again"))
+            return None
         with file.open("rb") as opened:
             while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
@@ -96,16 +99,14 @@ def _audit_shard(
             audit.problems.append(Problem(entry.file, "the checksum differs: prepare the data again"))
             return None
         shard = Shard.open(file, entry.bytes, manifest.tokenizer.digest)
-    except FileNotFoundError:
-        audit.problems.append(Problem(entry.file, "missing: prepare the data again"))
-        return None
+        shard.check_sentences()
     except OSError as error:
         audit.problems.append(Problem(entry.file, f"unreadable: {error.strerror}"))
         return None
     except DsbertError as error:
         audit.problems.append(Problem(entry.file, str(error)))
         return None
-    if len(shard.tokens) and int(shard.tokens.max()) >= vocab_size:
+    if len(shard.tokens) and not 0 <= int(shard.tokens.min()) <= int(shard.tokens.max()) < vocab_size:
         audit.problems.append(Problem(entry.file, f"expected ids below {vocab_size}, found {int(shard.tokens.max())}"))
         return None
     return shard
@@ -125,7 +126,9 @@ def _audit_unigram(path: Path, counts: np.ndarray, audit: Audit) -> None:
 def _audit_other_files(path: Path, manifest: Manifest, audit: Audit) -> None:
     """What the manifest names beside the shards, unless it was found wrong already; and the sample indices."""
     known = {problem.file for problem in audit.problems}
-    for name, wrong in differences(path, manifest.files).items():
+    unread = {name: wrong for name in manifest.files if (wrong := wrong_file(path / name))}
+    rest = {name: digest for name, digest in manifest.files.items() if name not in unread}
+    for name, wrong in (unread | differences(path, rest)).items():
         if name not in known:
             audit.problems.append(Problem(name, f"{wrong}: prepare the data again"))
     for folder in sorted((*path.glob("pairs-*"), *path.glob("spans-*"))):

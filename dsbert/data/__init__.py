@@ -28,6 +28,7 @@ Preparing, in the order of the work:
 Reading:
 
     shards.py       Arrow files of tokens, written once, memory-mapped by every rank
+    verification.py whether what is read is what was written
     staging.py      a copy on a node's own disk
     spans.py        the numbered samples: runs of consecutive sentences of one document
     pairs.py        how samples become A and B, true and false, and look alike

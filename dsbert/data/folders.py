@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from dsbert.data.kinds import kind_of
 
@@ -78,9 +78,16 @@ def _reason(path: Path) -> str | None:
     return None if os.access(path, os.R_OK) else UNREADABLE
 
 
-def summarized(left_out: Iterable[LeftOut]) -> dict[str, Any]:
-    """By reason: {files: how many, names: the first of them}, as plain JSON values that can be printed."""
-    found: dict[str, Any] = {}
+class LeftOutFiles(TypedDict):
+    """Of one reason: how many files, and the first of their names, which can be printed."""
+
+    files: int
+    names: list[str]
+
+
+def summarized(left_out: Iterable[LeftOut]) -> dict[str, LeftOutFiles]:
+    """By reason, as plain JSON values."""
+    found: dict[str, LeftOutFiles] = {}
     for path, reason in sorted(set(left_out), key=lambda one: (one.reason, one.path)):
         entry = found.setdefault(reason, {"files": 0, "names": []})
         entry["files"] += 1
@@ -89,7 +96,7 @@ def summarized(left_out: Iterable[LeftOut]) -> dict[str, Any]:
     return found
 
 
-def left_out_lines(summary: dict[str, Any]) -> list[str]:
+def left_out_lines(summary: dict[str, LeftOutFiles]) -> list[str]:
     """What `summarized` gave, for people: a line for each reason."""
     lines = []
     for reason, entry in summary.items():

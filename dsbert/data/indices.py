@@ -23,6 +23,7 @@ from dsbert.durable import checksum, differences, sealed, unsealed
 Arrays = dict[str, NDArray[Any]]
 _META = "meta.json"
 _MAX_META_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 30
 
 
 def find_or_make(
@@ -55,9 +56,16 @@ def find_or_make(
 def index_differences(target: Path) -> dict[str, str]:
     """The files of an index on disk that are not what was written: name -> what is wrong."""
     try:
-        return differences(target, _read_meta(target)["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = dict(_read_meta(target)["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {_META: "it is not what was written"}
+    unmapped = {}
+    for name in files:  # whose heads say how much there is to read
+        try:
+            _map(target / name)
+        except Exception:  # of many kinds, where a head is damaged
+            unmapped[name] = "it is not what was written"
+    return unmapped | differences(target, {name: files[name] for name in files if name not in unmapped})
 
 
 def _read_meta(target: Path) -> dict[str, Any]:
@@ -83,8 +91,13 @@ def _load(target: Path, meta: dict[str, Any]) -> tuple[Arrays, dict[str, int]] |
 def _map(path: Path) -> NDArray[Any]:
     if not path.is_file():
         raise ValueError(f"{path} is no file")
+    mapped = np.load(path, mmap_mode="r")
+    size = path.stat().st_size
+    is_hole = size > _LARGE_BYTES and path.stat().st_blocks * 512 < size // 64
+    if mapped.offset + mapped.nbytes != size or is_hole:
+        raise ValueError(f"{path} holds something else than its array")
     # A plain view: indexing np.memmap pays for its subclass on every call.
-    array: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
+    array: NDArray[Any] = mapped.view(np.ndarray)
     return array
 
 

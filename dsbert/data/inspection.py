@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
 from dsbert.data.stream import SampleStream
 from dsbert.data.tokenizer import load_tokenizer, vocabulary_of
+from dsbert.data.verification import verify_data
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _CONTINUATION = "##"
@@ -35,8 +36,11 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
         UserError, DataError: no prepared data, or damaged.
     """
     manifest = load_manifest(path)
-    splits = {split: _describe(path, split, seq_len, nsp) for split in SPLITS if manifest.splits[split].documents}
-    stream = SampleStream.open(path, "train", seq_len, seed, nsp)
+    suspect = verify_data(path, seq_len)
+    stream = SampleStream.open(path, "train", seq_len, seed, nsp, suspect=suspect)
+    splits = {
+        split: _describe(path, split, seq_len, nsp, suspect) for split in SPLITS if manifest.splits[split].documents
+    }
     return {
         "path": str(path),
         "digest": manifest.digest,
@@ -51,9 +55,9 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
     }
 
 
-def _describe(path: Path, split: str, seq_len: int, nsp: bool) -> dict[str, Any]:
+def _describe(path: Path, split: str, seq_len: int, nsp: bool, suspect: Container[str]) -> dict[str, Any]:
     store = TokenStore.open(path, split)
-    spans = SpanIndex.open(path, split, seq_len, store)
+    spans = SpanIndex.open(path, split, seq_len, store, suspect)
     special = NUM_SPECIAL if nsp else NUM_SPECIAL - 1
     return {
         "documents": store.num_documents,

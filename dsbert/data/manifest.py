@@ -10,13 +10,15 @@ pairs-train-128/      how samples are cut and meet for next-sentence prediction,
 
 import dataclasses
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.durable import replace_durably, sealed, sync_directory
+from dsbert.data.folders import LeftOutFiles
+from dsbert.durable import replace_durably, sealed, sync_directory, unsealed
 from dsbert.errors import UserError
 
 KIND = "dsbert-data"
@@ -25,6 +27,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 UNIGRAM = "unigram.npy"
 SPLITS = ("train", "validation")
+_MAX_BYTES = 1 << 28
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Manifest:
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     mended: int = 0
     mended_in: tuple[str, ...] = ()
-    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, LeftOutFiles] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write manifest.json into the directory, with a checksum of itself, to survive a power cut."""
@@ -135,12 +139,14 @@ def load_manifest(directory: str | Path) -> Manifest:
     source, vocab_size = _SOURCES.get(Path(directory).name, ("FILE|FOLDER", 30522))
     again = f"run: dsbert prepare --source {source} --to {directory} --vocab-size {vocab_size}"
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_BYTES):
+            raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes")
         document = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         near = ", ".join(str(other.parent) for other in sorted(Path(directory).parent.glob(f"*/{MANIFEST}"))[:5])
         here = f"; prepared data near it: {near}" if near else ""
         raise UserError(f"no prepared data in {directory}; {again}{here}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is unreadable ({error}); remove {directory} and {again}") from error
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise UserError(f"{path} does not describe prepared data; {again} into another directory")
@@ -150,9 +156,12 @@ def load_manifest(directory: str | Path) -> Manifest:
             f"{directory} and {again}"
         )
     try:
-        return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        content = {key: value for key, value in unsealed(document).items() if key not in ("kind", "version")}
+        manifest: Manifest = _typed(Manifest, content, "")
+        _check_names(manifest)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove {directory} and {again}") from error
+    return manifest
 
 
 def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
@@ -163,6 +172,8 @@ def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
     """
     path = Path(directory) / UNIGRAM
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_BYTES):
+            raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes")
         counts: NDArray[np.int64] = np.load(path)
     except Exception as error:  # of many kinds, where the file's head is damaged
         text = " ".join(str(error).split())
@@ -170,22 +181,46 @@ def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
     return counts
 
 
-def _parse(document: dict[str, Any]) -> Manifest:
-    request = document["request"]
-    splits = {
-        name: SplitEntry(**{**split, "shards": tuple(ShardEntry(**shard) for shard in split["shards"])})
-        for name, split in document["splits"].items()
-    }
-    if set(splits) != set(SPLITS):
-        raise KeyError(f"splits {sorted(splits)}")
-    return Manifest(
-        request=Request(**{**request, "sources": tuple(Source(**source) for source in request["sources"])}),
-        tokenizer=TokenizerEntry(**document["tokenizer"]),
-        splits=splits,
-        dropped=dict(document["dropped"]),
-        digest=document["digest"],
-        files=dict(document.get("files", {})),
-        mended=document.get("mended", 0),
-        mended_in=tuple(document.get("mended_in", ())),
-        left_out=dict(document.get("left_out", {})),
-    )
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """A JSON value as what the annotation says. Raises ValueError for another one, a negative or a huge number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        missing = dataclasses.MISSING
+        optional = {f.name for f in dataclasses.fields(hint) if (f.default, f.default_factory) != (missing, missing)}
+        if not set(hints) - optional <= set(value) <= set(hints):
+            raise ValueError(f"expected {', '.join(hints)} in {name or 'it'}, found {', '.join(map(str, value))}")
+        build: Any = hint
+        return build(**{key: _typed(hints[key], each, f"{name}.{key}".lstrip(".")) for key, each in value.items()})
+    if is_typeddict(hint) and isinstance(value, dict) and set(value) == set(get_type_hints(hint)):
+        return {key: _typed(kind, value[key], f"{name}.{key}") for key, kind in get_type_hints(hint).items()}
+    if origin is list and isinstance(value, list):
+        return [_typed(inner[0], each, f"{name}[{number}]") for number, each in enumerate(value)]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(inner[0], each, f"{name}[{number}]") for number, each in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(inner[1], each, f"{name}.{key}") for key, each in value.items()}
+    kinds = (int, float) if hint is float else (hint,)
+    if type(value) not in kinds or (not isinstance(value, str | bool) and not 0 <= value < 1 << 62):
+        raise ValueError(f"expected {name} to be of type {getattr(hint, '__name__', hint)}, found {str(value)[:40]!r}")
+    return value
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError unless all names are such as stay inside the directory, and each thing has one of its own."""
+    if set(manifest.splits) != set(SPLITS):
+        raise ValueError(f"expected the splits {', '.join(SPLITS)}, found {', '.join(manifest.splits)}")
+    shards = [shard.file for split in SPLITS for shard in manifest.splits[split].shards]
+    for name in shards:
+        if (
+            not _PLAIN.fullmatch(name)
+            or name in (MANIFEST, UNIGRAM, TOKENIZER)
+            or name.startswith(("spans-", "pairs-"))
+        ):
+            raise ValueError(f"expected the plain name of a shard, found {name[:80]!r}")
+    for name in manifest.files:
+        folder, _, file = name.rpartition("/")
+        if folder not in ("", TOKENIZER) or not _PLAIN.fullmatch(file) or name in shards:
+            raise ValueError(f"expected the plain name of a file, found {name[:80]!r}")
+    if not _PLAIN.fullmatch(manifest.digest):
+        raise ValueError(f"expected a digest, found {manifest.digest[:80]!r}")

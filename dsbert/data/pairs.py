@@ -36,7 +36,7 @@ _FORMAT = 1
 _ARRAYS = ("a_length", "order", "place", "bounds")
 _GROUP = 64  # spans of a group, where there are so many that are alike
 _FEW = 32  # where fewer spans have a B of one length, they take the length that most of them could have
-_TURN, _SHIFT, _COIN = range(3)  # what a group's key is asked for
+_SHIFT, _COIN = range(2)  # what a group's key is asked for
 # How an outside is packed above a span's number: length of B, after a sentence end, first and last kind, sentences.
 _SENTENCE_BITS = 4
 _SPAN_BITS = 64 - (15 + 1 + 2 * KIND_BITS + _SENTENCE_BITS)
@@ -98,8 +98,8 @@ class Pairs:
     def meet(self, spans: Int64s, epochs: Int64s, seed: int) -> tuple[Int64s, NDArray[np.bool_]]:
         """Whom each span meets in its epoch, int64 [n], itself where nobody; and whether they exchange Bs, bool [n].
 
-        The spans of a group sit down at a table that is turned by chance, by document; then those of one half of the
-        table move on by so many seats, and sit opposite those of the other half.
+        The spans of a group sit down by document, one half opposite the other; then those of one half move on by so
+        many seats. So spans of one document meet only where it sits on both sides.
         """
         place = self.place[spans].astype(np.int64)
         group = np.searchsorted(self.bounds, place, side="right") - 1
@@ -107,11 +107,11 @@ class Pairs:
         keys = hash64([seed, PAIRS], epochs, group)
         half = size // 2
         wide = np.maximum(half, 1)
-        turn, shift = below(substream(keys, _TURN), size), below(substream(keys, _SHIFT), wide)
-        seat = (place - first - turn) % size
+        shift = below(substream(keys, _SHIFT), wide)
+        seat = place - first
         opposite = np.where(seat < half, half + (seat + shift) % wide, (seat - half - shift) % wide)
         opposite = np.where(seat < 2 * half, opposite, seat)  # of an odd group one is left over
-        partners = self.order[first + (opposite + turn) % size].astype(np.int64)
+        partners = self.order[first + opposite].astype(np.int64)
         coins = substream(substream(keys, _COIN), np.minimum(seat, opposite))
         return partners, coins >> np.uint64(63) == 1
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.manifest import SPLITS, ShardEntry, load_manifest
+from dsbert.data.manifest import ShardEntry, load_manifest
 from dsbert.durable import publish
 from dsbert.errors import DataError, UserError
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_TOKENS = 64 * 1024 * 1024
 _READ_BYTES = 1 << 22
 _TOKENIZER_KEY = b"dsbert.tokenizer"
+INDEX_LEAVES_DATA = (
+    "expected samples inside the data, found an index that leaves it: remove the spans-* and pairs-* folders of the "
+    "data, they are made again"
+)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -109,21 +113,44 @@ class Shard:
         try:
             with pa.memory_map(str(path)) as source:
                 (batch,) = pa.ipc.open_stream(source)
+            batch.validate(full=True)
             tokens, sentences = batch.column("tokens"), batch.column("sentence_lengths")
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path} is not a token shard ({error}); prepare the data again") from error
+            if tokens.type not in (pa.list_(pa.uint16()), pa.list_(pa.int32())) or sentences.type != pa.list_(
+                pa.int32()
+            ):
+                raise ValueError(f"found columns of {tokens.type} and {sentences.type}")
+            if tokens.values.null_count or sentences.values.null_count or tokens.null_count or sentences.null_count:
+                raise ValueError("found gaps")
+        except (pa.ArrowException, OSError, KeyError, ValueError, MemoryError) as error:
+            text = " ".join(str(error).split())
+            raise DataError(f"{path} is not a token shard ({text}); prepare the data again") from error
         held = (batch.schema.metadata or {}).get(_TOKENIZER_KEY, b"").decode("utf-8", "replace")
         if tokenizer is not None and held != tokenizer:
             raise UserError(
                 f"expected {path} to be encoded with the tokenizer {tokenizer}, as its manifest says, found "
                 f"{held or 'none named'}: shards of two preparations were mixed; prepare the data again"
             )
-        return cls(
+        shard = cls(
             _view(tokens.values),
             _view(tokens.offsets).astype(np.int64),
             _view(sentences.offsets).astype(np.int64),
             _view(sentences.values),
         )
+        for offsets, values in (
+            (shard.document_offsets, shard.tokens),
+            (shard.sentence_offsets, shard.sentence_lengths),
+        ):
+            if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(values):
+                raise DataError(f"{path} is not a token shard (documents do not fill it); prepare the data again")
+        return shard
+
+    def check_sentences(self) -> None:
+        """Raise DataError unless the sentences of each document make up its tokens."""
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sentence_lengths, dtype=np.int64)])
+        if (len(ends) > 1 and int(self.sentence_lengths.min()) < 1) or not np.array_equal(
+            ends[self.sentence_offsets], self.document_offsets
+        ):
+            raise DataError("expected sentences that make up their documents, found others: prepare the data again")
 
     def write(self, path: Path, tokenizer: str, durable: bool = True) -> ShardEntry:
         """Write the shard, whole or not at all, as an Arrow stream of one record batch: so each column is one array
@@ -175,7 +202,14 @@ class TokenStore:
         opened: dict[str, Shard] = {}
         for entry in manifest.splits[split].shards:
             if entry.file not in opened:
-                opened[entry.file] = Shard.open(Path(data_dir) / entry.file, entry.bytes, manifest.tokenizer.digest)
+                shard = Shard.open(Path(data_dir) / entry.file, entry.bytes, manifest.tokenizer.digest)
+                if (len(shard.document_offsets) - 1, len(shard.tokens)) != (entry.documents, entry.tokens):
+                    raise DataError(
+                        f"expected {entry.documents} documents and {entry.tokens} tokens in "
+                        f"{Path(data_dir) / entry.file}, found {len(shard.document_offsets) - 1} and "
+                        f"{len(shard.tokens)}: prepare the data again"
+                    )
+                opened[entry.file] = shard
         return cls([opened[entry.file] for entry in manifest.splits[split].shards])
 
     @classmethod
@@ -197,25 +231,13 @@ class TokenStore:
         """
         owners = np.searchsorted(self.token_offsets, starts, side="right") - 1
         local = starts - self.token_offsets[owners]
+        room = np.diff(self.token_offsets)[np.minimum(owners, len(self.shards) - 1)] - local
+        if starts.size and (int(starts.min()) < 0 or int(lengths.min()) < 0 or (lengths > room).any()):
+            raise DataError(INDEX_LEAVES_DATA)
         # A slice per row is a plain memory copy, which an index array over [n, L] is not.
         pieces = zip(out, owners.tolist(), local.tolist(), lengths.tolist(), columns.tolist(), strict=True)
         for row, owner, start, length, column in pieces:
             row[column : column + length] = self.shards[owner].tokens[start : start + length]
-
-
-def verify_shards(data_dir: str | Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Read shards and compare them with the manifest. share = (k, n): every n-th shard from the k-th on.
-
-    Raises:
-        UserError: there is no prepared data.
-        DataError: a shard is not what was prepared.
-    """
-    splits = load_manifest(data_dir).splits
-    entries = [entry for split in SPLITS for entry in splits[split].shards]
-    for entry in entries[share[0] :: share[1]]:
-        path = Path(data_dir) / entry.file
-        if not path.is_file() or checksum(path) != entry.xxh3:
-            raise DataError(f"expected {path} as it was prepared, found it missing or changed: prepare the data again")
 
 
 def checksum(path: Path) -> str:

@@ -93,6 +93,7 @@ def span_index_name(split: str, seq_len: int) -> str:
 
 def _spans_of_shard(shard: Shard, first_token: int, first_document: int, capacity: int) -> SpanIndex:
     """The spans of one shard; token offsets and document numbers become global."""
+    shard.check_sentences()
     piece_lengths, piece_offsets = _cut_sentences(shard, capacity)
     ends = np.cumsum(piece_lengths)
     begins = ends - piece_lengths

@@ -9,22 +9,30 @@ from pathlib import Path
 
 import xxhash
 
-from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, ShardEntry, load_manifest
+from dsbert.data.indices import index_differences
+from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, Manifest, ShardEntry, load_manifest
 from dsbert.data.shards import checksum
-from dsbert.durable import copy_tree, remove_tree
+from dsbert.data.verification import wrong_file
+from dsbert.durable import copy_tree, differences, remove_tree
 from dsbert.errors import DataError, UserError
 
 _CHUNK_BYTES = 1 << 22
 
 
-def stage(data_dir: Path, stage_to: Path | None) -> Path:
+def staged(data_dir: Path, stage_to: Path | None) -> Path:
+    """Where the data is read from: `data_dir` where nothing is to be staged."""
+    return data_dir if stage_to is None else stage_to / load_manifest(data_dir).digest
+
+
+def stage(data_dir: Path, stage_to: Path | None, share: tuple[int, int] | None = None) -> Path:
     """Copy prepared data, with its sample indices, into a directory of `stage_to` named by its digest.
 
     Any number of processes of a node may call at once: one copies, the others wait. What is there already is verified
-    by sizes; a copy is verified by checksums as it is written and read back.
+    by sizes, and of a share = (k, n) every n-th shard from the k-th on by its checksum; what is not as it was prepared
+    is copied anew. A copy is verified by checksums as it is written and read back.
 
     Returns:
-        The directory to read from: `data_dir` where nothing is to be staged.
+        The directory to read from, as `staged`.
 
     Raises:
         UserError: the disk cannot be written, or is full.
@@ -42,17 +50,22 @@ def stage(data_dir: Path, stage_to: Path | None) -> Path:
             target.mkdir(exist_ok=True)
             for shard in shards.values():
                 path = target / shard.file
-                if not path.is_file() or path.stat().st_size != shard.bytes:
+                if wrong_file(path, shard.bytes):
                     _copy(data_dir / shard.file, path, shard)
+            for shard in list(shards.values())[share[0] :: share[1]] if share else []:
+                if checksum(target / shard.file) != shard.xxh3:
+                    _copy(data_dir / shard.file, target / shard.file, shard)
             for folder in (
                 TOKENIZER,
                 *(path.name for path in sorted((*data_dir.glob("pairs-*"), *data_dir.glob("spans-*")))),
             ):
-                if not (target / folder).is_dir():
-                    temporary = target / f".{folder}.tmp"
-                    remove_tree(temporary)
-                    copy_tree(data_dir / folder, temporary)
-                    temporary.rename(target / folder)
+                if _is_whole(target / folder, manifest):
+                    continue
+                temporary = target / f".{folder}.tmp"
+                remove_tree(temporary)
+                copy_tree(data_dir / folder, temporary)
+                remove_tree(target / folder)
+                temporary.rename(target / folder)
             for name in (UNIGRAM, MANIFEST):
                 shutil.copyfile(data_dir / name, target / f".{name}.tmp")
                 os.replace(target / f".{name}.tmp", target / name)
@@ -62,6 +75,14 @@ def stage(data_dir: Path, stage_to: Path | None) -> Path:
             "out data.stage_to"
         ) from None
     return target
+
+
+def _is_whole(folder: Path, manifest: Manifest) -> bool:
+    """Whether the staged tokenizer, or a staged index, is what was written."""
+    if folder.name != TOKENIZER:
+        return not index_differences(folder)
+    files = {name: digest for name, digest in manifest.files.items() if name.startswith(f"{TOKENIZER}/")}
+    return folder.is_dir() and not differences(folder.parent, files)
 
 
 def _copy(source: Path, target: Path, entry: ShardEntry) -> None:

@@ -19,10 +19,10 @@ from dsbert.data.manifest import TOKENIZER, load_manifest
 from dsbert.data.masking import mask_words_
 from dsbert.data.order import Order
 from dsbert.data.pairs import Pairs
-from dsbert.data.shards import TokenStore
-from dsbert.data.spans import SpanIndex
+from dsbert.data.shards import INDEX_LEAVES_DATA, TokenStore
+from dsbert.data.spans import NUM_SPECIAL, SpanIndex
 from dsbert.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_digest
-from dsbert.errors import UserError
+from dsbert.errors import DataError, UserError
 
 IGNORE = -100
 # Runs whose samples were made in another way cannot go on: raise this with every change of what a batch holds.
@@ -171,6 +171,8 @@ class SampleStream:
         epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
         texts = self._pair(samples, epochs) if self._nsp else self._single(samples)
+        if count and not self._fit(texts):
+            raise DataError(INDEX_LEAVES_DATA)
         input_ids, token_type_ids, attention, maskable = self._lay_out(texts, b)
         row_keys = np.zeros(b, dtype=np.uint64)
         row_keys[:count] = substream(keys, _MASK)
@@ -211,6 +213,12 @@ class SampleStream:
             nsp=np.where(asked, exchange, IGNORE).astype(np.int64),
         )
 
+    def _fit(self, texts: _Texts) -> bool:
+        """Whether the index gives each row what it has room for."""
+        room = self.seq_len - (NUM_SPECIAL if self._nsp else NUM_SPECIAL - 1)
+        least = min(int(texts.a_length.min()) - 1, int(texts.b_length.min()) - int(self._nsp))
+        return least >= 0 and int((texts.a_length + texts.b_length).max()) <= room
+
     def _lay_out(self, texts: _Texts, b: int) -> tuple[Int64s, Int64s, NDArray[np.bool_], NDArray[np.bool_]]:
         """input_ids and token_type_ids int64 [b, S], and bool [b, S] which columns are real, and which are text."""
         vocab, count = self.vocab, len(texts.nsp)
@@ -231,5 +239,7 @@ class SampleStream:
         every = np.arange(b)
         for separator in (a_end, end - 1):
             input_ids[every, separator] = vocab.sep
+        if b and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab.size:
+            raise DataError(f"expected ids below {vocab.size} in the shards, found others: prepare the data again")
         # Special tokens are no text wherever they stand: an older dsbert encoded "[MASK]" in a text as one.
         return input_ids, token_type_ids, attention, self._is_text[input_ids]
