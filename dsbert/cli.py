@@ -210,7 +210,8 @@ def run(argv: list[str]) -> int:
         print("dsbert: interrupted: nothing is half done; the same command goes on or begins again", file=sys.stderr)
         return EXIT_INTERRUPTED
     except DsbertError as error:
-        print(f"dsbert: {printable(error)}", file=sys.stderr)
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"dsbert: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

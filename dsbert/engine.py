@@ -21,7 +21,7 @@ from dsbert.distributed import World, all_reduce
 from dsbert.ds_config import load_ds_config, precision, zero_stage
 from dsbert.ds_engine import initialize
 from dsbert.layout_proof import prove_layout
-from dsbert.model import DeviceBatch, SparseBert
+from dsbert.model import DeviceBatch, SparseBert, any_batch
 from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
@@ -125,7 +125,7 @@ class TrainEngine:
         on_cpu = self.world.device.type == "cpu"
         # Compiled kernels may be made for a shape: on a GPU the one that training has.
         rows, length = (1, 8) if on_cpu else (self.recipe.batch.micro_batch, self.recipe.data.seq_len)
-        batch = _any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
+        batch = any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
         prove_layout(self._engine, self.parameters, self._guard, batch, self.world, self.ds_config)
 
     def plan_kernels(self, stored: dict[str, Any] | None) -> None:
@@ -292,13 +292,6 @@ class TrainEngine:
             )
             shard = param_shard(self._engine, layer.blocks)
             shrink_slice_(shard.master, shard.offset, layer.block_size**2, factors)
-
-
-def _any_batch(rows: int, length: int, device: torch.device) -> DeviceBatch:
-    """In which every parameter has a part."""
-    ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    return DeviceBatch(ids, ids, torch.ones_like(ids), first, first, ids[:, 0])
 
 
 def _counts(batches: list[Batch]) -> list[int]:

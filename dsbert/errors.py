@@ -18,11 +18,17 @@ EXIT_INTERRUPTED = 130
 class DsbertError(Exception):
     """A failure whose message is one line: what was expected, what was found, what to do.
 
-    ranks: whose fault it is, where that is known.
+    ranks: whose fault it is, where that is known. shared: all ranks raise it, and the first says it for them.
     """
 
     exit_code = EXIT_INTERNAL
     ranks: tuple[int, ...] = ()
+    shared = False
+
+    def for_all(self) -> "DsbertError":
+        """This error, which all ranks have agreed to raise."""
+        self.shared = True
+        return self
 
 
 class UserError(DsbertError):

@@ -69,7 +69,7 @@ def prove_layout(
         raise UserError(
             f"expected DeepSpeed to train the weights that dsbert saves, found on rank {rank}: {what}: one of these "
             f"keys of the DeepSpeed configuration has to go: {', '.join(keys) or 'none is unusual'}"
-        )
+        ).for_all()
 
 
 class _Probe:
