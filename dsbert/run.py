@@ -25,7 +25,8 @@ from dsbert.ds_config import what_holds, without_batches
 from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError, printable
-from dsbert.health import Culprit, Heartbeat
+from dsbert.health import Heartbeat
+from dsbert.heartbeats import Culprit
 from dsbert.model import build_model, layer_shapes
 from dsbert.numerics import changes, numerics
 from dsbert.opening import assert_same_everywhere, open_streams, with_absolute_path

@@ -27,7 +27,7 @@ from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.distributed import together
 from dsbert.durable import copy_tree, remove_tree, replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError, printable
-from dsbert.health import last_steps
+from dsbert.heartbeats import last_steps
 from dsbert.history import assert_files, read_config, saved_before
 from dsbert.jsonl import JsonlFile, first_difference, to_json
 from dsbert.provenance import git_revision, versions

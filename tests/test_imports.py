@@ -31,7 +31,7 @@ FLOORS = [
     {"auditing", "job_script", "ownership"},
     {"model", "engine", "checkpoint", "checkpoint_writer", "publication"},
     {"bert_layers"},
-    {"layout_proof"},
+    {"layout_proof", "micro_batches"},
     {
         "data",
         "ds_engine",
@@ -43,6 +43,7 @@ FLOORS = [
         "ds_schema",
         "stopping",
         "health",
+        "heartbeats",
     },
     {"wandb_process"},
     {"wandb_file"},
@@ -58,7 +59,7 @@ FLOORS = [
         "records",
         "provenance",
     },
-    {"overrides"},
+    {"overrides", "recipe_files"},
     {
         "awake",
         "complaints",
