@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 
+from dsbert.secret import SECRET_FILE
 from tests.commands import ENVIRONMENT, SMALL, Done, complaint, dsbert, dsbert_on_a_rank, dsbert_process, one_voice
 from tests.helpers import run_distributed
 from tests.text import write_corpus
@@ -310,7 +311,7 @@ def test_ranks_with_different_seeds_are_refused(data: Path, tmp_path: Path) -> N
     args = {"words": words, "per_rank": [["seed=0"], ["seed=1"]]}
     answers = [Done(*answer) for answer in run_distributed(dsbert_on_a_rank, 2, args)]
     assert "found seed = 1 on rank 1 and 0 on rank 0" in one_voice(answers)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SECRET_FILE], "but for what they know each other by"
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
