@@ -175,7 +175,7 @@ class Run:
             self.heartbeat.end(code, str(error))
             if self.world.is_main:
                 self._record_failure(str(error), culprits)
-            elif isinstance(error, DsbertError) and not error.shared:  # each by itself, but perhaps all the same
+            elif isinstance(error, DsbertError) and not error.shared:  # by each for itself, but perhaps by all
                 error.shared = self.directory.has_said(self.nonce, code, str(error))
             if isinstance(error, DsbertError) and culprits:
                 error.args = ("; ".join([str(error), *map(str, culprits)]),)
