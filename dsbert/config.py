@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dsbert.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
+from dsbert.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line, shown
 from dsbert.documents import DocumentError, Lines, load_yaml, read_document
 from dsbert.errors import UserError
 from dsbert.fields import Flag, Number, PathName, Text, Whole, whole
@@ -302,5 +302,5 @@ def _read(recipe: str) -> tuple[Path, dict[str, Any], Lines]:
     except DocumentError as error:
         raise UserError(f"expected a recipe in YAML in {path}, found {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"expected a mapping of recipe keys in {path}, found {type(values).__name__}")
+        raise UserError(f"expected a mapping of recipe keys in {path}, found {shown(values)}")
     return path, values, lines
