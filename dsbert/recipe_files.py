@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from dsbert.complaints import shown
 from dsbert.documents import DocumentError, Lines, load_yaml, read_document
 from dsbert.errors import UserError
 
@@ -31,5 +32,5 @@ def read_recipe(recipe: str) -> tuple[Path, dict[str, Any], Lines]:
     except DocumentError as error:
         raise UserError(f"expected a recipe in YAML in {path}, found {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"expected a mapping of recipe keys in {path}, found {type(values).__name__}")
+        raise UserError(f"expected a mapping of recipe keys in {path}, found {shown(values)}")
     return path, values, lines
