@@ -193,7 +193,8 @@ while "init" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAK
 (pathlib.Path(sys.argv[1]) / "metrics.jsonl").write_text('{"step": 1}\\n')
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FAKE_WANDB_LOG": str(calls)}
+    paths = os.pathsep.join([str(tmp_path / "fake"), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths, "FAKE_WANDB_LOG": str(calls)}
     environment["WANDB_MODE"] = "online"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=30)
     deadline = time.monotonic() + 10
