@@ -145,14 +145,16 @@ def test_any_field_of_a_checkpoint_may_be_anything(file: str, share: int, copy: 
     original = copy / "checkpoints" / "step_00000012"
     loaded = []
     for number, place in enumerate(places(json.loads((original / file).read_text()))):
-        for value in WRONG[number % share :: share]:
+        if share > 1 and number % 4:
+            continue  # each costs several commands
+        for value in WRONG[number // 4 % share :: share]:
             again = tmp_path / "again" / original.name
             shutil.copytree(original, again)
             edit = edit_state if file == "state.json" else edit_manifest
             edit(again, lambda record: put(record, place, value))  # noqa: B023
             says_one_line("verify", str(again))
             if checkpoint_problems(again):
-                if number % 5 == 0:
+                if number % 5 == 0 or share > 1:
                     assert says_one_line("inspect", str(again)) == 4
             else:
                 loaded.append((place, value))
