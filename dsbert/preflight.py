@@ -124,6 +124,10 @@ def assert_identity(recipe: Recipe, data_digest: str | None, run_dir: Path, queu
     before = _recorded(run_dir) or queued
     if before is None:
         return
+    if "data_digest" in before:  # that of a run, of which a job knows no more than its recipe
+        from dsbert.data.stream import assert_samples
+
+        assert_samples(before, run_dir)
     common = {key: value for key, value in identity.items() if key in before}
     difference = first_difference({key: before[key] for key in common}, common)
     if difference:

@@ -24,6 +24,7 @@ import yaml
 from dsbert.checkpoint import LATEST, newest_checkpoint, published, read_state
 from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
+from dsbert.data.stream import assert_samples
 from dsbert.distributed import together
 from dsbert.durable import copy_tree, remove_tree, replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError, printable
@@ -264,13 +265,7 @@ class RunDirectory:
                 raise UserError(f"expected the identity of the run in {path}, found: {error}") from None
         else:
             return
-        made = before.get("samples", 1) if isinstance(before, dict) else None
-        if made != identity.get("samples", 1):
-            raise UserError(
-                f"expected a run of samples as this dsbert makes them (version {identity.get('samples', 1)}) in "
-                f"{self.path}, found version {made}: start anew in another --run-dir, or go on with the dsbert that "
-                "began it"
-            )
+        assert_samples(before, self.path)
         difference = first_difference(before, identity)
         if difference:
             key, old, new = difference
