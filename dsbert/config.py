@@ -107,14 +107,15 @@ class BatchConfig(_Section):
     micro_batch: Whole = Positive
 
     def on_ranks(self, world_size: int) -> BatchConfig:
-        """With micro_batch lowered until all ranks have as many samples. UserError for more ranks than samples."""
+        """With micro_batch lowered, where there are fewer micro-batches than ranks, until every rank has samples.
+        Raises UserError for more ranks than samples."""
         if world_size > self.global_batch:
             raise UserError(
                 f"expected batch.global_batch of at least one sample for each of {world_size} ranks, found "
                 f"{self.global_batch}: start at most {self.global_batch} ranks, or give batch.global_batch={world_size}"
             )
         share = -(-self.global_batch // world_size)
-        return self.model_copy(update={"micro_batch": -(-share // -(-share // self.micro_batch))})
+        return self.model_copy(update={"micro_batch": min(self.micro_batch, share)})
 
 
 class OptimConfig(_Section):

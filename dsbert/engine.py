@@ -128,9 +128,9 @@ class TrainEngine:
         self.kernels = plan_kernels(self.layers, tokens=tokens, dtype=_DTYPES[self.precision], stored=stored)
 
     def plan(self) -> list[MicroBatch]:
-        """This rank's micro-batches of a step. Ranks have as many samples, or one less; filler rows stand for the rest,
-        so that any world size runs any batch."""
-        return cut(self.recipe.batch, self.world.rank, self.world.world_size, self.accumulation_steps)
+        """This rank's micro-batches of a step; empty ones, of filler rows, where others have more."""
+        mine = cut(self.recipe.batch, self.world.rank, self.world.world_size)
+        return mine + [MicroBatch(mine[0].first, 0)] * (self.accumulation_steps - len(mine))
 
     def train_step(self, batches: list[Batch], *, stop: bool = False, busy: bool = False) -> StepResult:
         """One optimizer step on this rank's part of a global batch (one Batch per entry of `plan()`). Collective.

@@ -16,12 +16,19 @@ class MicroBatch:
     count: int
 
 
-def cut(batch: BatchConfig, rank: int, world_size: int, accumulation_steps: int) -> list[MicroBatch]:
-    """The micro-batches of one rank; ranks have as many samples, or one less."""
+def cut(batch: BatchConfig, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of one rank: as many as any other has, or one less, and their places do not hang on the ranks.
+
+    Where there are fewer of them than ranks, `BatchConfig.on_ranks` has made them small enough for each rank to have
+    one, with as many samples as any other, or one less.
+    """
     size, total = batch.micro_batch, batch.global_batch
-    start, end = (number * total // world_size for number in (rank, rank + 1))
-    firsts = [min(start + index * size, end) for index in range(accumulation_steps)]
-    return [MicroBatch(first, min(size, end - first)) for first in firsts]
+    count = -(-total // size)
+    if count < world_size:
+        start, end = (number * total // world_size for number in (rank, rank + 1))
+        return [MicroBatch(start, end - start)]
+    mine = range(rank * count // world_size, (rank + 1) * count // world_size)
+    return [MicroBatch(index * size, min(size, total - index * size)) for index in mine]
 
 
 def counts_of(batches: list[Batch]) -> list[int]:

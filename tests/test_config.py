@@ -13,6 +13,7 @@ import pytest
 from dsbert.config import BatchConfig, load_recipe, sparse_lr_factor
 from dsbert.ds_config import ds_config_names, load_ds_config, precision, zero_stage
 from dsbert.errors import UserError
+from dsbert.micro_batches import cut
 from dsbert.recipe_files import RECIPES, recipe_names
 
 
@@ -245,12 +246,20 @@ def test_ds_configs(name: str, stage: int, dtype: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 16, 32, 33, 64, 100, 511, 512])
 @pytest.mark.parametrize("micro_batch", [1, 3, 32, 512, 1000])
 def test_a_batch_on_ranks(world_size: int, micro_batch: int) -> None:
-    """As few micro-batches as allowed, of a size without which no rank could do."""
-    batch = BatchConfig(global_batch=512, micro_batch=micro_batch)
-    size, share = batch.on_ranks(world_size).micro_batch, math.ceil(512 / world_size)
-    rounds = math.ceil(share / min(micro_batch, share))
-    assert size <= micro_batch
-    assert (rounds - 1) * size < share <= rounds * size < share + rounds
+    """Every sample on one rank, every rank with samples, in micro-batches as large as that allows."""
+    batch = BatchConfig(global_batch=512, micro_batch=micro_batch).on_ranks(world_size)
+    plans = [cut(batch, rank, world_size) for rank in range(world_size)]
+    assert [sample for plan in plans for part in plan for sample in range(part.first, part.first + part.count)] == [
+        *range(512)
+    ]
+    assert all(0 < part.count <= batch.micro_batch <= micro_batch for plan in plans for part in plan)
+    lengths = {len(plan) for plan in plans}
+    assert max(lengths) - min(lengths) <= 1
+    if batch.micro_batch < micro_batch:
+        assert lengths == {1}
+        assert math.ceil(512 / micro_batch) <= world_size, "there was a reason"
+        counts = {part.count for (part,) in plans}
+        assert max(counts) == math.ceil(512 / world_size)
 
 
 def test_more_ranks_than_samples_are_refused() -> None:
