@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from dsbert.errors import combine_exit_codes
 from tests.faults import unlucky_dsbert
 from tests.helpers import started
@@ -36,6 +38,7 @@ class Forked:
         return sum(len(rank.output) for rank in self._ranks)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_was_not(data: Path, tmp_path: Path) -> None:
     words = ["pretrain", "demo", "--timeout", "10", f"data.path={data}", *RECIPE, "optim.total_steps=60"]
     quotas = {"between": 1, "save": 1, "update": 1, "evaluate": 1, "start": 1}

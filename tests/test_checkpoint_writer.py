@@ -77,6 +77,7 @@ def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
     return {"digest": masks.digest()}
 
 
+@pytest.mark.slow
 def test_fifty_steps_run_while_a_slow_writer_works(tmp_path: Path) -> None:
     first, second = run_distributed(fifty_steps_beside_a_slow_writer, 2, {"directory": str(tmp_path)})
     assert first == second

@@ -97,6 +97,7 @@ def test_a_second_call_has_nothing_to_do(run: Path, data: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_bit_for_bit_like_undisturbed(run: Path, data: Path, tmp_path: Path) -> None:
     """Stopped by a signal once it has taken some steps: both ranks save the same step and the launcher returns 75."""
     import signal
@@ -367,6 +368,7 @@ def dsbert_beside_a_dying_rank(words: list[str]) -> list[Any] | None:
     return list(dsbert(*words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -407,6 +409,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_aloud(run: Path, tmp_path: Path)
     assert dsbert("inspect", str(topology.parent)).returncode == 4
 
 
+@pytest.mark.slow
 def test_other_data_in_the_place_of_the_old_is_refused(data: Path, tmp_path: Path) -> None:
     moved = tmp_path / "data"
     shutil.copytree(data, moved)

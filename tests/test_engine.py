@@ -80,6 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return ranks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "world_size"),
     [(1, 2), (2, 2), (3, 2), (1, 3)] + [pytest.param(stage, 3, marks=pytest.mark.exhaustive) for stage in (0, 2, 3)],

@@ -155,6 +155,7 @@ LIFE = [
 ]
 
 
+@pytest.mark.slow
 def test_a_life_full_of_faults_ends_like_an_undisturbed_one(
     run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_life_full_of_faults_ends_like_an_undisturbed_one(
     fault_table.identical(rows)
 
 
+@pytest.mark.slow
 def test_resumed_on_2_then_4_3_and_1_ranks_at_stages_1_3_2_and_1(
     run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:
@@ -254,6 +256,7 @@ def test_the_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints" / "step_00000005").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", [0, pytest.param(None, marks=pytest.mark.exhaustive)])
 def test_a_rank_that_lives_but_does_not_go_on(
     who: int | None, data: Path, tmp_path: Path, fault_table: FaultTable
@@ -384,6 +387,7 @@ def test_a_corrupt_data_shard_is_refused_on_all_ranks(data: Path, tmp_path: Path
     fault_table.row("17", "a flipped bit in a data shard", time.time() - start, (4, 4), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("notices", "changes"),
     [
@@ -436,6 +440,7 @@ def test_what_the_attempt_before_publishes_last_is_not_lost(run: Path, data: Pat
     assert f"resuming from {run_dir}/checkpoints/{late.name}" in ended[0].stderr
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_never_answers_slows_no_step(
     run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
 ) -> None:

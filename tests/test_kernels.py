@@ -53,6 +53,7 @@ def losses_by_kernels(directory: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_training_takes_the_same_way_on_every_kind_of_kernels(tmp_path: Path) -> None:
     first, second = run_distributed(losses_by_kernels, 2, {"directory": str(tmp_path)})
     assert first == second  # plans and digests included: rank 0 chooses for all

@@ -27,6 +27,7 @@ def _launcher(name: str) -> list[str]:
     }[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

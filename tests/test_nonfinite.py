@@ -152,6 +152,7 @@ def check(stage: int, dtype: str, faults: dict[int, str] = FAULTS, **sections: A
         assert math.isfinite(norm) == (kind == "loss alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")]
@@ -161,6 +162,7 @@ def test_a_step_that_is_not_finite_is_skipped_everywhere(stage: int, dtype: str)
     check(stage, dtype, sparsity={"group_lasso": 0.1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.exhaustive)])
 def test_regrowth_by_gradient_is_defined_on_a_step_that_is_skipped(stage: int, dtype: str) -> None:
     """All gradients NaN at the first update: the order is that of no gradient at all, which the other run has."""
@@ -191,6 +193,7 @@ def overflow_in_fp16(stage: int) -> float:
     return loss_scaler(engine.deepspeed_engine)["cur_scale"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1] + [pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (0, 2, 3)])
 def test_the_loss_scaler_of_fp16_sees_every_overflow(stage: int) -> None:
     """It halves the scale at each fault but that of the loss alone, which is no overflow."""

@@ -28,6 +28,8 @@ from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
 from tools.slurm_sandbox import Sandbox, SandboxError, install, missing, wait_for
 
+pytestmark = pytest.mark.slow
+
 STEPS = 480  # so many that a job which is disturbed five times is not done before the fifth
 OVERRIDES = (
     *SMALL, "batch.global_batch=4", "batch.micro_batch=2", f"optim.total_steps={STEPS}", "checkpoint.every_steps=40",

@@ -67,6 +67,7 @@ def test_piece_size_and_processes_change_nothing(corpus, alone, tmp_path):
             assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / "two")).read_bytes()
 
 
+@pytest.mark.slow
 def test_under_mpiexec(corpus, digest, tmp_path):
     command = [str(BIN / "mpiexec"), "-n", "2", sys.executable, "-c", CUT, *arguments(corpus, tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -99,6 +100,7 @@ def wait_for(condition, seconds: float = 100.0):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["read", "encode"])
 def test_killed_in_the_middle_and_run_again(corpus, digest, tmp_path, stage):
     """KILL of the whole: its workers die with it, what was published stays, and is not made again."""
@@ -146,6 +148,7 @@ def test_a_killed_worker_loses_nothing(corpus, digest, tmp_path):
     assert json.loads(out)["digest"] == digest
 
 
+@pytest.mark.slow
 def test_a_killed_rank_loses_nothing(corpus, digest, tmp_path):
     """Without a launcher that ends the others: what the dead rank was at is done by those that are left."""
     with socket.socket() as listener:

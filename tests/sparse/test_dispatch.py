@@ -192,6 +192,7 @@ def plan_where_one_rank_has_no_compiler(directory: str) -> list[str]:
     return [*made.choice, *plan.notes, str(error.value)]
 
 
+@pytest.mark.slow
 def test_what_one_rank_cannot_run_no_rank_runs(tmp_path: Path) -> None:
     first, second = run_distributed(plan_where_one_rank_has_no_compiler, 2, {"directory": str(tmp_path)})
     assert first == second

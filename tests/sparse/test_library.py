@@ -47,6 +47,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow
 def test_trains_without_deepspeed_and_transformers():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,8 @@ from dsbert.sparse.kernels.triton_gpu.configs import (
     set_config,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 # Bytes of shared memory that a block of threads may have: H100; the smallest card of the 8.x family.
 SHARED_BYTES = {90: 232448, 80: 101376}

@@ -149,6 +149,7 @@ def test_a_folder_that_another_user_could_have_written_to_is_no_cache(
     assert [path.name for path in folder.iterdir()] == ["secret"]
 
 
+@pytest.mark.slow
 def test_a_planted_library_does_not_run_and_one_line_says_so(
     shared: Path, planted: Path, own: Path, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_planted_library_does_not_run_and_one_line_says_so(
     assert trace.exists(), "the planted library is harmless: the test could not fail"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["owner", "mode", "fifo", "link"])
 def test_a_planted_file_in_our_own_folder_is_replaced(
     how: str, shared: Path, planted: Path, own: Path, monkeypatch: pytest.MonkeyPatch
