@@ -116,6 +116,7 @@ def check_vandal(folder: str, port: int) -> list[Any]:
     return [value.decode("latin1") for value in heard]
 
 
+@pytest.mark.slow
 def test_a_vandal_at_the_store_changes_nothing_and_hears_nothing(tmp_path: Path) -> None:
     port = _new_job()[1][0]
     first, second, heard = run_distributed(check_vandal, 3, {"folder": str(tmp_path), "port": port}, timeout=90)
@@ -221,6 +222,7 @@ def check_wrong_secret(port: int) -> list[Any]:
     return _join(_environment(port, rank, 2) | {SECRET_ENV: f"{rank} {SECRET[SECRET_ENV]}"}, timeout_s=12 - 8 * rank)
 
 
+@pytest.mark.slow
 def test_who_does_not_know_the_secret_is_no_rank() -> None:
     port = _new_job()[1][0]
     first, second = run_distributed(check_wrong_secret, 2, {"port": port}, timeout=60)
