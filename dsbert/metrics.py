@@ -28,7 +28,7 @@ from dsbert.errors import printable
 from dsbert.jsonl import JsonlFile, to_json
 from dsbert.launch import module_command
 from dsbert.wandb_file import OfflineRun, steps_on_disk
-from dsbert.wandb_mode import wandb_mode
+from dsbert.wandb_mode import server_url, wandb_mode
 from dsbert.wandb_process import FINISH_S, RUN_SIGNALS
 
 # How long W&B may take to finish where its server does not answer.
@@ -158,7 +158,8 @@ class _Sender:
     def finish(self, timeout_s: float) -> float:
         """Have the process send what is left, and wait for it. Returns 0, or after how many seconds it was ended."""
         answers: list[bool] = []
-        probe = threading.Thread(target=lambda: answers.append(_answers(self._url)), daemon=True)
+        url = self._url or server_url()  # of a short run, wandb may still be starting
+        probe = threading.Thread(target=lambda: answers.append(_answers(url)), daemon=True)
         probe.start()
         waited = min(timeout_s, UNREACHABLE_S)
         deadline = time.monotonic() + waited
@@ -209,10 +210,8 @@ class _Sender:
             self._on_failure(f"{type(error).__name__}: {error}")
 
 
-def _answers(url: str | None) -> bool:
+def _answers(url: str) -> bool:
     """Whether a server says anything at all, be it that it does not know us."""
-    if url is None:
-        return False
     try:
         with urllib.request.urlopen(url, timeout=UNREACHABLE_S):
             return True

@@ -82,10 +82,9 @@ class Reporter:
         batch, size = self._recipe.batch, self._recipe.batch.on_ranks(self._world_size).micro_batch
         accumulation_steps = -(-batch.global_batch // (size * self._world_size))
         allowed = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
-        return (
-            f"a step: {batch.global_batch} samples over {self._world_size} ranks, {accumulation_steps} "
-            f"micro-batches of {size} on each{allowed}"
-        )
+        ranks = f"{self._world_size} rank{'s'[: self._world_size > 1]}"
+        batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
+        return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{allowed}"
 
     def totals(self) -> dict[str, int]:
         """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to

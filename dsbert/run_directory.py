@@ -24,14 +24,15 @@ import yaml
 from dsbert.checkpoint import LATEST, newest_checkpoint, published, read_state
 from dsbert.config import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
+from dsbert.data.stream import assert_samples
 from dsbert.distributed import together
 from dsbert.durable import copy_tree, remove_tree, replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError, printable
-from dsbert.health import last_steps
+from dsbert.heartbeats import last_steps
 from dsbert.history import assert_files, read_config, saved_before
 from dsbert.jsonl import JsonlFile, first_difference, to_json
 from dsbert.provenance import git_revision, versions
-from dsbert.records import AttemptRecord, Record, StatusRecord, is_record, read_record
+from dsbert.records import AttemptRecord, BeatRecord, Record, StatusRecord, is_record, read_record
 
 _MARK = "shared"
 _ENDING = ("outcome", "step", "cause", "culprit")
@@ -69,6 +70,17 @@ class RunDirectory:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
+
+    def has_said(self, nonce: str, code: int, cause: str, patience_s: float = 3.0) -> bool:
+        """Whether rank 0 has left with these words, or does so within the patience: then nobody need repeat them."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            with suppress(OSError, ValueError):
+                ended = read_record(self.heartbeats(nonce) / "00000.json", BeatRecord)["ended"]
+                if ended:
+                    return bool(ended["code"] == code and ended["cause"] == cause[:300])
+            time.sleep(0.05)
+        return False
 
     def find_checkpoint(self, resume: str, rank: int, world_size: int) -> Path | None:
         """The newest checkpoint that verifies on all ranks, or None for a fresh start. Collective.
@@ -253,13 +265,7 @@ class RunDirectory:
                 raise UserError(f"expected the identity of the run in {path}, found: {error}") from None
         else:
             return
-        made = before.get("samples", 1) if isinstance(before, dict) else None
-        if made != identity.get("samples", 1):
-            raise UserError(
-                f"expected a run of samples as this dsbert makes them (version {identity.get('samples', 1)}) in "
-                f"{self.path}, found version {made}: start anew in another --run-dir, or go on with the dsbert that "
-                "began it"
-            )
+        assert_samples(before, self.path)
         difference = first_difference(before, identity)
         if difference:
             key, old, new = difference

@@ -10,6 +10,11 @@ from urllib.parse import urlsplit
 _SERVER = "https://api.wandb.ai"
 
 
+def server_url() -> str:
+    """Where W&B is, as far as the environment says."""
+    return os.environ.get("WANDB_BASE_URL") or _SERVER
+
+
 def wandb_mode() -> tuple[str, str | None]:
     """(wandb's mode, and why it is offline in spite of a file of keys). WANDB_MODE overrules; a key is that of
     WANDB_API_KEY, or the password of W&B's server in NETRC or ~/.netrc, where `wandb login` puts it."""
@@ -21,7 +26,7 @@ def wandb_mode() -> tuple[str, str | None]:
     path = next((file for file in (file.expanduser() for file in files) if file.is_file()), None)
     if path is None:
         return "offline", None
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _SERVER).hostname or ""
+    host = urlsplit(server_url()).hostname or ""
     try:
         entry = netrc.netrc(str(path)).authenticators(host)
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:

@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,26 @@ def test_a_server_that_cannot_be_reached_delays_the_end_by_five_seconds(
     )
 
 
+@pytest.mark.slow
+def test_a_run_that_is_done_before_wandb_has_started_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The server answers, and so it is worth waiting for longer than for one that is away."""
+    slow = FAKE.replace("def init(**options):\n", "def init(**options):\n    import time; time.sleep(6)\n")
+    use_wandb(monkeypatch, tmp_path, slow)
+    monkeypatch.setenv("FAKE_WANDB_LOG", str(tmp_path / "calls.jsonl"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("WANDB_MODE", "online")
+        logger = make_logger(tmp_path)
+        write_metrics(tmp_path, {"step": 1})
+        logger.close()
+        server.shutdown()
+    assert (tmp_path / "calls.jsonl").read_text().splitlines()[-2:] == ['["log", {"step": 1}]', '["finish"]']
+    assert capfd.readouterr().err.count("W&B") == 0
+
+
 def test_the_process_ends_soon_after_the_run_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_wandb(monkeypatch, tmp_path, FAKE)
     calls = tmp_path / "calls.jsonl"
@@ -171,7 +193,8 @@ while "init" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAK
 (pathlib.Path(sys.argv[1]) / "metrics.jsonl").write_text('{"step": 1}\\n')
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FAKE_WANDB_LOG": str(calls)}
+    paths = os.pathsep.join([str(tmp_path / "fake"), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths, "FAKE_WANDB_LOG": str(calls)}
     environment["WANDB_MODE"] = "online"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=30)
     deadline = time.monotonic() + 10

@@ -18,7 +18,7 @@ from tests.commands import ENVIRONMENT, SMALL
 from tests.faults import status
 
 DSBERT = f"{sys.executable} -m dsbert"
-DRY_RUN = f"{DSBERT} submit demo --nodes 1 --gpus-per-node 1 --time 1:00:00 --dry-run --json"
+DRY_RUN = f"{DSBERT} submit demo data.path=DATA --nodes 1 --gpus-per-node 1 --time 1:00:00 --dry-run --json"
 NOISY = """
 import logging, os, sys, threading, warnings
 from dsbert.output import flush, lose_output_too, protect
@@ -77,8 +77,8 @@ def test_no_write_fails(line: str) -> None:
         (f"{DSBERT} submit nothing --nodes 1 --time 1 --dry-run 2>&-", 2, ""),
     ],
 )
-def test_an_answer_that_cannot_be_written(line: str, code: int | None, says: str) -> None:
-    done = shell(line)
+def test_an_answer_that_cannot_be_written(line: str, code: int | None, says: str, data: Path) -> None:
+    done = shell(line.replace("DATA", str(data)))
     assert code is None or done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
@@ -122,15 +122,14 @@ def test_a_terminal_that_goes(nohup: bool, data: Path, tmp_path: Path) -> None:
     """The kernel sends HUP, and every write fails from then on. One rank, without a launcher."""
     run_dir = tmp_path / "run"
     master, slave = pty.openpty()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if nohup else None
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # the tests may be under nohup
     try:
         run = subprocess.Popen(
             words(run_dir, data, "optim.total_steps=200", "eval.every_steps=1000"),
             env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         )  # fmt: skip
     finally:
-        if before is not None:
-            signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, before)
     os.close(slave)
     try:
         wait_for_step(run_dir, 3)

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from dsbert.config import RECIPES
 from dsbert.launch import module_command
+from dsbert.recipe_files import RECIPES
 from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
 from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
@@ -384,6 +384,7 @@ def test_two_jobs_on_one_run(cluster: Sandbox, data: Path, undisturbed: Path, tm
     cluster.run("scontrol", "release", job.label)
     job.reach(20, restart=0)
     third = cluster.run("sbatch", "--parsable", str(script), cwd=tmp_path).stdout.strip()
+    cluster.run("scontrol", "release", third)  # the script says --hold
     log = tmp_path / f"demo-{third}.log"
     said = "expected nobody at work on the run in"
     job.wait("the third job's end", lambda: log.exists() and "not requeued" in log.read_text())

@@ -188,23 +188,24 @@ def _endless(make: Any, seconds: list[float], count: int) -> Any:
 def open_(data: list[str]) -> list[dict[str, Any]]:
     """The data's shards repeated in the manifest until there are 4 billion tokens; in processes of their own."""
     from dsbert.data.manifest import data_digest, load_manifest
+    from dsbert.durable import sealed, unsealed
 
     source = Path(data[0])
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
         target = Path(scratch)
         for path in source.iterdir():
-            if not path.name.startswith(("spans-", "manifest")):
+            if not path.name.startswith(("spans-", "pairs-", "manifest")):
                 (target / path.name).symlink_to(path.resolve())
         manifest = load_manifest(source)
         train = manifest.splits["train"]
         times = -(-4_000_000_000 // train.tokens)
-        document = json.loads((source / "manifest.json").read_text())
+        document = unsealed(json.loads((source / "manifest.json").read_text()))
         split = document["splits"]["train"]
         split["shards"] = split["shards"] * times
         for key in ("documents", "sentences", "tokens"):
             split[key] *= times
         document["digest"] = data_digest(manifest.tokenizer.digest, manifest.splits) + "x"
-        (target / "manifest.json").write_text(json.dumps(document))
+        (target / "manifest.json").write_text(json.dumps(sealed(document)))
         program = (
             "import sys, time, json; start = time.perf_counter();"
             "from dsbert.data.stream import SampleStream;"

@@ -7,9 +7,10 @@ purpose, epoch, sample), so any rank computes any batch at any time, and where t
 Legend: b samples in a batch, S sequence length, m masked tokens, N spans.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,15 @@ def check_rows(position: int, count: int, rows: int) -> None:
     """Raises ValueError for a negative position or count, or fewer rows than samples."""
     if position < 0 or not 0 <= count <= rows:
         raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
+
+
+def assert_samples(identity: Mapping[str, Any], run_dir: Path) -> None:
+    """Raise UserError if the samples of a run of this identity were made in another way than ours are."""
+    if (made := identity.get("samples", 1)) != SAMPLES:
+        raise UserError(
+            f"expected a run of samples as this dsbert makes them (version {SAMPLES}) in {run_dir}, found version "
+            f"{made!r}: start anew in another --run-dir, or go on with the dsbert that began it"
+        )
 
 
 @dataclass(frozen=True)
