@@ -106,6 +106,11 @@ def _audit_shard(
     except DsbertError as error:
         audit.problems.append(Problem(entry.file, str(error)))
         return None
+    holds = len(shard.document_offsets) - 1, len(shard.tokens)
+    if holds != (entry.documents, entry.tokens):
+        expected = f"{entry.documents} documents and {entry.tokens} tokens"
+        audit.problems.append(Problem(entry.file, f"expected {expected}, found {holds}: prepare the data again"))
+        return None
     if len(shard.tokens) and not 0 <= int(shard.tokens.min()) <= int(shard.tokens.max()) < vocab_size:
         audit.problems.append(Problem(entry.file, f"expected ids below {vocab_size}, found {int(shard.tokens.max())}"))
         return None

@@ -20,7 +20,8 @@ import xxhash
 # What one worker remembers, of each of two foldings; then it forgets all and begins anew.
 _MAX_WORDS = 1 << 19
 _CONTROLS = bytes(code for code in range(0x20) if code != 0x0A) + b"\x7f"
-_PLAIN = bytes.maketrans(b"\n", b" ")
+# By tables without a byte to delete, which take a fifth of the time: of controls they make zeros, which are looked for.
+_PLAIN = bytes.maketrans(b"\n" + _CONTROLS, b" " + bytes(len(_CONTROLS)))
 _LOWER = bytes(_PLAIN).lower()
 _NO_LETTERS = bytes(code for code in range(0x80) if not chr(code).isalnum())
 
@@ -64,8 +65,9 @@ class Folder:
         """What copies have in common, and the letters and digits alone."""
         if self._by_word and text.isascii():
             data = text.encode()
-            if len(data.translate(None, _CONTROLS)) == len(data):
-                return data.translate(self._ascii), data.translate(_LOWER, _NO_LETTERS)
+            copied = data.translate(self._ascii)
+            if 0 not in copied:
+                return copied, copied.translate(_LOWER, _NO_LETTERS)
         if not self._by_word:
             text = " ".join(self._normal(sentence) for sentence in text.split("\n"))
             words = text.split()

@@ -37,7 +37,7 @@ def is_run_on(char: str) -> bool:
 
 def num_words(text: str, enough: int) -> int:
     """Words of a text, apart by white space; a character of a script without spaces is one. Exact below `enough`."""
-    found = len(text.split())
+    found = len(text.split(None, enough))  # of a long text no more than its beginning is looked at
     if found < enough and not text.isascii():
         found = sum(len(_WORDS.findall(word)) or 1 for word in text.split())
     return found
