@@ -93,13 +93,15 @@ def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[P
         found = gather_json(
             [
                 _manifest_checksum(path),
-                [vars(problem) for problem in checkpoint_problems(path, share=(rank, world_size))],
+                [vars(problem) for problem in verify_checkpoint(path, share=(rank, world_size))],
             ]
         )
         problems = [problem for _, own in found for problem in own]
         for other, (manifest, _) in enumerate(found):
             if manifest != found[0][0]:
                 problems.append({"file": MANIFEST, "problem": f"rank {other} reads another one than rank 0"})
+        if not problems:  # whole files may still be of several checkpoints
+            problems = gather_json([vars(problem) for problem in _contradictions(path)] if rank == 0 else [])[0]
         if not problems:
             return path, skipped
         skipped.append(f"{path / problems[0]['file']}: {problems[0]['problem']}")
@@ -142,12 +144,13 @@ def verify_checkpoint(
     return problems
 
 
-def checkpoint_problems(path: Path, share: tuple[int, int] = (0, 1)) -> list[Problem]:
-    """What keeps a checkpoint from being loaded: `verify_checkpoint`, and with the first share whether manifest, state
-    and topology are of one checkpoint, whatever their checksums say."""
-    problems = verify_checkpoint(path, share)
-    if problems or share[0]:
-        return problems
+def checkpoint_problems(path: Path) -> list[Problem]:
+    """What keeps a checkpoint from being loaded: files that are not what was written, or not of one checkpoint."""
+    return verify_checkpoint(path) or _contradictions(path)
+
+
+def _contradictions(path: Path) -> list[Problem]:
+    """Whether manifest, state and topology are of one checkpoint, whatever their checksums say."""
     try:
         manifest = checked(read_manifest(path), ManifestRecord)
     except (CheckpointError, ValueError) as error:

@@ -173,7 +173,7 @@ class CheckpointWriter:
                 raise PeerError(
                     f"expected the checkpoint {job.target} to be written, found {busy} ranks that write nothing for "
                     f"{self._timeout_s:g} s: see whether the file system of the run directory answers"
-                )
+                ).for_all()
             if (total, job.publishing) != moved:
                 moved, since = (total, job.publishing), clock.now()
                 self._alive()

@@ -94,12 +94,20 @@ def pretrain(
         if not launched and (ranks is None or ranks.rank == 0):  # else the launcher, or rank 0, says it for all
             stop.again = again
         from dsbert.config import load_recipe
+        from dsbert.preflight import said_once
 
-        loaded = load_recipe(recipe, overrides)
-        count = ranks.world_size if ranks else _num_ranks(nproc)
-        batch = loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
-        run_dir = run_dir or Path("runs") / loaded.name
-        _assert_startable(loaded, run_dir, ranks, take_over)
+        with said_once(ranks):
+            loaded = load_recipe(recipe, overrides)
+            count = ranks.world_size if ranks else _num_ranks(nproc)
+            batch = loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
+            run_dir = run_dir or Path("runs") / loaded.name
+            _assert_startable(loaded, run_dir, ranks, take_over)
+            if ranks and nproc is not None:
+                found = rank_variables()
+                raise UserError(
+                    "expected no --nproc under another launcher, which starts the ranks itself; found both: "
+                    f"{found[0]} is set: where no launcher is at work, as in `srun --pty bash`, unset {' '.join(found)}"
+                )
         if ranks is None:
             if stop.wanted:
                 raise SystemExit(EXIT_REQUEUE)
@@ -107,12 +115,6 @@ def pretrain(
                 less = f"lower batch.micro_batch (now {batch.micro_batch}) or --nproc (now {count})"
                 command = module_command("dsbert.cli", *_without_nproc(argv))
                 raise SystemExit(launch(command, count, again=again, less_memory=less))
-        elif nproc is not None:
-            found = rank_variables()
-            raise UserError(
-                "expected no --nproc under another launcher, which starts the ranks itself; found both: "
-                f"{found[0]} is set: where no launcher is at work, as in `srun --pty bash`, unset {' '.join(found)}"
-            )
         from dsbert.pretrain import pretrain as train
 
         raise SystemExit(train(loaded, run_dir, resume, timeout, stop))
@@ -210,7 +212,8 @@ def run(argv: list[str]) -> int:
         print("dsbert: interrupted: nothing is half done; the same command goes on or begins again", file=sys.stderr)
         return EXIT_INTERRUPTED
     except DsbertError as error:
-        print(f"dsbert: {printable(error)}", file=sys.stderr)
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"dsbert: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -72,10 +72,16 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     except PeerFailedError as error:  # that rank has said it
         raise SystemExit(error.exit_code) from None
     if crew.is_main:
-        if not as_json:
-            summary["left_out"] = left_out_lines(summary["left_out"]) or "no file"
+        for_people = {
+            "left_out": left_out_lines(summary["left_out"]) or "no file",
+            "unknown": f"{summary['unknown']:.2%} of the tokens are [UNK]",
+        }
         _say_smaller_vocabulary(options["vocab_size"], to)
-        show(summary, as_json, heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""))
+        show(
+            summary if as_json else summary | for_people,
+            as_json,
+            heading=f"data in {to}" + (" is up to date" if summary["up_to_date"] else ""),
+        )
         if summary["unknown"] > _MANY_UNKNOWN:
             click.echo(
                 f"{summary['unknown']:.1%} of the tokens are [UNK], text that the vocabulary cannot spell: expected at "

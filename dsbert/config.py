@@ -7,20 +7,18 @@ buckets (see ds_config.py).
 
 from __future__ import annotations
 
-import difflib
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dsbert.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line, shown
-from dsbert.documents import DocumentError, Lines, load_yaml, read_document
+from dsbert.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
+from dsbert.documents import DocumentError
 from dsbert.errors import UserError
 from dsbert.fields import Flag, Number, PathName, Text, Whole, whole
 from dsbert.overrides import keep_shares, override_value, total_steps
+from dsbert.recipe_files import read_recipe
 
-RECIPES = Path(__file__).parent / "recipes"
 Positive = Field(gt=0)
 BlockSize = Annotated[Literal[1, 4, 8, 16, 32, 64, 128], BeforeValidator(whole)]
 
@@ -115,8 +113,8 @@ class BatchConfig(_Section):
                 f"expected batch.global_batch of at least one sample for each of {world_size} ranks, found "
                 f"{self.global_batch}: start at most {self.global_batch} ranks, or give batch.global_batch={world_size}"
             )
-        share = math.ceil(self.global_batch / world_size)
-        return self.model_copy(update={"micro_batch": math.ceil(share / math.ceil(share / self.micro_batch))})
+        share = -(-self.global_batch // world_size)
+        return self.model_copy(update={"micro_batch": -(-share // -(-share // self.micro_batch))})
 
 
 class OptimConfig(_Section):
@@ -242,11 +240,6 @@ def sparse_lr_factor(sparsity: float) -> float:
     return math.exp(1.969 * sparsity**2 + 0.2905 * sparsity)
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with dsbert."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe (a name in dsbert/recipes or a YAML path) and apply `a.b=value` overrides.
 
@@ -256,7 +249,7 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     Raises UserError, one line, for an unknown recipe, and for all unknown keys (with the nearest name) and values that
     do not fit.
     """
-    path, values, lines = _read(recipe)
+    path, values, lines = read_recipe(recipe)
     before = total_steps(values)
     complaints: list[str] = []
     given: set[Key] = set()
@@ -286,21 +279,3 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(in_one_line(explain(error, Recipe, "recipe", RECIPE_SYNONYMS))) from None
-
-
-def _read(recipe: str) -> tuple[Path, dict[str, Any], Lines]:
-    names = recipe_names()
-    path = RECIPES / f"{recipe}.yaml" if recipe in names else Path(recipe)
-    try:
-        values, lines = load_yaml(read_document(path))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(recipe, names, n=1)
-        hint = f": do you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"expected a YAML file or one of {', '.join(names)} as recipe, found {recipe!r}{hint}"
-        ) from None
-    except DocumentError as error:
-        raise UserError(f"expected a recipe in YAML in {path}, found {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"expected a mapping of recipe keys in {path}, found {shown(values)}")
-    return path, values, lines

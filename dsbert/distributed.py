@@ -178,7 +178,7 @@ def together(work: Callable[[], T], *, only_main: bool = False) -> T | None:
         everywhere = all(found == failures[first] for found in failures)
         raised = kind(message if everywhere or only_main else f"rank {first}: {message}")
         raised.ranks = () if everywhere or only_main else (first,)
-        raise raised
+        raise raised.for_all()
     return result
 
 
@@ -214,4 +214,4 @@ def assert_replicas_agree(what: str, values: dict[str, int], group: dist.Process
         f"expected {what} of {list(values)[column]} equal on all ranks ({expected}), found: {', '.join(odd.values())}"
     )
     error.ranks = tuple(odd)
-    raise error
+    raise error.for_all()

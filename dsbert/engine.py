@@ -21,7 +21,8 @@ from dsbert.distributed import World, all_reduce
 from dsbert.ds_config import load_ds_config, precision, zero_stage
 from dsbert.ds_engine import initialize
 from dsbert.layout_proof import prove_layout
-from dsbert.model import DeviceBatch, SparseBert
+from dsbert.micro_batches import MicroBatch, counts_of, cut
+from dsbert.model import DeviceBatch, SparseBert, any_batch
 from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
@@ -41,14 +42,6 @@ from dsbert.zero_shards import (
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Where a micro-batch starts in the global batch, and how many of its rows are samples (the rest are filler)."""
-
-    first: int
-    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +118,7 @@ class TrainEngine:
         on_cpu = self.world.device.type == "cpu"
         # Compiled kernels may be made for a shape: on a GPU the one that training has.
         rows, length = (1, 8) if on_cpu else (self.recipe.batch.micro_batch, self.recipe.data.seq_len)
-        batch = _any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
+        batch = any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
         prove_layout(self._engine, self.parameters, self._guard, batch, self.world, self.ds_config)
 
     def plan_kernels(self, stored: dict[str, Any] | None) -> None:
@@ -137,10 +130,7 @@ class TrainEngine:
     def plan(self) -> list[MicroBatch]:
         """This rank's micro-batches of a step. Ranks have as many samples, or one less; filler rows stand for the rest,
         so that any world size runs any batch."""
-        size, total = self.recipe.batch.micro_batch, self.recipe.batch.global_batch
-        start, end = (rank * total // self.world.world_size for rank in (self.world.rank, self.world.rank + 1))
-        firsts = [min(start + index * size, end) for index in range(self.accumulation_steps)]
-        return [MicroBatch(first, min(size, end - first)) for first in firsts]
+        return cut(self.recipe.batch, self.world.rank, self.world.world_size, self.accumulation_steps)
 
     def train_step(self, batches: list[Batch], *, stop: bool = False, busy: bool = False) -> StepResult:
         """One optimizer step on this rank's part of a global batch (one Batch per entry of `plan()`). Collective.
@@ -149,7 +139,7 @@ class TrainEngine:
         same answer on all ranks, is in the result. If a loss or a
         gradient of any rank is not finite, the step counts but moves nothing anywhere: `skipped` in the result.
         """
-        counts = all_reduce(torch.tensor([*_counts(batches), int(stop), int(busy)], dtype=torch.int64))
+        counts = all_reduce(torch.tensor([*counts_of(batches), int(stop), int(busy)], dtype=torch.int64))
         masked_tokens, nsp_pairs, tokens, stops, busy_ranks = counts.tolist()
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
@@ -292,16 +282,3 @@ class TrainEngine:
             )
             shard = param_shard(self._engine, layer.blocks)
             shrink_slice_(shard.master, shard.offset, layer.block_size**2, factors)
-
-
-def _any_batch(rows: int, length: int, device: torch.device) -> DeviceBatch:
-    """In which every parameter has a part."""
-    ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    return DeviceBatch(ids, ids, torch.ones_like(ids), first, first, ids[:, 0])
-
-
-def _counts(batches: list[Batch]) -> list[int]:
-    masked = sum(batch.mlm_labels.size for batch in batches)
-    pairs = sum(int((batch.nsp_labels >= 0).sum()) for batch in batches)
-    return [masked, pairs, sum(batch.num_tokens for batch in batches)]

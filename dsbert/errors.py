@@ -5,6 +5,7 @@ ours and exits with 1.
 """
 
 import unicodedata
+from collections.abc import Sequence
 
 EXIT_OK = 0
 EXIT_INTERNAL = 1
@@ -13,16 +14,24 @@ EXIT_PEER = 3
 EXIT_NO_CHECKPOINT = 4
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
+# Where ranks end differently, the cause outranks its consequences: a rank whose peer failed reports EXIT_PEER.
+PRIORITY = (EXIT_USER, EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED, EXIT_PEER, EXIT_REQUEUE)
 
 
 class DsbertError(Exception):
     """A failure whose message is one line: what was expected, what was found, what to do.
 
-    ranks: whose fault it is, where that is known.
+    ranks: whose fault it is, where that is known. shared: all ranks raise it, and the first says it for them.
     """
 
     exit_code = EXIT_INTERNAL
     ranks: tuple[int, ...] = ()
+    shared = False
+
+    def for_all(self) -> "DsbertError":
+        """This error, which all ranks have agreed to raise."""
+        self.shared = True
+        return self
 
 
 class UserError(DsbertError):
@@ -67,3 +76,14 @@ def _is_harmless(char: str) -> bool:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
+
+
+def combine_exit_codes(codes: Sequence[int]) -> int:
+    """One exit code for all ranks: theirs if they agree, else the first of `PRIORITY` that occurs.
+
+    A negative code, of a rank that a signal killed (as in `subprocess`), counts as `EXIT_PEER`.
+    """
+    found = {EXIT_PEER if code < 0 else code for code in codes}
+    if len(found) == 1:
+        return found.pop()
+    return next((code for code in PRIORITY if code in found), max(found))

@@ -14,38 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dsbert.awake import AwakeClock
-from dsbert.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
-from dsbert.records import BeatRecord, read_record
+from dsbert.heartbeats import POLL_S, Culprit, culprit_of, failure_of, gone, own_place, read_beat
 
 # Beyond the time limit of a collective: then something else hangs.
 _BEYOND_S = 8.0
-_POLL_S = 0.05
 _RECORD_BYTES = 1024
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 LEAVING = "leaving"
-# Whose file is older than that has no beat to wait for: clocks of machines differ by less.
-_SILENT_S = 120.0
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """A rank at fault, where it was when it was last seen, and what is known of it."""
-
-    rank: int
-    host: str
-    step: int | None
-    phase: str | None
-    how: str
-
-    def __str__(self) -> str:
-        where = f" in phase {self.phase!r}" if self.phase else ""
-        return f"rank {self.rank} on {self.host} {self.how}, last seen at step {self.step}{where}"
 
 
 class Heartbeat:
@@ -69,7 +49,7 @@ class Heartbeat:
             "rank": rank,
             "host": hosts[rank],
             "pid": os.getpid(),
-            "place": _place(),
+            "place": own_place(),
             "beat": 0,
             "step": 0,
             "progress": 0,
@@ -139,11 +119,11 @@ class Heartbeat:
         deadline = time.monotonic() + 2.2 * self.interval_s
         while True:
             now = self._everybody()
-            found = [_failure(record) or _gone(record) for record in now.values()]
+            found = [failure_of(record) or gone(record) for record in now.values()]
             known = [culprit for culprit in found if culprit]
             if known or time.monotonic() > deadline:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         if known:
             return known
         missing = [
@@ -153,7 +133,7 @@ class Heartbeat:
         ]
         others = [record for rank, record in now.items() if rank != self._rank and not record["ended"]]
         silent = [
-            _culprit(record, "does not answer")
+            culprit_of(record, "does not answer")
             for record in others
             if record["beat"] == first.get(record["rank"], {}).get("beat")
         ]
@@ -168,7 +148,7 @@ class Heartbeat:
         }
         least = min((place for place in places.values() if place < own or (waited and place == own)), default=None)
         return [
-            _culprit(record, "lives but does not go on")
+            culprit_of(record, "lives but does not go on")
             for record in others
             if least is not None and places.get(record["rank"]) == least
         ]
@@ -176,7 +156,7 @@ class Heartbeat:
     def _everybody(self) -> dict[int, dict[str, Any]]:
         records = {}
         for rank in range(len(self._hosts)):
-            if record := _read(self._path(rank)):
+            if record := read_beat(self._path(rank)):
                 records[rank] = record
         return records
 
@@ -227,80 +207,3 @@ def _collective() -> FrameType | None:
     """The call of torch.distributed that some thread of this process is in, if there is one."""
     frames = sys._current_frames().values()
     return next((frame for frame in frames if frame.f_code.co_filename.endswith(_COLLECTIVES)), None)
-
-
-def last_steps(directory: Path) -> dict[int, int]:
-    """The last step that each rank was seen at; {} without heartbeats."""
-    steps = {}
-    for path in directory.glob("[0-9]*.json"):
-        if record := _read(path):
-            steps[int(record["rank"])] = int(record["step"])
-    return steps
-
-
-def living_rank(directory: Path) -> dict[str, Any] | None:
-    """What a rank whose beat moves says of itself; None if none does, after a look as long as a beat may take.
-
-    Ranks that have ended, or whose process is seen to be gone or stopped, need no look.
-    """
-    first: dict[Path, dict[str, Any]] = {}
-    for path in sorted(directory.glob("[0-9]*.json")):
-        with suppress(OSError):
-            record = _read(path) if time.time() - path.stat().st_mtime < _SILENT_S else None
-            if record and not record["ended"] and _gone(record) is None:
-                first[path] = record
-    interval_s = max((float(record.get("interval_s", 5.0)) for record in first.values()), default=0.0)
-    deadline = time.monotonic() + 2.2 * interval_s
-    while first and time.monotonic() < deadline:
-        for path, record in list(first.items()):
-            now = _read(path)
-            if now is None or now["ended"] or _gone(now):
-                del first[path]
-            elif now["beat"] != record["beat"]:
-                return now
-        time.sleep(_POLL_S)
-    return None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A record; read again if its writer was in the middle of it."""
-    for _ in range(3):
-        with suppress(OSError, ValueError):
-            return read_record(path, BeatRecord)
-        time.sleep(0.001)
-    return None
-
-
-def _culprit(record: dict[str, Any], how: str) -> Culprit:
-    return Culprit(record["rank"], record["host"], record["step"], record["phase"], how)
-
-
-def _failure(record: dict[str, Any]) -> Culprit | None:
-    """A rank that left with an error that was not a peer's."""
-    ended = record["ended"]
-    if ended is None or ended["code"] in (EXIT_OK, EXIT_PEER, EXIT_REQUEUE):
-        return None
-    return _culprit(record, f"failed with exit code {ended['code']} ({ended['cause']})")
-
-
-def _gone(record: dict[str, Any]) -> Culprit | None:
-    """A rank of this machine whose process is no more, or is stopped. (Elsewhere the beat tells, more slowly.)"""
-    if record["ended"] or record["place"] is None or record["place"] != _place():
-        return None
-    try:
-        state = Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        state = "X"
-    if state in "ZXx":
-        return _culprit(record, "died")
-    if state in "Tt":
-        return _culprit(record, "was stopped")
-    return None
-
-
-def _place() -> str | None:
-    """Machine and process namespace: within one, process numbers mean the same."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None

@@ -23,15 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from dsbert.awake import AwakeClock
-from dsbert.errors import (
-    EXIT_INTERNAL,
-    EXIT_INTERRUPTED,
-    EXIT_NO_CHECKPOINT,
-    EXIT_PEER,
-    EXIT_REQUEUE,
-    EXIT_USER,
-    printable,
-)
+from dsbert.errors import EXIT_REQUEUE, combine_exit_codes, printable
 from dsbert.memory_kills import memory_kills, why_killed
 from dsbert.secret import SECRET_ENV, new_secret
 
@@ -50,8 +42,6 @@ FORWARDED = {
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGHUP: signal.SIGTERM,
 }
-# Where ranks end differently, the cause outranks its consequences: a rank whose peer failed reports EXIT_PEER.
-PRIORITY = (EXIT_USER, EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED, EXIT_PEER, EXIT_REQUEUE)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -114,17 +104,6 @@ def module_command(module: str, *argv: str) -> list[str]:
     """The command of a process that runs a module of ours as this one would import it, whatever lies in the working
     directory (start.py). "dsbert.cli" is the command line."""
     return [sys.executable, str(Path(__file__).absolute().with_name("start.py")), module, *argv]
-
-
-def combine_exit_codes(codes: Sequence[int]) -> int:
-    """One exit code for all ranks: theirs if they agree, else the first of `PRIORITY` that occurs.
-
-    A negative code, of a rank that a signal killed (as in `subprocess`), counts as `EXIT_PEER`.
-    """
-    found = {EXIT_PEER if code < 0 else code for code in codes}
-    if len(found) == 1:
-        return found.pop()
-    return next((code for code in PRIORITY if code in found), max(found))
 
 
 def die_with_parent() -> bool:

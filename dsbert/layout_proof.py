@@ -69,7 +69,7 @@ def prove_layout(
         raise UserError(
             f"expected DeepSpeed to train the weights that dsbert saves, found on rank {rank}: {what}: one of these "
             f"keys of the DeepSpeed configuration has to go: {', '.join(keys) or 'none is unusual'}"
-        )
+        ).for_all()
 
 
 class _Probe:
@@ -221,8 +221,9 @@ class _Probe:
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """DeepSpeed counts and reports steps; this is none."""
-        engine = self._engine
+        """DeepSpeed counts and reports steps, and asks the optimizer for moments; this is no step."""
+        engine, state = self._engine, inner_optimizer(self._engine).state
+        known = {id(flat) for flat in state}
         counters, scaler = {name: getattr(engine, name) for name in _COUNTERS}, loss_scaler(engine)
         reports, engine.monitor.enabled = engine.monitor.enabled, False
         try:
@@ -232,6 +233,8 @@ class _Probe:
             for name, value in counters.items():
                 setattr(engine, name, value)
             set_loss_scaler(engine, scaler)
+            for flat in [flat for flat in state if id(flat) not in known]:
+                del state[flat]
 
     def _pattern(self, name: str, kind: int, offset: int, numel: int) -> Tensor:
         """Elements [offset, offset + numel) of the known numbers of a parameter: fp32 [numel]."""

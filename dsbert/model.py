@@ -170,3 +170,10 @@ def layer_shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
             shape = [module.out_features, module.in_features]
             shapes[name] = {"shape": shape, "block_size": None, "kept": shape[0] * shape[1]}
     return shapes
+
+
+def any_batch(rows: int, length: int, device: torch.device) -> DeviceBatch:
+    """A batch in which every parameter has a part: ids [rows, length] of zeros, one position asked."""
+    ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    return DeviceBatch(ids, ids, torch.ones_like(ids), first, first, ids[:, 0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.errors import UserError
-from dsbert.health import living_rank
+from dsbert.heartbeats import living_rank
 from dsbert.jsonl import parse_object
 
 

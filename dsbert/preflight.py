@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,30 @@ from dsbert.complaints import in_one_line
 from dsbert.config import Recipe
 from dsbert.data.manifest import Manifest, load_manifest
 from dsbert.ds_config import load_ds_config, merged_config
-from dsbert.errors import UserError
+from dsbert.errors import DsbertError, UserError
 from dsbert.jsonl import first_difference, parse_object
+from dsbert.ranks import Ranks
+from dsbert.secret import SECRET_ENV
+
+_COMPLAINT_S = 10.0  # how long ranks wait for others that have the same to say
+
+
+@contextmanager
+def said_once(ranks: Ranks | None) -> Iterator[None]:
+    """Ranks that have not met, and have nothing to meet for: those with one complaint meet about that, by a secret that
+    follows from it. If all come, the first says it for them; if not, each says its own."""
+    try:
+        yield
+    except DsbertError as error:
+        if ranks and ranks.world_size > 1:
+            from dsbert.rendezvous import meet
+
+            words = f"{os.environ.get(SECRET_ENV)}\0{error}"
+            os.environ.update({SECRET_ENV: hashlib.sha256(words.encode()).hexdigest(), "RANK": str(ranks.rank)})
+            with suppress(DsbertError):
+                meet(ranks, _COMPLAINT_S)
+                error.shared = True
+        raise
 
 
 def frozen(recipe: Recipe) -> Recipe:

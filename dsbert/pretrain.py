@@ -99,7 +99,9 @@ def _after_step(run: Run, result: StepResult, stop: StopRequest) -> bool:
         assert_replicas_agree("the weights", run.engine.replica_digests())
     _assert_not_stuck(run, result)
     if validation and step == recipe.optim.total_steps and not _is_finite(validation):
-        raise DsbertError(f"expected a finite validation loss at the last step, {step}, found none; {_advice(run)}")
+        raise DsbertError(
+            f"expected a finite validation loss at the last step, {step}, found none; {_advice(run)}"
+        ).for_all()
     return stopping
 
 
@@ -201,7 +203,7 @@ def _assert_not_stuck(run: Run, result: StepResult) -> None:
         f"{run.engine.step}: checkpoints are intact; {_advice(run)}"
     )
     error.ranks = result.nonfinite_ranks
-    raise error
+    raise error.for_all()
 
 
 def _assert_sound(run: Run) -> None:
@@ -212,7 +214,7 @@ def _assert_sound(run: Run) -> None:
         raise DsbertError(
             f"expected a finite loss and gradient at the last step, {run.engine.step}, found none in the last "
             f"{in_a_row} steps: the run is saved as it was before them, and is not done; {_advice(run)}"
-        )
+        ).for_all()
 
 
 def _assert_finite(run: Run) -> None:
@@ -225,7 +227,7 @@ def _assert_finite(run: Run) -> None:
             f"checkpoints are intact; {_advice(run)}"
         )
         error.ranks = ranks
-        raise error
+        raise error.for_all()
 
 
 def _advice(run: Run) -> str:

@@ -7,7 +7,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from dsbert.data.staging import stage, staged
 from dsbert.data.stream import SAMPLES, SampleStream
 from dsbert.data.verification import verify_data
 from dsbert.distributed import World, gather_json, patiently, together
-from dsbert.ds_config import load_ds_config, what_holds, without_batches
+from dsbert.ds_config import what_holds, without_batches
 from dsbert.durable import refusal
 from dsbert.engine import TrainEngine
 from dsbert.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError, printable
-from dsbert.evaluate import EVAL_SEED
-from dsbert.health import Culprit, Heartbeat
-from dsbert.jsonl import first_difference
+from dsbert.health import Heartbeat
+from dsbert.heartbeats import Culprit
 from dsbert.model import build_model, layer_shapes
 from dsbert.numerics import changes, numerics
+from dsbert.opening import assert_same_everywhere, open_streams, with_absolute_path
 from dsbert.publication import Retention
 from dsbert.reporting import Reporter
 from dsbert.run_directory import RunDirectory
@@ -65,7 +65,7 @@ class Run:
         manifest = together(lambda: load_manifest(recipe.data.path))
         assert manifest is not None
         self._manifest = manifest
-        _assert_same_everywhere(recipe, manifest.digest, run_dir)
+        assert_same_everywhere(recipe, manifest.digest, run_dir)
         everybody = gather_json([secrets.token_hex(8), world.host])
         self.nonce: str = everybody[0][0]
         self.hosts: list[str] = [host for _, host in everybody]
@@ -85,12 +85,12 @@ class Run:
         damaged = together(lambda: verify_data(data.path, data.seq_len, share=(world.rank, world.world_size)))
         suspect = {name for names in gather_json(damaged) for name in names}
         # One rank builds the sample indices, the others then find them.
-        patiently(lambda: _open_streams(recipe, data.path, suspect))
+        patiently(lambda: open_streams(recipe, data.path, suspect))
         patiently(lambda: stage(data.path, data.stage_to), everywhere=True)
         neighbours = [rank for rank, host in enumerate(self.hosts) if host == world.host]
         share = (neighbours.index(world.rank), len(neighbours))
         patiently(lambda: stage(data.path, data.stage_to, share), everywhere=True)
-        streams = together(lambda: _open_streams(recipe, staged(data.path, data.stage_to), suspect))
+        streams = together(lambda: open_streams(recipe, staged(data.path, data.stage_to), suspect))
         vocab_size = self._manifest.tokenizer.vocab_size
         assert streams is not None
         self.train, self.held_out = streams
@@ -106,7 +106,7 @@ class Run:
         self.masks = MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=self.engine, seed=recipe.seed)
         self.masks.verify_replicas()
         self.state = {
-            "recipe": _with_absolute_path(recipe).model_dump(mode="json"),
+            "recipe": with_absolute_path(recipe).model_dump(mode="json"),
             "identity": recipe.identity() | {"data_digest": self._manifest.digest, "samples": SAMPLES},
             "vocab_size": vocab_size,
             "layers": shapes,
@@ -175,6 +175,8 @@ class Run:
             self.heartbeat.end(code, str(error))
             if self.world.is_main:
                 self._record_failure(str(error), culprits)
+            elif isinstance(error, DsbertError) and not error.shared:  # by each for itself, but perhaps by all
+                error.shared = self.directory.has_said(self.nonce, code, str(error))
             if isinstance(error, DsbertError) and culprits:
                 error.args = ("; ".join([str(error), *map(str, culprits)]),)
             raise
@@ -257,7 +259,7 @@ class Run:
                     f"run directory is not shared: rank {rank} on {self.hosts[rank]} does not see in {path} what rank "
                     f"0 on {self.hosts[0]} wrote to {seen[0][1]}: choose a --run-dir on a file system of all nodes, "
                     "the same on all ranks"
-                )
+                ).for_all()
 
     def _open_attempt(self, resume: str) -> None:
         directory, world = self.directory, self.world
@@ -277,34 +279,3 @@ class Run:
 
 def _watches(rank: int) -> bool:
     return rank < _WATCHMEN or rank % _WATCHMEN == 0
-
-
-def _open_streams(recipe: Recipe, path: Path, suspect: Container[str]) -> tuple[SampleStream, SampleStream | None]:
-    data = recipe.data
-    options = (data.nsp, data.mask_fraction)
-    train = SampleStream.open(path, "train", data.seq_len, recipe.seed, *options, data.shuffle_window, suspect)
-    held_out = None
-    if load_manifest(path).splits["validation"].documents:
-        held_out = SampleStream.open(path, "validation", data.seq_len, EVAL_SEED, *options, 0, suspect)
-    return train, held_out
-
-
-def _with_absolute_path(recipe: Recipe) -> Recipe:
-    """For the checkpoint, which is evaluated from other working directories."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": recipe.data.path.resolve()})})
-
-
-def _assert_same_everywhere(recipe: Recipe, data_digest: str, run_dir: Path) -> None:
-    """Raise UserError on every rank, naming a key and a rank, unless all ranks have the same recipe, data and DeepSpeed
-    configuration."""
-    ds_config = together(lambda: load_ds_config(recipe, 1, 1, run_dir))
-    mine = recipe.model_dump(mode="json") | {"data_digest": data_digest, "DeepSpeed": ds_config}
-    everything = gather_json(mine)
-    for rank, other in enumerate(everything):
-        difference = first_difference(everything[0], other)
-        if difference:
-            key, first, found = difference
-            raise UserError(
-                f"expected one recipe on all ranks, found {key} = {found!r} on rank {rank} and {first!r} on "
-                "rank 0: start all ranks with the same command"
-            )

@@ -27,11 +27,11 @@ from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.distributed import together
 from dsbert.durable import copy_tree, remove_tree, replace_durably
 from dsbert.errors import CheckpointError, PeerError, UserError, printable
-from dsbert.health import last_steps
+from dsbert.heartbeats import last_steps
 from dsbert.history import assert_files, read_config, saved_before
 from dsbert.jsonl import JsonlFile, first_difference, to_json
 from dsbert.provenance import git_revision, versions
-from dsbert.records import AttemptRecord, Record, StatusRecord, is_record, read_record
+from dsbert.records import AttemptRecord, BeatRecord, Record, StatusRecord, is_record, read_record
 
 _MARK = "shared"
 _ENDING = ("outcome", "step", "cause", "culprit")
@@ -69,6 +69,17 @@ class RunDirectory:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
+
+    def has_said(self, nonce: str, code: int, cause: str, patience_s: float = 3.0) -> bool:
+        """Whether rank 0 has left with these words, or does so within the patience: then nobody need repeat them."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            with suppress(OSError, ValueError):
+                ended = read_record(self.heartbeats(nonce) / "00000.json", BeatRecord)["ended"]
+                if ended:
+                    return bool(ended["code"] == code and ended["cause"] == cause[:300])
+            time.sleep(0.05)
+        return False
 
     def find_checkpoint(self, resume: str, rank: int, world_size: int) -> Path | None:
         """The newest checkpoint that verifies on all ranks, or None for a fresh start. Collective.

@@ -64,3 +64,12 @@ def complaint(done: Done) -> str:
     lines = {line for line in done.stderr.splitlines() if line.startswith("dsbert: ")}
     assert len(lines) == 1, done.stderr
     return lines.pop()
+
+
+def one_voice(answers: list[Done], code: int = 2) -> str:
+    """The one line of what all ranks have found: the first says it, and the others leave as it does."""
+    assert [answer.returncode for answer in answers] == [code] * len(answers), answers
+    said = [[line for line in answer.stderr.splitlines() if line.startswith("dsbert: ")] for answer in answers]
+    assert [len(lines) for lines in said] == [1] + [0] * (len(answers) - 1), answers
+    assert not [answer for answer in answers if "Traceback" in answer.stderr], answers
+    return said[0][0]

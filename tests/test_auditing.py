@@ -457,7 +457,7 @@ LATEST = "checkpoints/latest"
         (write_over("status.json", b"[" * 200_000), "status.json", "expected a JSON object"),
         (write_over("metrics.jsonl", b'{"step": 1}\n{"ste\n{"step": 2}\n'), "metrics.jsonl", "line 2: expected a JSON"),
         (write_over("masks.jsonl", b'\xff\n{"step": 1}\n'), "masks.jsonl", "line 1: expected a JSON object"),
-        (write_over("masks.jsonl", b'{"step": 3}\n{}\n'), "masks.jsonl", "line 2: expected a step, found None"),
+        (write_over("masks.jsonl", b'{"step": 3}\n{}\n'), "masks.jsonl", "line 1: expected a valid update"),
         (double_last_line, "metrics.jsonl", "line 13: expected a step beyond 12, found 12"),
         (write_over("attempts.jsonl", b"nonsense\n"), "attempts.jsonl", "line 1: expected a JSON object"),
         (lambda run: replace_by_directory(run / "masks.jsonl"), "masks.jsonl", "unreadable: Is a directory"),
@@ -634,9 +634,13 @@ def test_one_flipped_weight_is_found(kind: str, run: Path, checkpoint: Path) -> 
 
 
 def test_slots_in_another_order_are_the_same_weights_but_not_identical(run: Path, checkpoint: Path) -> None:
+    from dsbert.checkpoint import checkpoint_problems
+
     edit_topology(checkpoint, swap_slots)
     for rank in (0, 1):
         edit_fragments(checkpoint, rank, lambda tensors, index: swap_blocks(tensors, index, run))
+    (problem,) = checkpoint_problems(checkpoint)
+    edit_manifest(checkpoint, lambda manifest: manifest.update(topology_digest=problem.problem.split()[-1]))
     report = diff(run, checkpoint)
     assert not report["identical"]
     assert all(layer[kind]["bit_identical"] for layer in report["layers"] for kind in KINDS)
@@ -708,7 +712,6 @@ def test_identity_and_counters_are_told(run: Path, checkpoint: Path) -> None:
     [
         lambda state: state["params"].update({BIAS: [31]}),
         lambda state: state["params"].pop(BIAS),
-        lambda state: state["layers"][LAYER].update(block_size=4),
     ],
 )
 def test_models_of_different_shapes_are_refused(
@@ -717,6 +720,13 @@ def test_models_of_different_shapes_are_refused(
     edit_state(checkpoint, edit)
     for pair in ((run, checkpoint), (checkpoint, run)):
         assert "expected two models of the same shapes" in complaint(dsbert("diff", *map(str, pair)))
+
+
+def test_a_state_that_contradicts_its_topology_is_no_checkpoint(run: Path, checkpoint: Path) -> None:
+    edit_state(checkpoint, lambda state: state["layers"][LAYER].update(block_size=4))
+    done = dsbert("diff", str(run), str(checkpoint))
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False)
+    assert f"topology.safetensors: expected {LAYER} with the blocks of state.json" in done.stderr
 
 
 def test_a_damaged_side_is_refused_by_name(run: Path, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from dsbert.launch import combine_exit_codes
+from dsbert.errors import combine_exit_codes
 from tests.faults import unlucky_dsbert
 from tests.helpers import started
 from tools.chaos import RECIPE, Chaos

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.config import RECIPES, BatchConfig, load_recipe, recipe_names, sparse_lr_factor
+from dsbert.config import BatchConfig, load_recipe, sparse_lr_factor
 from dsbert.ds_config import ds_config_names, load_ds_config, precision, zero_stage
 from dsbert.errors import UserError
+from dsbert.recipe_files import RECIPES, recipe_names
 
 
 def test_the_family_of_the_paper() -> None:

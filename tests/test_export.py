@@ -108,7 +108,7 @@ def test_an_export_replaces_its_own_files_and_no_others(exported: Path, run: Pat
 def _occupied(how: str, to: Path, exported: Path) -> tuple[str, str]:
     """What is given as --to, and what is said."""
     if how == "empty name":
-        return "", "expected a directory in --to, found an empty name: give one"
+        return "", "expected a path as --to, found none: '' (is a variable unset?)"
     if how == "file":
         to.write_text("mine")
         return str(to), f"expected a directory to export to, found the file {to}: give another --to"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.commands import Done, complaint
+from tests.commands import Done, one_voice
 from tests.fault_rows import FaultTable
 from tests.faults import attempt, fault, final_files, samples_by_step, status, unlucky_dsbert, wait_for, words_of
 from tests.helpers import started
@@ -315,10 +315,9 @@ def test_a_run_directory_that_is_not_shared_is_refused(data: Path, tmp_path: Pat
     args = {"words": words, "faults": [], "record": None}
     with started(unlucky_in_another_place, 2, args | {"elsewhere": str(tmp_path / "there")}) as ranks:
         ended = wait_for(ranks, set(), 60)
-    for rank in ended:
-        line = complaint(Done(rank.code or 0, "", rank.stderr))
-        assert "run directory is not shared: rank 1 on" in line
-        assert f"does not see in {tmp_path / 'there'} what rank 0" in line
+    line = one_voice([Done(rank.code or 0, "", rank.stderr) for rank in ended])
+    assert "run directory is not shared: rank 1 on" in line
+    assert f"does not see in {tmp_path / 'there'} what rank 0" in line
     fault_table.row("14, 22", "ranks with different run directories", time.time() - start, (2, 2), {"rank": 1})
 
 
@@ -333,18 +332,16 @@ def unlucky_in_another_place(elsewhere: str, words: list[str], **more: Any) -> N
 
 
 def test_where_no_checkpoint_is_whole_nothing_starts_from_scratch(run: Path, data: Path, tmp_path: Path) -> None:
-    for rank in attempt([*words_of(tmp_path / "none", data), "--resume", "must"]):
-        assert rank.code == 4, rank.stderr
-        assert "expected a valid checkpoint in" in rank.stderr
-        assert "Traceback" not in rank.stderr
+    ended = attempt([*words_of(tmp_path / "none", data), "--resume", "must"])
+    assert "expected a valid checkpoint in" in one_voice([Done(rank.code or 0, "", rank.stderr) for rank in ended], 4)
     shutil.copytree(run, tmp_path / "run")
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
     for path in checkpoints:
         _cut(path / "topology.safetensors")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    for rank in attempt(words_of(tmp_path / "run", data)):
-        assert rank.code == 4, rank.stderr
-        assert "found none: remove the directory to start again" in rank.stderr
+    ended = attempt(words_of(tmp_path / "run", data))
+    assert [rank.code for rank in ended] == [4, 4], ended
+    assert [rank.stderr.count("found none: remove the directory to start again") for rank in ended] == [1, 0]
     assert sorted((tmp_path / "run" / "checkpoints").glob("step_*")) == checkpoints
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     for path in checkpoints:  # as a site that purges old files may leave it
@@ -383,10 +380,7 @@ def test_a_corrupt_data_shard_is_refused_on_all_ranks(data: Path, tmp_path: Path
     _flip(shard, 0.4)  # among the tokens: nothing but the checksum can tell
     start = time.time()
     ended = attempt(words_of(tmp_path / "run", tmp_path / "data"))
-    assert [rank.code for rank in ended] == [4, 4]
-    lines = {complaint(Done(2, "", rank.stderr)) for rank in ended}  # said in one line, as the user's mistakes are
-    assert len(lines) == 1
-    assert shard.name in lines.pop()
+    assert shard.name in one_voice([Done(rank.code or 0, "", rank.stderr) for rank in ended], 4)
     fault_table.row("17", "a flipped bit in a data shard", time.time() - start, (4, 4), None)
 
 
@@ -415,8 +409,8 @@ def test_of_two_live_attempts_the_older_one_leaves(
     assert [rank.code for rank in ended] == [3, 3], ended[0].stderr
     for rank in ended:
         said = [line for line in rank.stderr.splitlines() if line.startswith("dsbert: expected attempt 1 to own")]
-        assert len(said) == 1, f"{notices}: {rank.stderr}"
-        assert said[0].endswith("this one leaves")
+        assert len(said) == 1 or (rank is not ended[0] and not said), f"{notices}: {rank.stderr}"
+        assert all(line.endswith("this one leaves") for line in said)
         assert "heartbeat" not in rank.stderr, "nobody is accused of what the next attempt has removed"
     owner = json.loads((run_dir / "attempt.json").read_text())
     assert owner["nonce"] != nonce

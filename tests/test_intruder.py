@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def _heard(store: Any) -> dict[str, bytes]:
     """All that a store holds, as far as it is not taken away meanwhile."""
     found = {}
     for key in store.list_keys():
-        if store.check([key]):
-            found[key] = store.get(key)
+        with suppress(RuntimeError):
+            if store.check([key]):
+                found[key] = store.get(key)
     return found
 
 
@@ -88,6 +90,7 @@ def check_vandal(folder: str, port: int) -> list[Any]:
             _await(done)
         found = _join(_environment(port, rank, 2) | SECRET)
         (Path(folder) / f"met {rank}").touch()
+        _await(Path(folder) / "heard")  # rank 0 has the store
         return found
     store = _store_at(port)
     mute = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(200)]
@@ -105,10 +108,9 @@ def check_vandal(folder: str, port: int) -> list[Any]:
         store.delete_key(key)
     done.touch()
     while not all((Path(folder) / f"met {rank}").exists() for rank in (0, 1)):
-        try:
-            heard |= set(_heard(store).values())
-        except RuntimeError:  # rank 0 has left
-            break
+        heard |= set(_heard(store).values())
+    heard |= set(_heard(store).values())
+    (Path(folder) / "heard").touch()
     for connection in mute:
         connection.close()
     return [value.decode("latin1") for value in heard]
@@ -161,10 +163,13 @@ def test_what_rank_0_said_is_not_believed_at_another_port(tmp_path: Path) -> Non
 
 def check_replay(folder: str, ports: list[int]) -> list[Any]:
     """A meeting of which somebody keeps all that was said; then rank 1 comes to his store with the same secret."""
-    rank, done = int(os.environ["RANK"]), Path(folder) / "done"
+    rank, done, kept = int(os.environ["RANK"]), Path(folder) / "done", Path(folder) / "kept"
     if rank < 2:
+        if rank == 1:
+            _await(Path(folder) / "listening")
         first = _join(_environment(ports[0], rank, 2) | SECRET)
         (Path(folder) / f"met {rank}").touch()
+        _await(kept)  # rank 0 has the store
         return first
     if rank == 3:
         _await(done)
@@ -175,30 +180,37 @@ def check_replay(folder: str, ports: list[int]) -> list[Any]:
 
     said: dict[str, bytes] = {}
     store = _store_at(ports[0])
-    try:
-        while not (Path(folder) / "met 0").exists():
-            said |= _heard(store)
-    except RuntimeError:
-        pass
+    while len(said) < 2:  # who it is, and the challenge, which is taken away when all have come
+        said |= _heard(store)
+    (Path(folder) / "listening").touch()
+    while not all((Path(folder) / f"met {rank}").exists() for rank in (0, 1)):
+        said |= _heard(store)
+    said |= _heard(store)
+    # Counters apart: a rank that has been claimed already leaves at once.
+    said = {key: value for key, value in said.items() if not value.isdigit()}
+    kept.touch()
     listener = _bound(ports[0])
     own = dist.TCPStore(
         "127.0.0.1", ports[0], None, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     for key, value in said.items():
         own.set(key, value)
+    before = set(own.list_keys())
     done.touch()
-    while len(own.list_keys()) == len(said):
+    while set(own.list_keys()) == before and not (Path(folder) / "given up").exists():
         time.sleep(0.01)
     for key, value in said.items():  # and again, after rank 1 has spoken
         own.set(key, value)
     _await(Path(folder) / "given up")
-    return [len(said)]
+    return [len(said), sorted(set(own.list_keys()) - before) != []]
 
 
 def test_an_old_meeting_cannot_be_played_again(tmp_path: Path) -> None:
     _, ports = _new_job()
-    first, _, _, third = run_distributed(check_replay, 4, {"folder": str(tmp_path), "ports": ports}, timeout=90)
+    first, _, replayed, third = run_distributed(check_replay, 4, {"folder": str(tmp_path), "ports": ports}, timeout=90)
     assert first[0] == "met"
+    assert replayed[0] > 4
+    assert replayed[1], "rank 1 was not let in: the test could not fail"
     assert third[0] == "PeerError", third
     assert "\n" not in third[1]
     assert "missing: rank 0" in third[1]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.launch import combine_exit_codes, launch
+from dsbert.errors import combine_exit_codes
+from dsbert.launch import launch
 
 # A launcher in a process of its own, for tests that send it signals: argv is the number of ranks and their program.
 LAUNCHER = """

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.config import RECIPES, Recipe, load_recipe
+from dsbert.config import Recipe, load_recipe
 from dsbert.ds_config import load_ds_config
 from dsbert.launch import module_command
+from dsbert.recipe_files import RECIPES
 from dsbert.submit import _seconds
 from tests.commands import Done, complaint, dsbert
 

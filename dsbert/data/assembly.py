@@ -60,13 +60,11 @@ def files_without_text(names: Sequence[str], read: list[Task], counts: list[dict
         for piece, number in zip(task["pieces"], count["each"], strict=True):
             path = piece["file"]["path"]
             found[path] = found.get(path, 0) + number
-    if not any(any(found.values()) for found in documents):
-        raise UserError(f"the corpus is empty: no text in {', '.join(names)}; name a source with text")
     for name, found, few in zip(names, documents, tiny, strict=True):
         if not any(found.values()):
             raise UserError(
-                f"{name} is empty: expected a document of enough words, found {few} with too few: fetch it again, or "
-                "leave it out"
+                f"{name} is empty: expected a document of enough words, found {few} with too few (--min-words): "
+                "fetch it again, or leave it out"
             )
     return [LeftOut(path, NO_TEXT) for found in documents for path, number in found.items() if not number]
 

@@ -26,11 +26,11 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
     """Describe a prepared data directory.
 
     Returns:
-        sources, tokenizer, dropped, left_out and digest as in the manifest; unknown: the share of [UNK] among the
-        training tokens; splits: of each, documents, sentences, tokens, shards, bytes, quantiles (0, 10, 50, 90, 100 %)
-        of document_tokens and sentence_tokens, and of its spans of `seq_len`: number, dropped_tokens, padding (the
-        share of positions); examples: the first samples of epoch 0 in the train split as {text, nsp}, where
-        [token->seen] is one that is asked for, and what stands there instead.
+        sources, tokenizer, dropped, mended, mended_in, left_out and digest as in the manifest; unknown: the share of
+        [UNK] among the training tokens; splits: of each, documents, sentences, tokens, shards, bytes, quantiles (0, 10,
+        50, 90, 100 %) of document_tokens and sentence_tokens, and of its spans of `seq_len`: number, dropped_tokens,
+        padding (the share of positions); examples: the first samples of epoch 0 in the train split as {text, nsp},
+        where [token->seen] is one that is asked for, and what stands there instead.
 
     Raises:
         UserError, DataError: no prepared data, or damaged.
@@ -47,6 +47,8 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
         "sources": [vars(source) for source in manifest.request.sources],
         "tokenizer": vars(manifest.tokenizer),
         "dropped": manifest.dropped,
+        "mended": manifest.mended,
+        "mended_in": list(manifest.mended_in),
         "left_out": manifest.left_out,
         "unknown": unknown_share(path),
         "seq_len": seq_len,
@@ -112,6 +114,8 @@ def report_lines(report: dict[str, Any]) -> Iterable[str]:
         yield f"  source       {source['name']} ({source['documents']}; {source['fingerprint']})"
     yield f"  tokenizer    {tokenizer['vocab_size']:,} tokens, {case}, {unknown}, {tokenizer['digest']}"
     yield "  dropped      " + ", ".join(f"{number:,} {cause}" for cause, number in report["dropped"].items())
+    if report["mended"]:
+        yield f"  mended       {report['mended']:,} documents, e.g. {'; '.join(report['mended_in'])}"
     for line in left_out_lines(report["left_out"]):
         yield f"  left out     {line}"
     for name, split in report["splits"].items():

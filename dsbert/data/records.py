@@ -99,7 +99,13 @@ class CsvTable:
     def _parsed(self) -> Iterator[Row]:
         rows, header = self._header()
         at = header.index(self._column)
+        tabs = separators_of(self._lines.path) == "\t"
         for position, number, row in rows:
+            if tabs and any("\n" in value and "\t" in value for value in row):
+                raise UserError(
+                    f"expected a row a line in {self._lines.path}, found one that ends at line {number}, with line "
+                    "ends and tabs in quotes, which may be no more than characters: convert it, e.g. to JSON lines"
+                )
             if len(row) != len(header):
                 raise UserError(
                     f"expected {len(header)} columns in each row of {self._lines.path}, found {len(row)} at line "

@@ -24,9 +24,10 @@ _KANA = "\u3005-\u3007\u3031-\u3035\u303b\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f
 _HAN = "\u2e80-\u2fdf\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _SOUTH_EAST = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\ua9df\uaa60-\uaadf"
 _OTHERS = "\u3105-\u312f\u31a0-\u31bf\ua000-\ua4cf"
+_TIBETAN = "\u0f40-\u0f6c"  # whose marks between syllables a tokenizer cuts at
 _HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97f\uac00-\ud7ff"
 _RUN_ON = re.compile(f"[{_KANA}{_SOUTH_EAST}{_OTHERS}{_HANGUL}]")
-_WORDS = re.compile(f"[{_KANA}{_HAN}{_SOUTH_EAST}{_OTHERS}{_HANGUL}]")
+_WORDS = re.compile(f"[{_KANA}{_HAN}{_SOUTH_EAST}{_TIBETAN}{_OTHERS}{_HANGUL}]")
 
 
 def is_run_on(char: str) -> bool:

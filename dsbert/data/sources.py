@@ -104,6 +104,10 @@ def _default_grouping(name: str, files: list[SourceFile]) -> str:
 def _files(name: str, left_out: list[LeftOut]) -> list[SourceFile]:
     if not name or name.isspace():
         raise UserError(f"expected a source of text, found an empty name ({name!r}): is a variable not set?")
+    if "://" in name:
+        raise UserError(
+            f"expected a file, a folder or a data set, found the URL {name[:200]}: fetch it, and give the file"
+        )
     if name in PACKAGES:
         from importlib.metadata import version
 

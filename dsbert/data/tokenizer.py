@@ -114,9 +114,13 @@ def find_tokenizer(name: str) -> "Tokenizer":
 
     from tokenizers import Tokenizer
 
+    if not name:
+        raise UserError("expected a tokenizer, found an empty name: give --tokenizer DIR, or --tokenizer train")
     path = Path(name)
-    if path.is_dir() and not (path / _FILE).exists() and (path / _VOCABULARY).exists():
+    if path.name == _VOCABULARY and path.is_file():
         tokenizer = _from_vocabulary(path)
+    elif path.is_dir() and not (path / _FILE).exists() and (path / _VOCABULARY).exists():
+        tokenizer = _from_vocabulary(path / _VOCABULARY)
     elif path.is_dir() or path.suffix == ".json":
         tokenizer = _read(path / _FILE if path.is_dir() else path, "give another, or --tokenizer train")
     else:
@@ -129,10 +133,15 @@ def find_tokenizer(name: str) -> "Tokenizer":
                 "or give --tokenizer train"
             ) from None
     vocab = tokenizer.get_vocab()
-    kind = json.loads(tokenizer.to_str())["model"]["type"]
+    model = json.loads(tokenizer.to_str())["model"]
+    kind = model["type"]
     if kind != "WordPiece" or not any(token.startswith(CONTINUATION) for token in vocab):
         raise UserError(
             f"expected a WordPiece vocabulary with {CONTINUATION} tokens in {name}, found none ({kind}): give another"
+        )
+    if model["unk_token"] not in vocab:
+        raise UserError(
+            f"expected an unk_token of the vocabulary in {name}, found {model['unk_token']!r}: give another"
         )
     known = Vocabulary.of(tokenizer)
     tokenizer.post_processor = cls_and_sep(known.cls, known.sep)  # what the model is trained on, whatever it came with
@@ -161,8 +170,8 @@ def _read(path: Path, remedy: str) -> "Tokenizer":
         raise UserError(f"{path} is not a tokenizer ({error}); {remedy}") from error
 
 
-def _from_vocabulary(directory: Path) -> "Tokenizer":
-    """As transformers' BertTokenizer reads vocab.txt, a token a line, and what tokenizer_config.json may say of it.
+def _from_vocabulary(path: Path) -> "Tokenizer":
+    """As transformers' BertTokenizer reads vocab.txt, a token a line, and what tokenizer_config.json beside it may say.
 
     Where nothing says so, a vocabulary without capitals is one of lower case. Raises UserError.
     """
@@ -170,13 +179,17 @@ def _from_vocabulary(directory: Path) -> "Tokenizer":
 
     from tokenizers import normalizers
 
-    path = directory / _VOCABULARY
+    config_path = path.with_name(_CONFIG)
     try:
         tokens = [token.removesuffix("\r") for token in path.read_bytes().decode().removesuffix("\n").split("\n")]
-        config = json.loads((directory / _CONFIG).read_bytes()) if (directory / _CONFIG).exists() else {}
+        config = json.loads(config_path.read_bytes()) if config_path.exists() else {}
         said = {name: config.get(name) for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read the tokenizer in {directory} ({error}): give another") from None
+        raise UserError(f"cannot read the tokenizer in {path.parent} ({error}): give another") from None
+    if wrong := [name for name, value in said.items() if not isinstance(value, bool | None)]:
+        raise UserError(
+            f"expected true, false or null as {wrong[0]} in {config_path}, found {said[wrong[0]]!r:.200}: mend it"
+        )
     if missing := [token for token in SPECIAL_TOKENS if token not in tokens]:
         raise UserError(f"expected {' '.join(SPECIAL_TOKENS)} in {path}, found no {' '.join(missing)}: give another")
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:

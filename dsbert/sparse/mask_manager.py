@@ -119,7 +119,7 @@ class MaskManager:
                 f"rank {rank}"
             )
             error.ranks = (rank,)
-            raise error
+            raise error.for_all()
         assert_replicas_agree("the topology", kernels, self._group)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -93,6 +93,11 @@ BAD_TABLES = {
     "short": ("a.csv", "id,text\n0,one two\n1\n", "found 1 at line 3"),
     "torn quote": ("a.csv", 'id,text\n0,"one two\n1,three\n', "found at line 3: unexpected end of data"),
     "stray quote": ("a.tsv", 'id\ttext\n0\t"one" two\n', "found at line 2: .*expected after"),
+    "quotes that are characters": (
+        "a.tsv",
+        'id\ttext\n0\t"one two\n1\tthree four\n2\tfive six"\n',
+        "ends at line 4, with line ends and tabs in quotes",
+    ),
     "no column": ("a.csv", "id;body\n0;one\n", "expected a column 'text' .* found id, body: give --text-column"),
     "column twice": ("a.csv", "text,id,text\none,0,two\n", "expected a column 'text' .* found 2 of them"),
     "NUL": ("a.csv", "id,text\n0,one\0two\n", "is not UTF-8 text at byte 13"),

@@ -143,6 +143,7 @@ def test_words_are_characters_where_there_are_no_spaces():
     texts = ("one two", "one\ntwo three", "中文字", "中 文", "ไทย", "한국어", "カナ", "中文 ok", "éé", "a中b")
     assert [num_words(text, 5) for text in texts] == [2, 3, 3, 2, 3, 3, 2, 3, 1, 1]
     assert num_words("a b c d", 3) >= 3
+    assert num_words("\u0f56\u0f7c\u0f51\u0f0b\u0f61\u0f72\u0f42\u0f0b", 3) >= 3  # Tibetan
 
 
 def test_sentences_end_where_these_scripts_end_them():

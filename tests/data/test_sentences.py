@@ -121,6 +121,8 @@ def test_a_preparation_goes_on_and_says_where_it_mended(tmp_path):
     ]
     again = dsbert(*words, "--to", str(tmp_path / "1"))
     assert json.loads(again.stdout)["mended"] == 1  # of data that is there, too
+    shown = dsbert("data", str(tmp_path / "1"), "--seq-len", "32", "--examples", "0")
+    assert f"  mended       1 documents, e.g. {one['mended_in'][0]}" in shown.stdout
 
 
 def test_streams_go_on(tmp_path):

@@ -274,6 +274,8 @@ def test_defaults_and_their_refusals(tmp_path):
         ("no/such:config", "cannot open data set no/such:config"),
         ("wikipedia_without_a_slash", "neither a text file nor a known corpus"),
         ("missing/file.txt", "neither a text file"),
+        ("file:///etc/hosts", "found the URL file:///etc/hosts: fetch it"),
+        ("https://a.b/c.txt", "found the URL https://a.b/c.txt: fetch it"),
     ],
 )
 def test_unknown_sources_are_one_line(tmp_path, monkeypatch, name, message):

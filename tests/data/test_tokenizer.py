@@ -127,6 +127,12 @@ def test_tokenizers_that_do_not_serve(tmp_path):
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"ids without gaps .* 101 tokens with ids up to 200"):
         find_tokenizer(str(tmp_path))
+    del state["model"]["vocab"]["late"]
+    path.write_text(json.dumps(state | {"model": state["model"] | {"unk_token": "<unk>"}}))
+    with pytest.raises(UserError, match=r"expected an unk_token of the vocabulary in .*, found '<unk>'"):
+        find_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="found an empty name"):
+        find_tokenizer("")
     vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, "a", "##b", "ab"])}
     Tokenizer(models.BPE(vocab, [("a", "##b")], continuing_subword_prefix="##")).save(str(path))
     with pytest.raises(UserError, match=r"expected a WordPiece vocabulary .* found none \(BPE\)"):

@@ -57,3 +57,14 @@ def test_one_that_is_none_is_one_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         find_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_flags_that_are_none_are_refused(tmp_path):
+    folder = write(tmp_path / "tokenizer", False, {"do_lower_case": True, "strip_accents": "yes"})
+    with pytest.raises(UserError, match=r"expected true, false or null as strip_accents in .*, found 'yes': mend it"):
+        find_tokenizer(str(folder))
+
+
+def test_the_file_itself_may_be_given(tmp_path):
+    folder = write(tmp_path / "tokenizer", True, {"do_lower_case": False})
+    assert find_tokenizer(str(folder / "vocab.txt")).to_str() == find_tokenizer(str(folder)).to_str()

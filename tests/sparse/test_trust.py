@@ -229,8 +229,10 @@ def test_two_users_share_a_cache(shared: Path, fresh: None) -> None:
     build.load()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": "/nonexistent"}
     who = {"user": NOBODY, "group": NOBODY, "extra_groups": ()}
-    if subprocess.run([sys.executable, "-c", ""], env=environment, check=False, capture_output=True, **who).returncode:
-        pytest.skip("another user cannot read this checkout")
+    try:
+        subprocess.run([sys.executable, "-c", "import dsbert"], env=environment, check=True, capture_output=True, **who)
+    except (PermissionError, subprocess.CalledProcessError):
+        pytest.skip("another user cannot run this Python, or not read this checkout")
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-P", "-c", USER],
