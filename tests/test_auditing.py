@@ -635,6 +635,8 @@ def test_one_flipped_weight_is_found(kind: str, run: Path, checkpoint: Path) -> 
 
 
 def test_slots_in_another_order_are_the_same_weights_but_not_identical(run: Path, checkpoint: Path) -> None:
+    from dsbert.checkpoint import checkpoint_problems
+
     edit_topology(checkpoint, swap_slots)
     for rank in (0, 1):
         edit_fragments(checkpoint, rank, lambda tensors, index: swap_blocks(tensors, index, run))
