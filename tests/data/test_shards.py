@@ -124,5 +124,5 @@ def test_a_split_has_what_its_shards_have(data_dir, tmp_path):
     document = unsealed(json.loads((directory / "manifest.json").read_text()))
     document["splits"]["train"]["shards"] = []
     (directory / "manifest.json").write_text(json.dumps(sealed(document)))
-    with pytest.raises(DataError, match="documents and .* tokens in train of .*, found 0 and 0 in its shards"):
+    with pytest.raises(DataError, match=r"documents and .* tokens in train of .*, found 0 and 0 in its shards"):
         TokenStore.open(directory, "train")
