@@ -210,7 +210,14 @@ class TokenStore:
                         f"{len(shard.tokens)}: prepare the data again"
                     )
                 opened[entry.file] = shard
-        return cls([opened[entry.file] for entry in manifest.splits[split].shards])
+        store = cls([opened[entry.file] for entry in manifest.splits[split].shards])
+        expected = manifest.splits[split]
+        if (store.num_documents, store.num_tokens) != (expected.documents, expected.tokens):
+            raise DataError(
+                f"expected {expected.documents} documents and {expected.tokens} tokens in {split} of {data_dir}, found "
+                f"{store.num_documents} and {store.num_tokens} in its shards: prepare the data again"
+            )
+        return store
 
     @classmethod
     def from_documents(cls, documents: list[list[list[int]]]) -> "TokenStore":

@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ from dsbert.data.marks import read_mark
 from dsbert.data.merging import merge_shard, plan_shards
 from dsbert.data.prepare import prepare
 from dsbert.data.shards import Shard, TokenStore, checksum, token_dtype
+from dsbert.durable import sealed, unsealed
 from dsbert.errors import DataError, UserError
 from tests.data.conftest import VOCAB_SIZE
 
@@ -113,3 +116,13 @@ def test_many_shards_hold_what_one_holds(tmp_path, corpus_file, data_dir):
     assert len(many.shards) > 3
     assert np.array_equal(one.shards[0].tokens, np.concatenate([shard.tokens for shard in many.shards]))
     assert load_manifest(data_dir).digest != load_manifest(tmp_path / "many").digest
+
+
+def test_a_split_has_what_its_shards_have(data_dir, tmp_path):
+    """A manifest with a seal of its own, but without its shards."""
+    directory = shutil.copytree(data_dir, tmp_path / "data")
+    document = unsealed(json.loads((directory / "manifest.json").read_text()))
+    document["splits"]["train"]["shards"] = []
+    (directory / "manifest.json").write_text(json.dumps(sealed(document)))
+    with pytest.raises(DataError, match=r"documents and .* tokens in train of .*, found 0 and 0 in its shards"):
+        TokenStore.open(directory, "train")
