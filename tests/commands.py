@@ -16,7 +16,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OM
 SMALL = (
     "model.hidden_size=32", "model.num_layers=1", "model.max_positions=32", "data.seq_len=24", "model.dropout=0.1",
     "sparsity.block_size=8", "sparsity.sparsity=0.75", "sparsity.num_updates=4", "batch.global_batch=12",
-    "batch.micro_batch=2", "optim.total_steps=12", "optim.warmup_steps=2", "eval.every_steps=6", "eval.sequences=16",
+    "batch.micro_batch=3", "optim.total_steps=12", "optim.warmup_steps=2", "eval.every_steps=6", "eval.sequences=16",
     "checkpoint.every_steps=6", "log.every_steps=1", "log.wandb=false",
 )  # fmt: skip
 

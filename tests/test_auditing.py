@@ -635,7 +635,6 @@ def test_one_flipped_weight_is_found(kind: str, run: Path, checkpoint: Path) -> 
 
 
 def test_slots_in_another_order_are_the_same_weights_but_not_identical(run: Path, checkpoint: Path) -> None:
-    from dsbert.checkpoint import checkpoint_problems
 
     edit_topology(checkpoint, swap_slots)
     for rank in (0, 1):
