@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from dsbert.sparse import MaskManager, SparsityConfig, TorchBlockEditor, sparsify_
 
+import pytest
+
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
 config = SparsityConfig(sparsity=0.75, block_size=8, modules=("*",), num_updates=6)
