@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
@@ -21,8 +23,6 @@ sys.meta_path.insert(0, Blocker())
 import torch
 from torch import nn
 from dsbert.sparse import MaskManager, SparsityConfig, TorchBlockEditor, sparsify_
-
-import pytest
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
