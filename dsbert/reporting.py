@@ -78,13 +78,18 @@ class Reporter:
         self._bar = TrainingBar(recipe.optim.total_steps, step)
 
     def _batch_line(self) -> str:
-        """What a step is on this many ranks."""
-        batch, size = self._recipe.batch, self._recipe.batch.on_ranks(self._world_size).micro_batch
-        accumulation_steps = -(-batch.global_batch // (size * self._world_size))
-        allowed = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
-        ranks = f"{self._world_size} rank{'s'[: self._world_size > 1]}"
+        """What a step is on this many ranks, and how much of it is filler where another micro-batch would have less."""
+        batch, world_size = self._recipe.batch, self._world_size
+        size = batch.on_ranks(world_size).micro_batch
+        accumulation_steps = -(-batch.global_batch // (size * world_size))
+        note = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
+        even = -(-batch.global_batch // (world_size * accumulation_steps))
+        if even < size:
+            filler = 1 - batch.global_batch / (size * accumulation_steps * world_size)
+            note = f" ({filler:.0%} of that is filler, less with batch.micro_batch={even})"
+        ranks = f"{world_size} rank{'s'[: world_size > 1]}"
         batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
-        return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{allowed}"
+        return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{note}"
 
     def totals(self) -> dict[str, int]:
         """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to
