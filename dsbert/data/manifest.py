@@ -9,6 +9,7 @@ pairs-train-128/      how samples are cut and meet for next-sentence prediction,
 """
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 UNIGRAM = "unigram.npy"
 SPLITS = ("train", "validation")
+_SCALARS = (int, float, str, bool)
 _MAX_BYTES = 1 << 28
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -183,14 +185,14 @@ def load_unigram_counts(directory: str | Path) -> NDArray[np.int64]:
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
     """A JSON value as what the annotation says. Raises ValueError for another one, a negative or a huge number."""
+    if hint in _SCALARS:
+        return _scalar(hint, value, name)
     origin, inner = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = get_type_hints(hint)
-        missing = dataclasses.MISSING
-        optional = {f.name for f in dataclasses.fields(hint) if (f.default, f.default_factory) != (missing, missing)}
+        build: Any = hint
+        hints, optional = _fields(build)
         if not set(hints) - optional <= set(value) <= set(hints):
             raise ValueError(f"expected {', '.join(hints)} in {name or 'it'}, found {', '.join(map(str, value))}")
-        build: Any = hint
         return build(**{key: _typed(hints[key], each, f"{name}.{key}".lstrip(".")) for key, each in value.items()})
     if is_typeddict(hint) and isinstance(value, dict) and set(value) == set(get_type_hints(hint)):
         return {key: _typed(kind, value[key], f"{name}.{key}") for key, kind in get_type_hints(hint).items()}
@@ -200,10 +202,22 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return tuple(_typed(inner[0], each, f"{name}[{number}]") for number, each in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _typed(inner[1], each, f"{name}.{key}") for key, each in value.items()}
+    raise ValueError(f"expected {name} to be of type {getattr(hint, '__name__', hint)}, found {str(value)[:40]!r}")
+
+
+def _scalar(hint: Any, value: Any, name: str) -> Any:
     kinds = (int, float) if hint is float else (hint,)
     if type(value) not in kinds or (not isinstance(value, str | bool) and not 0 <= value < 1 << 62):
-        raise ValueError(f"expected {name} to be of type {getattr(hint, '__name__', hint)}, found {str(value)[:40]!r}")
+        raise ValueError(f"expected {name} to be of type {hint.__name__}, found {str(value)[:40]!r}")
     return value
+
+
+@functools.cache  # asked for each shard, of which there may be thousands
+def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """What the annotations of a dataclass say, and which fields may be missing."""
+    missing = dataclasses.MISSING
+    optional = {f.name for f in dataclasses.fields(kind) if (f.default, f.default_factory) != (missing, missing)}
+    return get_type_hints(kind), optional
 
 
 def _check_names(manifest: Manifest) -> None:
