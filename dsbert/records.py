@@ -188,6 +188,8 @@ class StateRecord(Record):
     layers: dict[str, LayerRecord]
     params: dict[str, Shape]
     totals: dict[str, int | float]
+    deepspeed: dict[str, Any] = {}  # checkpoints of before have neither
+    numerics: dict[str, Any] = {}
 
 
 def checked(record: Any, model: type[Record]) -> dict[str, Any]:
