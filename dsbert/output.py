@@ -13,7 +13,7 @@ import os
 import select
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from dsbert.errors import DsbertError
 
@@ -80,7 +80,7 @@ class _Descriptor(io.RawIOBase):
 class _Strict(_Descriptor):
     """What cannot be written is an error, once: a DsbertError, or BrokenPipeError for a reader that has seen enough."""
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         try:
             return os.write(self._number, data)
         except BlockingIOError:
@@ -101,7 +101,7 @@ class _Lossy(_Descriptor):
 
     _patience_s = _STALL_S
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         with suppress(OSError, ValueError):
             while view:

@@ -151,7 +151,7 @@ def test_any_field_of_a_checkpoint_may_be_anything(file: str, share: int, copy: 
             again = tmp_path / "again" / original.name
             shutil.copytree(original, again)
             edit = edit_state if file == "state.json" else edit_manifest
-            edit(again, lambda record: put(record, place, value))  # noqa: B023
+            edit(again, lambda record, place=place, value=value: put(record, place, value))
             says_one_line("verify", str(again))
             if checkpoint_problems(again):
                 if number % 5 == 0 or share > 1:

@@ -289,7 +289,7 @@ def check_stopped(port: int, process: str) -> list[Any]:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return found
 
-        SealedStore.peek = stop  # type: ignore[method-assign]
+        SealedStore.peek = stop
         _launched_by(_environment(port, 0, 2))
         rendezvous.meet(Ranks(0, 2, 0), 60)
         return []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from dsbert.data.kinds import kind_of
+from dsbert.errors import printable
 
 HIDDEN, UNKNOWN, DESCRIPTION = "hidden", "unknown kind", "description of a data set"
 DANGLING, NO_FILE, UNREADABLE, SEEN = "link to nothing", "no regular file", "unreadable", "folder read already"
@@ -92,7 +93,7 @@ def summarized(left_out: Iterable[LeftOut]) -> dict[str, LeftOutFiles]:
         entry = found.setdefault(reason, {"files": 0, "names": []})
         entry["files"] += 1
         if len(entry["names"]) < _NAMED:
-            entry["names"].append(_printable(path))
+            entry["names"].append(printable(path))
     return found
 
 
@@ -104,8 +105,3 @@ def left_out_lines(summary: dict[str, LeftOutFiles]) -> list[str]:
         more = f" and {entry['files'] - _SHOWN:,} more" if entry["files"] > _SHOWN else ""
         lines.append(f"{entry['files']:,} {reason}: {names}{more}")
     return lines
-
-
-def _printable(name: str) -> str:
-    """A file's name may hold anything, halves of characters and commands to a terminal as well."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

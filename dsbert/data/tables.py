@@ -21,14 +21,7 @@ def _open_parquet(path: str, column: str) -> Any:
     try:
         file = pq.ParquetFile(path if "://" not in path else fsspec.open(path, "rb").open())
     except Exception as error:
-        if "://" in path:
-            raise _unreachable(path, error) from None
-        if not isinstance(error, OSError | pa.ArrowException):
-            raise
-        raise UserError(
-            f"cannot read {path}: {' '.join(str(error).split())[:200]}: expected a parquet file, check it and fetch it "
-            "again"
-        ) from None
+        raise _plainly(path, error, ": expected a parquet file, check it and fetch it again") from None
     schema = file.schema_arrow
     if not file.metadata.num_rows:
         return file  # whatever columns it has: without rows libraries do not know their types
@@ -80,7 +73,6 @@ def row_groups(path: str, column: str, multiple: int, piece_bytes: int) -> tuple
 
 def parquet_rows(path: str, column: str, first: int) -> Iterator[Row]:
     """(row number, text) from row `first` on, counted from 0; of a missing value, no text. Raises UserError."""
-    import pyarrow as pa
 
     file = _open_parquet(path, column)
     row = 0
@@ -99,14 +91,18 @@ def parquet_rows(path: str, column: str, first: int) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:
-        if "://" in path:
-            raise _unreachable(path, error) from None
-        if not isinstance(error, OSError | pa.ArrowException):
-            raise
-        raise UserError(
-            f"cannot read {path}: {' '.join(str(error).split())[:200]} (row {row}): expected a whole parquet file, "
-            "fetch it again"
-        ) from None
+        raise _plainly(path, error, f" (row {row}): expected a whole parquet file, fetch it again") from None
+
+
+def _plainly(path: str, error: Exception, rest: str) -> Exception:
+    """What to raise of an error while a file was read: itself, where it is a bug."""
+    import pyarrow as pa
+
+    if "://" in path:
+        return _unreachable(path, error)
+    if not isinstance(error, OSError | pa.ArrowException):
+        return error
+    return UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}{rest}")
 
 
 def _texts(values: Any, first: int, path: str, column: str) -> list[str | None]:
