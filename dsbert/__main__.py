@@ -9,6 +9,6 @@ if __name__ == "__main__":
     forget_first_entry(os.getcwd())
     keep_out_working_directory()
 
-    from dsbert.cli import main
+    from dsbert.cli.app import main
 
     main()

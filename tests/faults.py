@@ -72,14 +72,14 @@ def wait_for(ranks: list[Rank], lost: set[int | None], timeout: float) -> list[E
 
 def unlucky_dsbert(words: list[str], faults: list[dict[str, Any]], record: str | None) -> None:
     """A rank: leaves with the command's exit code."""
-    from dsbert import cli
+    from dsbert.cli import app
 
     own = [one for one in faults if one["rank"] in (None, int(os.environ["RANK"]))]
     for one in own:  # each on top of the one before
         _PLACES[one["where"]](one["step"], _deed(one["what"]))()
     if record:
         _record_samples(Path(record))()
-    sys.exit(cli.run(words))
+    sys.exit(app.run(words))
 
 
 def final_files(run_dir: Path, step: int = 12) -> dict[str, bytes]:
@@ -189,42 +189,42 @@ def _around(owner: Any, name: str, before: Callable[..., object]) -> Callable[[]
 
 
 def _at_step(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert.engine import TrainEngine
+    from dsbert.engine.train_engine import TrainEngine
 
     return _around(TrainEngine, "train_step", lambda engine, *_: deed(engine) if engine.step == step else None)
 
 
 def _from_step(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert.engine import TrainEngine
+    from dsbert.engine.train_engine import TrainEngine
 
     return _around(TrainEngine, "train_step", lambda engine, *_: deed(engine) if engine.step >= step else None)
 
 
 def _while_writing(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert import checkpoint_writer
+    from dsbert.checkpoint import writer
 
     def half(path: Path, data: memoryview, *_: Any) -> None:
         if f"{step:08d}" in path.parent.name and path.name.startswith("fragments"):
             path.write_bytes(data[: len(data) // 2])
             deed()
 
-    return _around(checkpoint_writer, "write_and_read_back", half)
+    return _around(writer, "write_and_read_back", half)
 
 
 def _before_publication(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert.publication import Publisher
+    from dsbert.checkpoint.publisher import Publisher
 
     return _around(Publisher, "publish", lambda _self, _from, to, *_: deed() if f"{step:08d}" in to.name else None)
 
 
 def _before_latest(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert import publication
+    from dsbert.checkpoint import publisher
 
     def pointer(path: Path, data: bytes) -> None:
         if path.name.startswith(".latest") and f"{step:08d}".encode() in data:
             deed()
 
-    return _around(publication, "write_durably", pointer)
+    return _around(publisher, "write_durably", pointer)
 
 
 def _in_update(step: int, deed: Callable[..., object]) -> Callable[[], object]:
@@ -243,25 +243,25 @@ def _in_update(step: int, deed: Callable[..., object]) -> Callable[[], object]:
 
 
 def _in_evaluation(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert.engine import TrainEngine
+    from dsbert.engine.train_engine import TrainEngine
 
     return _around(TrainEngine, "evaluate_batch", lambda engine, *_: deed() if engine.step == step else None)
 
 
 def _at_start(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert import run
+    from dsbert.training import run
 
     return _around(run, "build_model", lambda *_: deed())
 
 
 def _at_claim(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert.run_directory import RunDirectory
+    from dsbert.training.run_directory import RunDirectory
 
     return _around(RunDirectory, "open_attempt", lambda *_: deed())
 
 
 def _at_load(step: int, deed: Callable[..., object]) -> Callable[[], object]:
-    from dsbert import run
+    from dsbert.training import run
 
     return _around(run, "load_checkpoint", lambda *_: deed())
 
@@ -283,7 +283,7 @@ _PLACES: dict[str, Callable[[int, Callable[..., object]], Callable[[], object]]]
 def _record_samples(directory: Path) -> Callable[[], object]:
     """Write down which samples every step is trained on, from the batches that the engine gets."""
     from dsbert.data.stream import SampleStream
-    from dsbert.engine import TrainEngine
+    from dsbert.engine.train_engine import TrainEngine
 
     made: dict[int, tuple[Any, list[int]]] = {}  # the batch is kept, so that its id stays its own
     batch, step = SampleStream.batch, TrainEngine.train_step

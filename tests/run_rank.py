@@ -7,7 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from dsbert.launch import PARENT_PID_ENV, die_with_parent
+from dsbert.cluster.launcher import PARENT_PID_ENV, die_with_parent
 
 
 def main(name: str, arguments: str, environment: dict[str, str], log: str, result: str) -> None:

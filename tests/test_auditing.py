@@ -19,7 +19,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dsbert.checkpoint import checkpoint_problems
+from dsbert.checkpoint.loading import checkpoint_problems
 from tests.commands import ENVIRONMENT, complaint, dsbert, dsbert_process
 
 FRAGMENTS = ["fragments-00000-of-00002.safetensors", "fragments-00001-of-00002.safetensors"]
@@ -488,7 +488,7 @@ def test_what_a_crash_may_leave_is_a_note(harm: Callable[[Path], object], file: 
 
 
 def test_a_checkpoint_that_retention_removes_meanwhile_is_no_damage(copy: Path) -> None:
-    from dsbert.auditing import checkpoint as checkpoint_audit
+    from dsbert.inspection import audit_checkpoint as checkpoint_audit
 
     old, read_state = copy / "checkpoints" / "step_00000006", checkpoint_audit.read_state
 
@@ -684,7 +684,7 @@ def test_the_cut_into_files_does_not_matter(run: Path, checkpoint: Path) -> None
 
 
 def test_pieces_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsbert import comparison
+    from dsbert.inspection import comparison
 
     paths = [run / "checkpoints" / f"step_{step:08d}" for step in (6, 12)]
     expected = diff(*paths)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import BertForPreTraining
 
-from dsbert import bert_layers
-from dsbert.bert_layers import attention, drop, lighten_
-from dsbert.model import DeviceBatch, bert_config, build_model
+from dsbert.models import bert_layers
+from dsbert.models.bert import DeviceBatch, bert_config, build_model
+from dsbert.models.bert_layers import attention, drop, lighten_
 from tests import workbench as bench
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.errors import combine_exit_codes
+from dsbert.base.errors import combine_exit_codes
 from tests.faults import unlucky_dsbert
 from tests.helpers import started
 from tools.chaos import RECIPE, Chaos

@@ -12,11 +12,11 @@ from unittest import mock
 
 import pytest
 
-from dsbert.checkpoint import newest_checkpoint, verify_checkpoint
-from dsbert.distributed import together
-from dsbert.durable import checksum, replace_durably, write_and_read_back
-from dsbert.errors import DsbertError, UserError
-from dsbert.publication import Publisher, Retention
+from dsbert.base.collectives import raise_on_all_ranks
+from dsbert.base.durable import checksum, replace_durably, write_and_read_back
+from dsbert.base.errors import DsbertError, UserError
+from dsbert.checkpoint.loading import newest_checkpoint, verify_checkpoint
+from dsbert.checkpoint.publisher import Publisher, Retention
 from tests.helpers import run_distributed
 
 
@@ -24,12 +24,12 @@ def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
     """Snapshot, 50 steps while a throttled writer works, then compare what is on disk with what was snapshot."""
     import torch
 
-    from dsbert import distributed
-    from dsbert.checkpoint import load_checkpoint
-    from dsbert.checkpoint_writer import CheckpointWriter
+    from dsbert.checkpoint.loading import load_checkpoint
+    from dsbert.checkpoint.writer import CheckpointWriter
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.initit(60)
     recipe = bench.recipe(optim={"total_steps": 80}, sparsity={"num_updates": 20})
     source = bench.stream()
     engine, masks = bench.engine_and_masks(recipe, world)
@@ -88,7 +88,7 @@ def _make(root: Path, step: int, content: bytes = b"x") -> Path:
     """A checkpoint that verifies, made by the publisher's own hand."""
     import xxhash
 
-    from dsbert.fragments import fragments_name
+    from dsbert.checkpoint.fragments import fragments_name
 
     publisher = Publisher(root, "1-test", Retention(100), lambda: None)
     temporary, target = root / f".step_{step:08d}.1-test.tmp", root / f"step_{step:08d}"
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_is_named_by_the_file_that_it_has_no_room_for(tmp_pa
     """What a write raises knows no file."""
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
     with full, pytest.raises(UserError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
-        together(lambda: replace_durably(tmp_path / "status.json", b"{}"))
+        raise_on_all_ranks(lambda: replace_durably(tmp_path / "status.json", b"{}"))
 
 
 def test_an_attempt_that_lost_the_run_publishes_nothing(tmp_path: Path) -> None:
@@ -235,20 +235,21 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
     """It goes on as long as bytes move; where none does, every rank leaves."""
     import time
 
-    from dsbert import checkpoint_writer, distributed
-    from dsbert.errors import PeerError
+    from dsbert.base.errors import PeerError
+    from dsbert.checkpoint import writer
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.initit(60)
     engine, masks = bench.engine_and_masks(bench.recipe(), world)
     companions = Path(directory) / "companions"
     companions.mkdir(exist_ok=True)
     alive: list[float] = []
-    writer = checkpoint_writer.CheckpointWriter(
+    writer = writer.CheckpointWriter(
         Path(directory) / "checkpoints", companions, attempt="1-test", retention=Retention(2), timeout_s=1.0,
         alive=lambda: alive.append(time.monotonic()),
     )  # fmt: skip
-    original = checkpoint_writer.write_and_read_back
+    original = writer.write_and_read_back
 
     def slow(path: Path, data: Any, count: Any, *more: Any) -> str:
         for _ in range(10 if world.rank == 1 else 0):
@@ -256,7 +257,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
             count(1)
         return original(path, data, count, *more)
 
-    with mock.patch.object(checkpoint_writer, "write_and_read_back", slow):
+    with mock.patch.object(writer, "write_and_read_back", slow):
         start = time.monotonic()
         assert writer.save(engine, masks, {"totals": {}}).step == 0
         took = time.monotonic() - start
@@ -267,7 +268,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
         time.sleep(1000)
         return ""
 
-    with mock.patch.object(checkpoint_writer, "write_and_read_back", stuck):
+    with mock.patch.object(writer, "write_and_read_back", stuck):
         engine.step = 1
         start = time.monotonic()
         with pytest.raises(PeerError, match="write nothing for 1 s"):
@@ -283,7 +284,7 @@ def test_a_slow_save_is_waited_for_and_a_stuck_one_is_not(tmp_path: Path) -> Non
 
 def test_an_older_attempt_cannot_publish_what_its_successor_cleans_up(tmp_path: Path) -> None:
     """Between the successor's claim and its clean-up the older one renames: it finds nothing under the old name."""
-    from dsbert.run_directory import RunDirectory
+    from dsbert.training.run_directory import RunDirectory
 
     directory = RunDirectory(tmp_path)
     root = directory.checkpoints

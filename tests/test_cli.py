@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from dsbert.secret import SECRET_FILE
+from dsbert.cluster.secret import SECRET_FILE
 from tests.commands import ENVIRONMENT, SMALL, Done, complaint, dsbert, dsbert_on_a_rank, dsbert_process, one_voice
 from tests.helpers import run_distributed
 from tests.text import write_corpus
@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_contract_says(run: Path) -> None:
 
 
 def test_the_journal_replays_the_topology(run: Path) -> None:
-    from dsbert.checkpoint import read_state, read_topology
+    from dsbert.checkpoint.loading import read_state, read_topology
     from dsbert.sparse import BlockTopology, DrawKey
     from dsbert.sparse.journal import replay
 
@@ -194,8 +194,8 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     import transformers
     from safetensors.torch import load_file
 
-    from dsbert.model import DeviceBatch
-    from dsbert.restore import restore_model
+    from dsbert.checkpoint.restore import restore_model
+    from dsbert.models.bert import DeviceBatch
     from dsbert.sparse.linear import dense_weight
 
     done = dsbert("export", str(run), "--to", str(tmp_path / "out"))
@@ -352,7 +352,7 @@ def test_a_killed_rank_ends_the_others_with_3(data: Path, tmp_path: Path) -> Non
 
 def dsbert_beside_a_dying_rank(words: list[str]) -> list[Any] | None:
     """Rank 1 leaves for good, without a word, when it has taken three steps."""
-    from dsbert.engine import TrainEngine
+    from dsbert.engine.train_engine import TrainEngine
 
     if os.environ["RANK"] == "1":
         step = TrainEngine.train_step
@@ -453,7 +453,7 @@ def test_an_attempt_that_lost_the_run_leaves_it_alone(data: Path, tmp_path: Path
 
 def dsbert_that_is_overtaken(words: list[str]) -> list[Any]:
     """In the fourth step another attempt writes its name over ours."""
-    from dsbert.engine import TrainEngine
+    from dsbert.engine.train_engine import TrainEngine
 
     step = TrainEngine.train_step
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.config import BatchConfig, load_recipe, sparse_lr_factor
-from dsbert.ds_config import ds_config_names, load_ds_config, precision, zero_stage
-from dsbert.errors import UserError
-from dsbert.micro_batches import cut
-from dsbert.recipe_files import RECIPES, recipe_names
+from dsbert.base.errors import UserError
+from dsbert.config.recipe import BatchConfig, load_recipe, sparse_lr_factor
+from dsbert.config.recipe_files import RECIPES, recipe_names
+from dsbert.engine.ds_config import ds_config_names, load_ds_config, precision, zero_stage
+from dsbert.engine.micro_batches import cut
 
 
 def test_the_family_of_the_paper() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dsbert.config import load_recipe
-from dsbert.ds_config import load_ds_config, what_holds
-from dsbert.ds_schema import RECIPE_OWNS, REFUSED, DeepSpeedJson
-from dsbert.errors import UserError
+from dsbert.base.errors import UserError
+from dsbert.config.recipe import load_recipe
+from dsbert.engine.ds_config import load_ds_config, what_holds
+from dsbert.engine.ds_schema import RECIPE_OWNS, REFUSED, DeepSpeedJson
 from tests.commands import ENVIRONMENT, SMALL
 
 

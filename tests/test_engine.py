@@ -23,10 +23,11 @@ def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
     """Train 20 steps with 4 mask updates, saving at 10; load that into a second engine and train the rest again."""
     import torch
 
-    from dsbert import distributed
+    from dsbert.base import collectives
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.init(60)
     recipe = bench.recipe(deepspeed=bench.zero_config(stage, dtype))
     source = bench.stream()
     engine, masks = bench.engine_and_masks(recipe, world)
@@ -44,16 +45,16 @@ def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
             bench.check_update(engine, before, update)
             digests.append(update.digest)
         if step == SAVE_AT:
-            from dsbert.checkpoint_writer import CheckpointWriter
-            from dsbert.publication import Retention
+            from dsbert.checkpoint.publisher import Retention
+            from dsbert.checkpoint.writer import CheckpointWriter
 
             writer = CheckpointWriter(Path(directory), companions, attempt="1-test", retention=Retention(2))
             at_save = writer.save(engine, masks, {"totals": {}}).path
     assert at_save is not None
-    distributed.assert_replicas_agree("the weights", engine.replica_digests())
+    collectives.assert_replicas_agree("the weights", engine.replica_digests())
     first = bench.held_elements(engine), masks.digest(), masks.dof
 
-    from dsbert.checkpoint import load_checkpoint, verify_checkpoint
+    from dsbert.checkpoint.loading import load_checkpoint, verify_checkpoint
 
     assert verify_checkpoint(at_save) == []
     engine, masks = bench.engine_and_masks(recipe, world)

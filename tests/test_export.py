@@ -80,7 +80,7 @@ def test_an_export_replaces_its_own_files_and_no_others(exported: Path, run: Pat
     for name in ("old.txt", "changed.txt"):
         (to / name).write_text("old")
         record["files"][name] = record["files"]["vocab.txt"]
-    from dsbert.durable import checksum
+    from dsbert.base.durable import checksum
 
     record["files"] |= {
         "old.txt": checksum(to / "old.txt"),

@@ -282,7 +282,7 @@ def test_a_rank_that_lives_but_does_not_go_on(
 
 
 def test_who_waited_in_vain_is_not_who_was_waited_for(tmp_path: Path) -> None:
-    from dsbert.health import Heartbeat
+    from dsbert.cluster.health import Heartbeat
 
     beats = [Heartbeat(tmp_path, rank, ["a", "b", "c"], 1.0) for rank in range(3)]
     for beat in beats:
@@ -359,7 +359,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_from_scratch(run: Path, dat
 @pytest.mark.parametrize("damage", [b"\0" * 300 + b"\n", b"[]\n", b"null\n", b"{}\n", b"[" * 200_000 + b"\n"])
 def test_damaged_records_do_not_hold_up_the_next_attempt(damage: bytes, data: Path, tmp_path: Path) -> None:
     """What is needed to go on stands in the checkpoints; the records beside them are for people."""
-    from dsbert.run_directory import RunDirectory
+    from dsbert.training.run_directory import RunDirectory
     from tests.workbench import recipe
 
     directory, small = RunDirectory(tmp_path), recipe(data={"path": str(data)})

@@ -11,13 +11,13 @@ from tests.helpers import run_distributed
 
 
 def train_on_the_card(stage: int, directory: str) -> dict[str, Any]:
-    from dsbert import distributed
-    from dsbert.checkpoint import load_checkpoint
-    from dsbert.checkpoint_writer import CheckpointWriter
-    from dsbert.publication import Retention
+    from dsbert.checkpoint.loading import load_checkpoint
+    from dsbert.checkpoint.publisher import Retention
+    from dsbert.checkpoint.writer import CheckpointWriter
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.init(60)
     assert world.device.type == "cuda"
     engine, masks = bench.engine_and_masks(bench.recipe(deepspeed=bench.zero_config(stage, "bf16")), world)
     source = bench.stream()

@@ -21,14 +21,15 @@ def gradients(directory: str, micro_batches: list[int], stage: int = 0) -> None:
     """Per size of the micro-batch: rank 0 writes the step's gradients and the dense gradients of the sparse layers."""
     from safetensors.torch import save_file
 
-    from dsbert import distributed
+    from dsbert.base import collectives
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.init(60)
     for size in micro_batches:
         engine, masks = bench.engine_and_masks(_recipe(size, stage), world)
         samples = [micro.first + row for micro in engine.plan() for row in range(micro.count)]
-        everything = distributed.gather_json(samples)
+        everything = collectives.gather_json(samples)
         assert sorted(itertools.chain.from_iterable(everything)) == list(range(BATCH))
         assert all(everything), "no rank has filler instead of samples"
         found = {}
@@ -50,7 +51,7 @@ def expected() -> dict[str, Any]:
     """From one backward over the batch of 12, dense: by parameter, with "dense.<layer>" beside the blocks."""
     import torch
 
-    from dsbert.model import DeviceBatch, build_model
+    from dsbert.models.bert import DeviceBatch, build_model
     from tests import workbench as bench
 
     model, layers = build_model(_recipe(BATCH), bench.VOCAB_SIZE)

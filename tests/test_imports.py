@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,74 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent / "dsbert"
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# Floors, from the top; a module imports only from floors below its own or from its own.
-FLOORS = [
-    {"__main__", "cli", "cli_checkpoints", "cli_data", "cli_types"},
-    {"pretrain", "submit"},
-    {"run", "job_queue"},
-    {"preflight"},
-    {
-        "reporting",
-        "run_directory",
-        "history",
-        "export",
-        "evaluate",
-        "inspection",
-        "restore",
-        "comparison",
-        "numerics",
-        "opening",
-    },
-    {"auditing", "job_script", "ownership"},
-    {"model", "engine", "checkpoint", "checkpoint_writer", "publication"},
-    {"bert_layers"},
-    {"layout_proof", "micro_batches"},
-    {
-        "data",
-        "ds_engine",
-        "step_guard",
-        "fragments",
-        "zero_shards",
-        "metrics",
-        "ds_config",
-        "ds_schema",
-        "stopping",
-        "health",
-        "heartbeats",
-    },
-    {"wandb_process"},
-    {"wandb_file"},
-    {"sparse"},
-    {
-        "config",
-        "distributed",
-        "rendezvous",
-        "handshake",
-        "meeting_place",
-        "sealed_store",
-        "jsonl",
-        "records",
-        "provenance",
-    },
-    {"overrides", "recipe_files"},
-    {
-        "awake",
-        "complaints",
-        "documents",
-        "durable",
-        "errors",
-        "fields",
-        "launch",
-        "malloc",
-        "memory_kills",
-        "output",
-        "progress",
-        "ranks",
-        "secret",
-        "start",
-        "wandb_mode",
-    },
-]
+# Floors, from the top; a package imports only from those below its own, or from itself.
+FLOORS = (
+    *("__main__", "cli", "jobs", "inspection", "training", "checkpoint", "engine", "models", "data", "config"),
+    *("sparse", "cluster", "base", "start"),
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -111,10 +51,18 @@ def named(path: Path) -> str:
 @pytest.mark.parametrize(
     ("package", "importers"),
     [
-        ("deepspeed", {"dsbert.ds_engine", "dsbert.zero_shards", "dsbert.checkpoint"}),
-        ("mpi4py", {"dsbert.meeting_place"}),
-        ("wandb", {"dsbert.wandb_process"}),
-        ("transformers", {"dsbert.bert_layers", "dsbert.model", "dsbert.export", "dsbert.data.tokenizer_check"}),
+        ("deepspeed", {"dsbert.engine.ds_engine", "dsbert.engine.zero_shards"}),
+        ("mpi4py", {"dsbert.cluster.endpoint"}),
+        ("wandb", {"dsbert.training.wandb_process"}),
+        (
+            "transformers",
+            {
+                "dsbert.models.bert_layers",
+                "dsbert.models.bert",
+                "dsbert.inspection.export",
+                "dsbert.data.preparing.tokenizer_check",
+            },
+        ),
         ("pickle", set()),
         ("typer", set()),
     ],
@@ -127,29 +75,43 @@ def test_a_package_has_few_importers(package: str, importers: set[str]) -> None:
 
 
 def test_no_import_runs_back_up() -> None:
-    height = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-    rooms = {room(named(path)) for path in MODULES} - {"__init__"}
-    assert rooms == set(height), "a new room needs a floor"
+    height = {name: floor for floor, name in enumerate(FLOORS)}
+    assert {room(named(path)) for path in MODULES} - {"__init__"} == set(height), "a new package needs a floor"
     for path in MODULES:
         here = room(named(path))
         for name in imports(path):
-            if name.startswith("dsbert.") and here != "__init__":
-                there = room(name)
-                if there in height:
-                    assert height[there] >= height[here], f"{named(path)} imports {name}, which stands above it"
+            if name.startswith("dsbert.") and here != "__init__" and room(name) in height:
+                assert height[room(name)] >= height[here], f"{named(path)} imports {name}, which stands above it"
+
+
+def test_no_two_modules_have_one_name() -> None:
+    """But for those of the command line, which are called after what they are about."""
+    names = Counter(path.stem for path in MODULES if not path.stem.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_batches_need_nothing_of_what_prepares_data() -> None:
+    for path in (ROOT / "data").glob("*.py"):
+        assert not [name for name in imports(path) if name.startswith("dsbert.data.preparing")], path
 
 
 def test_sparse_is_a_library_of_its_own() -> None:
-    for path in (ROOT / "sparse").rglob("*.py"):
-        for name in imports(path):
-            assert name.split(".")[0] not in ("deepspeed", "transformers", "wandb", "datasets"), (path, name)
-            if name.startswith("dsbert."):
-                assert room(name) in ("sparse", "config", "distributed", "errors"), (path, name)
+    """What `import dsbert.sparse` loads of dsbert, and of what only training needs."""
+    program = "import sys, dsbert.sparse; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    ours = {name for name in loaded if name.startswith("dsbert.") and not name.startswith("dsbert.sparse")}
+    assert ours == {"dsbert.base", "dsbert.base.collectives", "dsbert.base.errors", "dsbert.base.fields"}
+    assert not loaded & {"deepspeed", "transformers", "wandb", "datasets", "click"}
+    for path in (ROOT / "sparse").rglob("*.py"):  # and what is imported later
+        found = {name for name in imports(path) if name.startswith("dsbert.") and room(name) != "sparse"}
+        assert {name.rpartition(".")[0] for name in found} <= ours, path
 
 
-def test_nobody_imports_pretrain_but_the_command_line() -> None:
-    found = {named(path) for path in MODULES if any(name.startswith("dsbert.pretrain") for name in imports(path))}
-    assert found == {"dsbert.cli"}
+def test_nobody_imports_the_loop_but_the_command_line() -> None:
+    found = {
+        named(path) for path in MODULES if any(name.startswith("dsbert.training.pretrain.") for name in imports(path))
+    }
+    assert found == {"dsbert.cli.training"}
 
 
 def test_no_pickle_is_read_or_written() -> None:

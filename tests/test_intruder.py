@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from dsbert.errors import DsbertError, UserError
-from dsbert.meeting_place import _bind, _own_address
-from dsbert.secret import SECRET_ENV, SECRET_FILE, find_secret
+from dsbert.base.errors import DsbertError, UserError
+from dsbert.cluster.endpoint import _bind, _own_address
+from dsbert.cluster.secret import SECRET_ENV, SECRET_FILE, find_secret
 from tests.helpers import run_distributed
 from tests.test_rendezvous import _environment, _launched_by, _new_job, _slurm
 
@@ -34,7 +34,8 @@ def _join(environment: dict[str, str], timeout_s: float = 30) -> list[Any]:
     """What comes of a rank: its nonce and a sum over all, or the one line that it ends with."""
     import torch
 
-    from dsbert.distributed import all_reduce, gather_json, init
+    from dsbert.base.collectives import all_reduce, gather_json
+    from dsbert.cluster.process_group import init
 
     _launched_by(environment)
     os.environ.pop(SECRET_ENV, None)
@@ -231,7 +232,7 @@ def test_who_does_not_know_the_secret_is_no_rank() -> None:
     assert second[1].endswith(f"missing: rank 0; found the store of somebody else at port {port}")
 
 
-MAKE = "import os, sys; os.umask(0)\nfrom pathlib import Path\nfrom dsbert.secret import find_secret\n"
+MAKE = "import os, sys; os.umask(0)\nfrom pathlib import Path\nfrom dsbert.cluster.secret import find_secret\n"
 MAKE += "sys.stdout.write(find_secret(Path(sys.argv[1])).key.decode())"
 
 
@@ -250,7 +251,7 @@ def test_all_ranks_find_one_secret_that_others_cannot_read(tmp_path: Path, monke
 @pytest.mark.parametrize("how", ["mode", "owner", "link", "fifo", "empty", "file", "short"])
 def test_a_secret_that_others_may_know_is_refused(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SECRET_ENV, raising=False)
-    monkeypatch.setattr("dsbert.secret._PATIENCE_S", 0.1)
+    monkeypatch.setattr("dsbert.cluster.secret._PATIENCE_S", 0.1)
     directory = tmp_path / "run"
     find_secret(directory)
     path = directory / SECRET_FILE

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsbert.jsonl import JsonlFile, to_json
+from dsbert.base.jsonl import JsonlFile, to_json
 
 
 @pytest.fixture

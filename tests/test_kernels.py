@@ -15,13 +15,13 @@ KERNELS = ("reference", "cpu", "dense", "auto")
 
 def losses_by_kernels(directory: str) -> dict[str, Any]:
     """The losses and the last digest of a short run on each kind of kernels; and what a resumed run goes on with."""
-    from dsbert import distributed
-    from dsbert.checkpoint import load_checkpoint
-    from dsbert.checkpoint_writer import CheckpointWriter
-    from dsbert.publication import Retention
+    from dsbert.checkpoint.loading import load_checkpoint
+    from dsbert.checkpoint.publisher import Retention
+    from dsbert.checkpoint.writer import CheckpointWriter
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.init(60)
     (Path(directory) / "companions").mkdir(exist_ok=True)
     found: dict[str, Any] = {}
     for kernels in KERNELS:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.errors import combine_exit_codes
-from dsbert.launch import launch
+from dsbert.base.errors import combine_exit_codes
+from dsbert.cluster.launcher import launch
 
 # A launcher in a process of its own, for tests that send it signals: argv is the number of ranks and their program.
 LAUNCHER = """
@@ -256,7 +256,7 @@ def test_ranks_die_with_a_launcher_that_is_killed() -> None:
 
 
 def test_a_rank_whose_launcher_is_gone_before_it_asks_ends() -> None:
-    program = "from dsbert.launch import die_with_parent; die_with_parent(); print('survived')"
+    program = "from dsbert.cluster.launcher import die_with_parent; die_with_parent(); print('survived')"
     environment = os.environ | {"DSBERT_PARENT_PID": str(2**22 + 1), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(rank(program), env=environment, capture_output=True, text=True, timeout=10)
     assert done.returncode == -signal.SIGKILL
@@ -277,6 +277,6 @@ def test_refuses_what_cannot_start() -> None:
 
 
 def test_needs_no_torch() -> None:
-    program = "import sys; import dsbert.launch; sys.exit('torch' in sys.modules)"
+    program = "import sys; import dsbert.cluster.launcher; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert subprocess.run(rank(program), env=environment).returncode == 0

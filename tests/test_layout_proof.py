@@ -27,15 +27,15 @@ def configuration(stage: int, dtype: str = "fp32", zero: dict[str, Any] | None =
 def world() -> Any:
     from deepspeed.accelerator import get_accelerator
 
-    from dsbert import distributed
+    from dsbert.cluster import process_group
 
     type(get_accelerator()).is_fp16_supported = lambda self: True  # slow on a CPU, but right
-    return distributed.init(60)
+    return process_group.init(60)
 
 
 def train(overrides: dict[str, Any], *, proven: bool = True) -> dict[str, Any]:
     """Losses, topologies, and per parameter a projection of weights and moments; or why it was refused."""
-    from dsbert.errors import UserError
+    from dsbert.base.errors import UserError
     from tests import workbench as bench
 
     recipe = bench.recipe(deepspeed={"config": "zero0_fp32", "overrides": overrides})
@@ -58,7 +58,7 @@ def assert_no_trace(engine: Any) -> None:
     """Of the proof: not in weights, moments, copies, counters or the generator."""
     import torch
 
-    from dsbert.zero_shards import adam_step, inner_optimizer
+    from dsbert.engine.zero_shards import adam_step, inner_optimizer
     from tests import workbench as bench
 
     def everything() -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ def projections(engine: Any) -> dict[str, list[float]]:
     """Of master and moments of every parameter on numbers that differ from place to place, over all ranks."""
     import torch
 
-    from dsbert.distributed import all_reduce
+    from dsbert.base.collectives import all_reduce
 
     found = {}
     for name, shard in engine.shards().items():
@@ -253,9 +253,9 @@ def test_three_ranks_do_not_matter(truth: dict[str, Any]) -> None:
 
 def refuse_what_is_displaced(kind: str) -> str:
     """The proof, where dsbert looks in another place than DeepSpeed."""
-    from dsbert import layout_proof
-    from dsbert.errors import UserError
-    from dsbert.zero_shards import ParamShard, forward_copies, param_shard
+    from dsbert.base.errors import UserError
+    from dsbert.engine import layout_proof
+    from dsbert.engine.zero_shards import ParamShard, forward_copies, param_shard
     from tests import workbench as bench
 
     engine, _ = bench.engine_and_masks(bench.recipe(deepspeed=bench.zero_config(1, "bf16")), world())

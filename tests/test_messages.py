@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 from dsbert import __version__
-from dsbert.wandb_mode import wandb_mode
+from dsbert.training.wandb_mode import wandb_mode
 from tests.commands import ENVIRONMENT, SMALL, Done, complaint, dsbert
 from tests.test_launch import PRELUDE
 

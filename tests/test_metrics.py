@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.jsonl import JsonlFile
-from dsbert.metrics import WandbLogger
-from dsbert.wandb_file import steps_on_disk
+from dsbert.base.jsonl import JsonlFile
+from dsbert.training.metrics import WandbLogger
+from dsbert.training.wandb_file import steps_on_disk
 
 # A wandb that writes down what it is asked for. Its server knows the run up to the step that the environment says.
 FAKE = """

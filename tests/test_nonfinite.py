@@ -64,11 +64,11 @@ class Saboteur:
 def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -> tuple[list[Any], list[Any], Any]:
     """Train STEPS steps. take_them: with `faults` in them; else the steps with faults are not taken, only counted.
     Returns what the rank holds after each step, what the steps said, and the engine."""
-    from dsbert import distributed
-    from dsbert.engine import TrainEngine
-    from dsbert.model import build_model
+    from dsbert.base import collectives
+    from dsbert.engine.train_engine import TrainEngine
+    from dsbert.engine.zero_shards import adam_step
+    from dsbert.models.bert import build_model
     from dsbert.sparse import MaskManager
-    from dsbert.zero_shards import adam_step
     from tests import workbench as bench
 
     model, layers = build_model(recipe, bench.VOCAB_SIZE)
@@ -97,7 +97,7 @@ def train(recipe: Any, world: Any, faults: dict[int, str], *, take_them: bool) -
         if update:
             bench.check_update(engine, after, update)
         masks.verify_replicas()
-        distributed.assert_replicas_agree("the weights", engine.replica_digests())
+        collectives.assert_replicas_agree("the weights", engine.replica_digests())
         held.append(bench.held_elements(engine))
     assert adam_step(engine.deepspeed_engine) == STEPS - len(faults)
     if take_them:
@@ -123,10 +123,10 @@ def assert_same_bits(expected: dict[str, Any], found: dict[str, Any], where: str
 
 def skip_and_go_on(stage: int, dtype: str, faults: dict[str, str], sections: dict[str, Any]) -> list[Any]:
     """Every step of a run with faults, against the run that leaves those steps out. faults: JSON's keys are text."""
-    from dsbert import distributed
+    from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = distributed.init(60)
+    world = process_group.inititit(60)
     steps = {int(step): kind for step, kind in faults.items()}
     deepspeed = bench.zero_config(stage, dtype)
     deepspeed["overrides"] |= sections.pop("deepspeed", {})
@@ -179,13 +179,13 @@ def overflow_in_fp16(stage: int) -> float:
     """The same faults; returns the loss scale in the end."""
     from deepspeed.accelerator import get_accelerator
 
-    from dsbert import distributed
-    from dsbert.zero_shards import loss_scaler
+    from dsbert.cluster import process_group
+    from dsbert.engine.zero_shards import loss_scaler
     from tests import workbench as bench
 
     # Slow on a CPU, but right.
     type(get_accelerator()).is_fp16_supported = lambda self: True
-    world = distributed.init(60)
+    world = process_group.inititit(60)
     deepspeed = bench.zero_config(stage, "fp16")
     deepspeed["overrides"]["fp16"] |= {"initial_scale_power": 8, "hysteresis": 1}
     recipe = bench.recipe(deepspeed=deepspeed, sparsity={"group_lasso": 0.1})
@@ -203,11 +203,11 @@ def test_the_loss_scaler_of_fp16_sees_every_overflow(stage: int) -> None:
 def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
     import torch
 
-    from dsbert.distributed import World
-    from dsbert.engine import StepResult
-    from dsbert.reporting import Reporter, StepReport
-    from dsbert.run_directory import RunDirectory
+    from dsbert.cluster.process_group import World
+    from dsbert.engine.train_engine import StepResult
     from dsbert.sparse import MaskManager
+    from dsbert.training.reporting import Reporter, StepReport
+    from dsbert.training.run_directory import RunDirectory
     from tests import workbench as bench
 
     recipe = bench.recipe(log={"every_steps": 10, "wandb": False})

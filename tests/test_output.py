@@ -148,7 +148,7 @@ def test_a_terminal_that_goes(nohup: bool, data: Path, tmp_path: Path) -> None:
 
 def test_a_progress_line_shows_its_own_steps_loss(capsys: pytest.CaptureFixture[str]) -> None:
     """A tenth of the run need not be a step that is logged."""
-    from dsbert.progress import TrainingBar
+    from dsbert.base.progress import TrainingBar
 
     bar = TrainingBar(total=120, step=0)
     for step in range(1, 25):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.errors import UserError
-from dsbert.health import Heartbeat
-from dsbert.ownership import assert_free
+from dsbert.base.errors import UserError
+from dsbert.cluster.health import Heartbeat
+from dsbert.training.ownership import assert_free
 from tests.commands import ENVIRONMENT, SMALL, complaint, dsbert_process
 from tests.faults import status
 

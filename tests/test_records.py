@@ -63,7 +63,7 @@ def says_one_line(*words: str) -> int:
 
 def begin(run: Path, data: Path) -> dict[str, Any]:
     """What rank 0 does with the records of a run before it goes on."""
-    from dsbert.run_directory import RunDirectory
+    from dsbert.training.run_directory import RunDirectory
     from tests.workbench import recipe
 
     directory, small = RunDirectory(run), recipe(data={"path": str(data)})
@@ -140,7 +140,7 @@ def test_any_field_of_a_record_may_be_anything(share: int, copy: Path, data: Pat
 @pytest.mark.parametrize("file", ["state.json", "manifest.json"])
 def test_any_field_of_a_checkpoint_may_be_anything(file: str, share: int, copy: Path, tmp_path: Path) -> None:
     """With right checksums, as a stranger's: the commands say a line, and a run takes the checkpoint before."""
-    from dsbert.checkpoint import checkpoint_problems, newest_checkpoint
+    from dsbert.checkpoint.loading import checkpoint_problems, newest_checkpoint
 
     original = copy / "checkpoints" / "step_00000012"
     loaded = []
@@ -178,7 +178,7 @@ def test_other_records_may_hold_anything(content: bytes, copy: Path, data: Path)
         beat.write_bytes(content)
     says_one_line("verify", str(copy))
     begin(copy, data)
-    from dsbert.metrics import _run_id
+    from dsbert.training.metrics import _run_id
 
     assert len(_run_id(copy / "wandb_id")) == 8
 
@@ -187,7 +187,7 @@ def test_other_records_may_hold_anything(content: bytes, copy: Path, data: Path)
 
 
 def test_a_topology_of_another_checkpoint_is_not_loaded(copy: Path) -> None:
-    from dsbert.checkpoint import newest_checkpoint
+    from dsbert.checkpoint.loading import newest_checkpoint
 
     older, newer = (copy / "checkpoints" / name for name in ("step_00000006", "step_00000012"))
     forge(newer, "topology.safetensors", (older / "topology.safetensors").read_bytes())
@@ -202,7 +202,7 @@ def test_a_topology_of_another_checkpoint_is_not_loaded(copy: Path) -> None:
 
 def test_slots_that_changed_places_are_another_topology(copy: Path) -> None:
     """Each block would get the weights of another."""
-    from dsbert.checkpoint import checkpoint_problems
+    from dsbert.checkpoint.loading import checkpoint_problems
 
     checkpoint = copy / "checkpoints" / "step_00000012"
 
@@ -218,8 +218,8 @@ def test_slots_that_changed_places_are_another_topology(copy: Path) -> None:
 def test_fragments_that_overlap_do_not_count_twice(copy: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    from dsbert.checkpoint import fragment_reader
-    from dsbert.errors import CheckpointError
+    from dsbert.base.errors import CheckpointError
+    from dsbert.checkpoint.loading import fragment_reader
     from tests.test_auditing import FRAGMENTS, INDEX, index_of
 
     checkpoint = copy / "checkpoints" / "step_00000012"
@@ -320,8 +320,8 @@ def keep(*names: str) -> Callable[[Path], object]:
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
     left: Callable[[Path], object], told: str, copy: Path
 ) -> None:
-    from dsbert.errors import CheckpointError
-    from dsbert.run_directory import RunDirectory
+    from dsbert.base.errors import CheckpointError
+    from dsbert.training.run_directory import RunDirectory
 
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
@@ -334,8 +334,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(
 
 def test_an_attempt_that_resumed_is_remembered(copy: Path, data: Path) -> None:
     """Killed before it saved anything itself, and then the checkpoints were removed."""
-    from dsbert.errors import CheckpointError
-    from dsbert.run_directory import RunDirectory
+    from dsbert.base.errors import CheckpointError
+    from dsbert.training.run_directory import RunDirectory
 
     begin(copy, data)
     keep("attempts.jsonl")(copy)
@@ -344,7 +344,7 @@ def test_an_attempt_that_resumed_is_remembered(copy: Path, data: Path) -> None:
 
 
 def test_a_run_that_never_saved_begins_anew(data: Path, tmp_path: Path) -> None:
-    from dsbert.run_directory import RunDirectory
+    from dsbert.training.run_directory import RunDirectory
     from tests.workbench import recipe
 
     directory = RunDirectory(tmp_path)
@@ -426,9 +426,9 @@ def test_what_is_no_file_ends_every_command(special: Callable[[Path], object], c
 def test_a_record_that_is_no_file_is_named(
     special: Callable[[Path], object], copy: Path, data: Path, tmp_path: Path
 ) -> None:
-    from dsbert.distributed import together
-    from dsbert.errors import DsbertError
-    from dsbert.run_directory import RunDirectory
+    from dsbert.base.collectives import raise_on_all_ranks
+    from dsbert.base.errors import DsbertError
+    from dsbert.training.run_directory import RunDirectory
 
     names = (*SMALL_RECORDS, *JOURNALS, "config.yaml", "wandb_id", "checkpoints/latest")
     for name in names:
@@ -442,14 +442,14 @@ def test_a_record_that_is_no_file_is_named(
         says_one_line("checkpoints", str(copy))
         begins = gone or name == "checkpoints/latest"  # which nobody needs to go on
         with bounded(), nullcontext() if begins else pytest.raises(DsbertError, match=path.name):
-            together(lambda: RunDirectory(copy).find_checkpoint("auto", 0, 1))
+            raise_on_all_ranks(lambda: RunDirectory(copy).find_checkpoint("auto", 0, 1))
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if aside.exists():
             aside.rename(path)
 
 
 def test_a_hole_behind_some_data_is_seen_and_a_sparse_tail_is_not(tmp_path: Path) -> None:
-    from dsbert.durable import read_regular
+    from dsbert.base.durable import read_regular
 
     path = tmp_path / "file"
     with path.open("wb") as file:
@@ -465,8 +465,8 @@ def test_a_hole_behind_some_data_is_seen_and_a_sparse_tail_is_not(tmp_path: Path
 
 
 def test_a_header_of_any_length_is_refused(tmp_path: Path) -> None:
-    from dsbert.errors import CheckpointError
-    from dsbert.inspection import tensor_bytes
+    from dsbert.base.errors import CheckpointError
+    from dsbert.inspection.summary import tensor_bytes
 
     path = tmp_path / "x.safetensors"
     for text in (b"", b"[]", b'{"a": 1}', b'{"a": {"b": 1}}', b'{"a": {"data_offsets": "x"}}', b"[" * 10**6):
@@ -514,7 +514,7 @@ def test_companions_are_collected_again_from_data_that_nobody_may_write(data: Pa
     forbid_writing(shared)
     forbid_writing(run_dir / "companions")  # as they were copied once
     collect = (
-        "import sys, pathlib; from dsbert.run_directory import RunDirectory\n"
+        "import sys, pathlib; from dsbert.training.run_directory import RunDirectory\n"
         "for _ in range(3): RunDirectory(pathlib.Path(sys.argv[1]))._collect_companions(pathlib.Path(sys.argv[2]))"
     )
     done = under_modes(str(run_dir), str(shared), program=("-c", collect))

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from dsbert.errors import DsbertError, UserError
-from dsbert.handshake import Party
-from dsbert.meeting_place import candidate_ports, find_place, first_node
-from dsbert.ranks import Ranks, ranks_from_environment
-from dsbert.secret import Secret
+from dsbert.base.errors import DsbertError, UserError
+from dsbert.cluster.endpoint import candidate_ports, find_place, first_node
+from dsbert.cluster.handshake import Party
+from dsbert.cluster.ranks import Ranks, ranks_from_environment
+from dsbert.cluster.secret import Secret
 from tests.commands import SMALL
 from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
@@ -60,7 +60,7 @@ def _new_job() -> tuple[str, tuple[int, ...]]:
 
 def check_meeting(timeout: float, environments: list[dict[str, str]], mpi4py: bool = True) -> list[Any]:
     """Meet as the environment of this process says. What came of it, in words, and the seconds that it took."""
-    from dsbert.rendezvous import meet
+    from dsbert.cluster.rendezvous import meet
 
     _launched_by(environments[int(os.environ["RANK"])])
     if not mpi4py:
@@ -186,7 +186,7 @@ def test_who_launched_us(environment: dict[str, str], expected: Ranks | None, mo
 
 
 def test_rank_0_never_lets_go_of_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsbert import rendezvous
+    from dsbert.cluster import rendezvous
 
     job, ports = _new_job()
     monkeypatch.setattr(os, "environ", _slurm(job, 0, 2))
@@ -219,7 +219,7 @@ def test_ranks_of_a_slurm_step_meet(kind: str) -> None:
 
 def check_late(job: str, seen: str) -> list[Any]:
     """Rank 0 comes when rank 1 has looked for it in vain."""
-    from dsbert import rendezvous
+    from dsbert.cluster import rendezvous
 
     rank, looks = int(os.environ["RANK"]), rendezvous._Candidate._listens
 
@@ -275,8 +275,8 @@ def test_a_missing_rank_0_is_named_with_its_address_and_what_is_there() -> None:
 
 def check_stopped(port: int, process: str) -> list[Any]:
     """Rank 0 is stopped when its store is up and rank 1 has joined."""
-    from dsbert import rendezvous
-    from dsbert.sealed_store import SealedStore
+    from dsbert.cluster import rendezvous
+    from dsbert.cluster.sealed_store import SealedStore
 
     rank = int(os.environ["RANK"])
     if rank == 0:
@@ -318,7 +318,7 @@ def test_a_rank_that_comes_twice_is_refused() -> None:
 
 
 def test_every_meeting_has_a_nonce_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsbert.rendezvous import meet
+    from dsbert.cluster.rendezvous import meet
 
     monkeypatch.setattr(os, "environ", {})
     assert len({meet(Ranks(0, 1, 0), 5).nonce for _ in range(3)}) == 3
@@ -326,7 +326,7 @@ def test_every_meeting_has_a_nonce_of_its_own(monkeypatch: pytest.MonkeyPatch) -
 
 def check_pretrain(cases: list[list[Any]], words: list[str], output: str) -> list[Any]:
     """The command in an environment that has something amiss; its exit code, and all that came to standard error."""
-    from dsbert import cli
+    from dsbert.cli import app
 
     case = int(os.environ["RANK"])
     environment, mpi = cases[case]
@@ -339,7 +339,7 @@ def check_pretrain(cases: list[list[Any]], words: list[str], output: str) -> lis
     log = Path(output) / f"{case}.txt"
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
-    code = cli.run(["pretrain", "demo", "--run-dir", f"{output}/run", "--timeout", "10", *words])
+    code = app.run(["pretrain", "demo", "--run-dir", f"{output}/run", "--timeout", "10", *words])
     sys.stderr.flush()
     return [code, log.read_text()]
 

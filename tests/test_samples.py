@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.config import load_recipe
+from dsbert.base.errors import UserError
+from dsbert.config.recipe import load_recipe
 from dsbert.data.manifest import load_manifest
-from dsbert.errors import UserError
-from dsbert.preflight import assert_identity
+from dsbert.training.preflight import assert_identity
 from tests.commands import SMALL, complaint, dsbert, dsbert_process
 from tests.test_auditing import edit_state
 

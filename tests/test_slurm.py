@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from dsbert.launch import module_command
-from dsbert.recipe_files import RECIPES
+from dsbert.cluster.launcher import module_command
+from dsbert.config.recipe_files import RECIPES
 from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
 from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.launch import module_command
+from dsbert.cluster.launcher import module_command
 from tests.commands import SMALL, Done
 from tests.text import write_corpus
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.config import Recipe, load_recipe
-from dsbert.ds_config import load_ds_config
-from dsbert.launch import module_command
-from dsbert.recipe_files import RECIPES
-from dsbert.submit import _seconds
+from dsbert.cluster.launcher import module_command
+from dsbert.config.recipe import Recipe, load_recipe
+from dsbert.config.recipe_files import RECIPES
+from dsbert.engine.ds_config import load_ds_config
+from dsbert.jobs.submit import _seconds
 from tests.commands import Done, complaint, dsbert
 
 SLURM = Path(__file__).parent.parent / "slurm"

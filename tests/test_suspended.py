@@ -48,7 +48,7 @@ def test_a_suspended_job_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_the_watchdog_does_not_count_time_that_was_slept_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsbert import awake
+    from dsbert.base import awake
 
     now = 100.0
     monkeypatch.setattr(awake.time, "monotonic", lambda: now)

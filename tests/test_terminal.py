@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.errors import printable
+from dsbert.base.errors import printable
 from tests.commands import complaint, dsbert
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp\u2028\x9b31m\r\n"
@@ -90,7 +90,7 @@ def test_names_in_listings_and_json(run: Path, tmp_path: Path) -> None:
 
 def test_words_are_no_markup(tmp_path: Path) -> None:
     """As in the line that a run begins with."""
-    from dsbert.progress import TrainingBar
+    from dsbert.base.progress import TrainingBar
 
     assert "[red]x" in complaint(dsbert("verify", str(tmp_path / "[red]x")))
     bar = TrainingBar(10, 0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsbert.durable import checksum
+from dsbert.base.durable import checksum
 from tests.commands import dsbert
 
 

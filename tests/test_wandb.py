@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.jsonl import JsonlFile
-from dsbert.metrics import WandbLogger
+from dsbert.base.jsonl import JsonlFile
+from dsbert.training.metrics import WandbLogger
 from tests.commands import SMALL
 from tests.faults import unlucky_dsbert, wait_for
 from tests.helpers import Rank, started

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsbert.config import Recipe, recipe_from_dict
+from dsbert.cluster.process_group import World
+from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
 from dsbert.data.stream import Batch, SampleStream
 from dsbert.data.tokenizer import Vocabulary
-from dsbert.distributed import World
-from dsbert.engine import TrainEngine
-from dsbert.model import build_model
+from dsbert.engine.train_engine import TrainEngine
+from dsbert.engine.zero_shards import forward_copies, full_shape
+from dsbert.models.bert import build_model
 from dsbert.sparse import MaskManager, MaskUpdate
-from dsbert.zero_shards import forward_copies, full_shape
 
 VOCAB_SIZE = 67
 SEQ_LEN = 16

@@ -20,7 +20,7 @@ from typing import Any
 
 from on_ranks import markdown, on_ranks
 
-from dsbert.config import load_recipe
+from dsbert.config.recipe import load_recipe
 
 _SAVES = 5
 _BETWEEN_SAVES_S = 600.0
@@ -30,17 +30,18 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank."""
     import torch
 
-    from dsbert import distributed
-    from dsbert.checkpoint import load_checkpoint, newest_checkpoint
-    from dsbert.checkpoint_writer import CheckpointWriter
-    from dsbert.distributed import assert_replicas_agree
-    from dsbert.engine import TrainEngine
-    from dsbert.model import build_model
-    from dsbert.publication import Retention
+    from dsbert.base import collectives
+    from dsbert.base.collectives import assert_replicas_agree
+    from dsbert.checkpoint.loading import load_checkpoint, newest_checkpoint
+    from dsbert.checkpoint.publisher import Retention
+    from dsbert.checkpoint.writer import CheckpointWriter
+    from dsbert.cluster import process_group
+    from dsbert.engine.train_engine import TrainEngine
+    from dsbert.engine.zero_shards import set_adam_step
+    from dsbert.models.bert import build_model
     from dsbert.sparse import MaskManager
-    from dsbert.zero_shards import set_adam_step
 
-    world = distributed.init(300)
+    world = process_group.init(300)
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     model, layers = build_model(recipe, arguments["vocab_size"], world.device)
     engine = TrainEngine(recipe, model, layers, world)
@@ -53,7 +54,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ("snapshot", "saved", "hurry", "verify", "load")}
 
     def timed(name: str, work: Any) -> Any:
-        distributed.all_reduce(torch.zeros(1))  # the ranks begin together
+        collectives.all_reduce(torch.zeros(1))  # the ranks begin together
         start = time.perf_counter()
         result = work()
         seconds[name].append(time.perf_counter() - start)

@@ -187,8 +187,8 @@ def _endless(make: Any, seconds: list[float], count: int) -> Any:
 
 def open_(data: list[str]) -> list[dict[str, Any]]:
     """The data's shards repeated in the manifest until there are 4 billion tokens; in processes of their own."""
+    from dsbert.base.durable import sealed, unsealed
     from dsbert.data.manifest import data_digest, load_manifest
-    from dsbert.durable import sealed, unsealed
 
     source = Path(data[0])
     with tempfile.TemporaryDirectory(dir=source.parent) as scratch:

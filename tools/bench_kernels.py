@@ -26,8 +26,8 @@ from on_ranks import markdown
 from torch import Tensor
 from torch.nn import functional
 
-from dsbert.errors import UserError
-from dsbert.malloc import keep_freed_pages
+from dsbert.base.errors import UserError
+from dsbert.base.malloc import keep_freed_pages
 from dsbert.sparse import BlockTopology, DrawKey
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
 from dsbert.sparse.kernels.index import PRODUCTS, KernelIndex

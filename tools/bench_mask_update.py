@@ -15,7 +15,7 @@ from typing import Any
 
 from on_ranks import markdown, on_ranks
 
-from dsbert.config import load_recipe
+from dsbert.config.recipe import load_recipe
 
 _UPDATES = 8
 
@@ -24,13 +24,13 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank."""
     import torch
 
-    from dsbert import distributed
-    from dsbert.engine import TrainEngine
-    from dsbert.model import build_model
+    from dsbert.cluster import process_group
+    from dsbert.engine.train_engine import TrainEngine
+    from dsbert.engine.zero_shards import set_adam_step
+    from dsbert.models.bert import build_model
     from dsbert.sparse import MaskManager
-    from dsbert.zero_shards import set_adam_step
 
-    world = distributed.init(300)
+    world = process_group.init(300)
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     model, layers = build_model(recipe, 1024, world.device)
     engine = TrainEngine(recipe, model, layers, world)

@@ -75,9 +75,9 @@ class Side:
     """The dense model or the sparse one, ready to step."""
 
     def __init__(self, options: argparse.Namespace, world: Any, overrides: list[str]) -> None:
-        from dsbert.config import load_recipe
-        from dsbert.engine import TrainEngine
-        from dsbert.model import build_model
+        from dsbert.config.recipe import load_recipe
+        from dsbert.engine.train_engine import TrainEngine
+        from dsbert.models.bert import build_model
 
         recipe = load_recipe(options.recipe, [*overrides, *options.overrides])
         model, layers = build_model(recipe, options.vocab_size, world.device)
@@ -121,10 +121,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Both sides, in turns."""
     import torch
 
-    from dsbert import distributed
+    from dsbert.cluster import process_group
 
     torch.set_num_threads(options.threads)
-    world = distributed.init()
+    world = process_group.init()
     common = [
         f"batch.micro_batch={options.batch}",
         f"batch.global_batch={options.batch}",
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     options = parser.parse_args()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": str(options.threads)}
-    from dsbert.errors import DsbertError
+    from dsbert.base.errors import DsbertError
 
     try:
         found = measure(options)

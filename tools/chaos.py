@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsbert.auditing.run import audit
-from dsbert.checkpoint import LATEST
-from dsbert.durable import checksum
+from dsbert.base.durable import checksum
+from dsbert.checkpoint.loading import LATEST
+from dsbert.inspection.audit_run import audit
 
 RECIPE = (
     "model.hidden_size=64", "model.num_layers=2", "model.max_positions=32", "data.seq_len=24", "model.dropout=0.1",
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the runs stay to be looked at; default: removed")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    from dsbert.progress import stage_bars
+    from dsbert.base.progress import stage_bars
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary, stage_bars() as bars:
         folder = arguments.folder or Path(temporary)

@@ -15,7 +15,7 @@ from typing import Any
 
 from on_ranks import markdown, on_ranks
 
-from dsbert.config import load_recipe
+from dsbert.config.recipe import load_recipe
 
 
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -23,12 +23,12 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from dsbert import distributed
-    from dsbert.engine import TrainEngine
-    from dsbert.model import build_model, encoder_linears
+    from dsbert.cluster import process_group
+    from dsbert.engine.train_engine import TrainEngine
+    from dsbert.models.bert import build_model, encoder_linears
     from dsbert.sparse.kernels.dense import scratch_bytes
 
-    world = distributed.init(120)
+    world = process_group.init(120)
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     model, layers = build_model(recipe, arguments["vocab_size"], world.device)
     names = {f"{name}.{part}" for name in encoder_linears(model) for part in ("weight", "blocks")}

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsbert.launch import die_with_parent, launch
-from dsbert.ranks import ranks_from_environment
+from dsbert.cluster.launcher import die_with_parent, launch
+from dsbert.cluster.ranks import ranks_from_environment
 
 _RESULTS = "DSBERT_TOOL_RESULTS"
 

@@ -14,19 +14,19 @@ from typing import Any
 
 from on_ranks import markdown, on_ranks
 
-from dsbert.config import load_recipe
+from dsbert.config.recipe import load_recipe
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank of one run."""
-    from dsbert import distributed
+    from dsbert.cluster import process_group
     from dsbert.data.manifest import load_manifest
     from dsbert.data.stream import SampleStream
-    from dsbert.engine import TrainEngine
-    from dsbert.model import build_model
+    from dsbert.engine.train_engine import TrainEngine
+    from dsbert.models.bert import build_model
     from dsbert.sparse import MaskManager
 
-    world = distributed.init(120)
+    world = process_group.init(120)
     recipe = load_recipe("demo", arguments["overrides"])
     data = recipe.data
     model, layers = build_model(recipe, load_manifest(data.path).tokenizer.vocab_size, world.device)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.durable import checksum, differences, sealed, unsealed
+from dsbert.base.durable import checksum, differences, sealed, unsealed
 
 Arrays = dict[str, NDArray[Any]]
 _META = "meta.json"

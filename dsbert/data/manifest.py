@@ -13,14 +13,13 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.folders import LeftOutFiles
-from dsbert.durable import replace_durably, sealed, sync_directory, unsealed
-from dsbert.errors import UserError
+from dsbert.base.durable import replace_durably, sealed, sync_directory, unsealed
+from dsbert.base.errors import UserError
 
 KIND = "dsbert-data"
 VERSION = 2
@@ -31,6 +30,13 @@ SPLITS = ("train", "validation")
 _SCALARS = (int, float, str, bool)
 _MAX_BYTES = 1 << 28
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class LeftOutFiles(TypedDict):
+    """Of one reason: how many files, and the first of their names, which can be printed."""
+
+    files: int
+    names: list[str]
 
 
 @dataclasses.dataclass(frozen=True)

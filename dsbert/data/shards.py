@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.base.durable import publish
+from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import ShardEntry, load_manifest
-from dsbert.durable import publish
-from dsbert.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.base.errors import UserError
 from dsbert.data.indices import Arrays, find_or_make
 from dsbert.data.manifest import load_manifest
 from dsbert.data.shards import Shard, TokenStore
-from dsbert.errors import UserError
 
 NUM_SPECIAL = 3
 MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 1 << 15

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import xxhash
 
+from dsbert.base.durable import copy_tree, differences, remove_tree
+from dsbert.base.errors import DataError, UserError
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, Manifest, ShardEntry, load_manifest
 from dsbert.data.shards import checksum
 from dsbert.data.verification import wrong_file
-from dsbert.durable import copy_tree, differences, remove_tree
-from dsbert.errors import DataError, UserError
 
 _CHUNK_BYTES = 1 << 22
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.base.errors import DataError, UserError
 from dsbert.data.hashing import SAMPLE, hash64, substream
 from dsbert.data.manifest import TOKENIZER, load_manifest
 from dsbert.data.masking import mask_words_
@@ -23,7 +24,6 @@ from dsbert.data.pairs import Pairs
 from dsbert.data.shards import INDEX_LEAVES_DATA, TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
 from dsbert.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_digest
-from dsbert.errors import DataError, UserError
 
 IGNORE = -100
 # Runs whose samples were made in another way cannot go on: raise this with every change of what a batch holds.

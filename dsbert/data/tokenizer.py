@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dsbert.base.errors import UserError
+from dsbert.data.bert_tokenizer import MAX_WORD_CHARS, SPECIAL_TOKENS, build_tokenizer, cls_and_sep
 from dsbert.data.token_kinds import CONTINUATION, INSIDE, LOWER, SPECIAL, token_kinds
-from dsbert.data.wordpiece import MAX_WORD_CHARS, SPECIAL_TOKENS, build_tokenizer, cls_and_sep
-from dsbert.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsbert.base.durable import checksum as checksum_128
+from dsbert.base.errors import DataError
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import SPLITS, load_manifest
 from dsbert.data.pairs import pair_index_name
 from dsbert.data.shards import checksum
 from dsbert.data.spans import span_index_name
-from dsbert.durable import checksum as checksum_128
-from dsbert.errors import DataError
 
 _MAX_FILE_BYTES = 1 << 30  # of a tokenizer, or of counts
 

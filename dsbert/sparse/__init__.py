@@ -3,8 +3,8 @@
 A library of its own: it needs torch, numpy, pydantic, PyYAML and xxhash, and neither DeepSpeed nor transformers.
 """
 
-from dsbert.config import SparsityConfig
 from dsbert.sparse.block_editor import BlockEditor, TorchBlockEditor
+from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.convert import sparsify_
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.linear import BlockSparseLinear

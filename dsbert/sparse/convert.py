@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dsbert.config import SparsityConfig
+from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.linear import BlockSparseLinear
 from dsbert.sparse.topology import BlockTopology, grid, num_active_blocks

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsbert.distributed import gather_json, patiently
+from dsbert.base.collectives import gather_json, run_with_keepalive
 from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.cpu.build import instruction_set, remark
 from dsbert.sparse.kernels.dispatch import KERNELS, Choice, choose
@@ -82,7 +82,7 @@ def _plan_together(
 
 def _of_rank_0(plan: Callable[[], KernelPlan]) -> KernelPlan:
     found: list[KernelPlan] = []
-    patiently(lambda: found.append(plan()))
+    run_with_keepalive(lambda: found.append(plan()))
     record, notes = gather_json([found[0].record, found[0].notes] if found else None)[0]
     return KernelPlan(record, tuple(notes))
 
@@ -90,7 +90,7 @@ def _of_rank_0(plan: Callable[[], KernelPlan]) -> KernelPlan:
 def _missing_somewhere(plan: KernelPlan, layers: dict[str, BlockSparseLinear], dtype: torch.dtype) -> dict[str, str]:
     """Of the backends of a plan, those that some rank cannot run: the first such rank, and why."""
     unable: dict[str, str] = {}
-    patiently(lambda: unable.update(_unable(plan.record, layers, dtype)), everywhere=True)
+    run_with_keepalive(lambda: unable.update(_unable(plan.record, layers, dtype)), everywhere=True)
     return {
         name: f"rank {rank}: {reason}"
         for rank, reasons in reversed(list(enumerate(gather_json(unable))))

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsbert.config import SparsityConfig
-from dsbert.distributed import all_reduce, assert_replicas_agree, gather
-from dsbert.errors import PeerError
+from dsbert.base.collectives import all_reduce, assert_replicas_agree, gather
+from dsbert.base.errors import PeerError
 from dsbert.sparse.block_editor import BlockEditor
+from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.flat_blocks import PRUNE_SCORES
 from dsbert.sparse.linear import BlockSparseLinear

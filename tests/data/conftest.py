@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing.prepare import prepare
 
 VOCAB_SIZE = 300
 _SYLLABLES = ["ba", "ko", "lim", "tor", "en", "sha", "vi", "dru", "mo", "pel", "qua", "zi"]

@@ -3,9 +3,9 @@ import lzma
 
 import pytest
 
-from dsbert.data import sources
-from dsbert.data.corpus import is_validation, read_documents
-from dsbert.errors import UserError
+from dsbert.base.errors import UserError
+from dsbert.data.preparing import sources
+from dsbert.data.preparing.corpus import is_validation, read_documents
 
 TEXT = "One  sentence. Another\tone!\nA line.\n\n\n  \nSecond document.\n"
 DOCUMENTS = [["One sentence.", "Another one!", "A line."], ["Second document."]]

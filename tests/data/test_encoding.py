@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.data.encoding import Encoder, is_word_local
-from dsbert.data.sentences import split_sentences
-from dsbert.data.wordpiece import train_tokenizer
+from dsbert.data.preparing.encoding import Encoder, is_word_local
+from dsbert.data.preparing.sentences import split_sentences
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from tests.data.conftest import make_text
 
 TOKENIZER = train_tokenizer(make_text(40).split("\n") + ["naïve Größe 中文 [MASK] don't ¿qué? ﬁx É"] * 3, 300)

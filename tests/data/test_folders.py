@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dsbert.data.folders import summarized
-from dsbert.data.kinds import kind_of
+from dsbert.base.errors import UserError
 from dsbert.data.manifest import Manifest, load_manifest
-from dsbert.data.plan import source_fingerprint
-from dsbert.data.prepare import prepare
-from dsbert.data.sources import resolve
-from dsbert.errors import UserError
+from dsbert.data.preparing.folders import summarized
+from dsbert.data.preparing.kinds import kind_of
+from dsbert.data.preparing.plan import source_fingerprint
+from dsbert.data.preparing.prepare import prepare
+from dsbert.data.preparing.sources import resolve
 from tests.commands import complaint, dsbert
 from tests.data.conftest import make_text
 

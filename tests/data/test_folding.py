@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from dsbert.data.folding import Folder, letters
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing.folding import Folder, letters
+from dsbert.data.preparing.prepare import prepare
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from dsbert.data.shards import TokenStore
 from dsbert.data.tokenizer import load_tokenizer, save_tokenizer
-from dsbert.data.wordpiece import train_tokenizer
 from tests.data.conftest import make_text
 
 BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
@@ -71,7 +71,7 @@ def test_what_is_folded_never_parts():
 
 
 def test_many_words_are_forgotten(monkeypatch):
-    monkeypatch.setattr("dsbert.data.folding._MAX_WORDS", 3)
+    monkeypatch.setattr("dsbert.data.preparing.folding._MAX_WORDS", 3)
     text = "É á ñ ü é ö ô É á"
     assert Folder(KINDS["lower"]).folded(text)[0] == b"e a n u e o o e a"
 

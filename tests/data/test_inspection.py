@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsbert.auditing.data import audit_data
+from dsbert.base.durable import sealed
+from dsbert.base.errors import DataError, UserError
 from dsbert.data import staging
-from dsbert.data.inspection import inspect_data, report_lines
 from dsbert.data.manifest import load_manifest
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from dsbert.data.shards import Shard, TokenStore
 from dsbert.data.spans import SpanIndex
 from dsbert.data.staging import stage
 from dsbert.data.stream import SampleStream
 from dsbert.data.tokenizer import load_tokenizer, save_tokenizer
 from dsbert.data.verification import verify_data
-from dsbert.data.wordpiece import train_tokenizer
-from dsbert.durable import sealed
-from dsbert.errors import DataError, UserError
+from dsbert.inspection.audit_data import audit_data
+from dsbert.inspection.data_summary import inspect_data, report_lines
 from tests.commands import dsbert, dsbert_process
 from tests.data.conftest import make_text
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dsbert.data.pairs import Pairs
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
 from dsbert.data.stream import IGNORE, SampleStream

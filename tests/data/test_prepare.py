@@ -8,14 +8,14 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
-from dsbert.data import learning, merging, spool
-from dsbert.data.corpus import is_validation, read_documents
+from dsbert.base.errors import DataError, UserError
+from dsbert.base.progress import stage_bars
 from dsbert.data.manifest import Manifest, load_manifest, load_unigram_counts
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing import learning, merging, spool
+from dsbert.data.preparing.corpus import is_validation, read_documents
+from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
-from dsbert.errors import DataError, UserError
-from dsbert.progress import stage_bars
 from tests.data.conftest import VOCAB_SIZE, make_text
 
 
@@ -236,7 +236,7 @@ def test_progress_goes_to_standard_error(tmp_path, corpus_file, capfd):
 
 def test_the_package_imports_nothing_heavy():
     program = (
-        "import sys, dsbert.data.prepare, dsbert.data.prefetch;"
+        "import sys, dsbert.data.preparing.prepare, dsbert.data.prefetch;"
         "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pyarrow', 'pandas', 'rich'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

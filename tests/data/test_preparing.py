@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsbert.data import pieces
 from dsbert.data.manifest import Manifest, load_manifest
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing import pieces
+from dsbert.data.preparing.prepare import prepare
 from tests.commands import dsbert
 from tests.data.conftest import make_text
 
 BIN = Path(sys.executable).parent
 # Small pieces, for a corpus that is prepared in seconds.
-CUT = "import dsbert.data.pieces as p; p.PIECE_BYTES = 20_000; from dsbert.cli import main; main()"
+CUT = "import dsbert.data.preparing.pieces as p; p.PIECE_BYTES = 20_000; from dsbert.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_killed_rank_loses_nothing(corpus, digest, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    impatient = f"import dsbert.data.crew as c; c.PATIENCE_S = c.LEAVE_S = 1.0; {CUT}"
+    impatient = f"import dsbert.data.preparing.work_queue as c; c.PATIENCE_S = c.LEAVE_S = 1.0; {CUT}"
     command = [sys.executable, "-c", impatient, *arguments(corpus, tmp_path / "data")]
     ranks = []
     try:

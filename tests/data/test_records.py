@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.data import lines, pieces
-from dsbert.data.prepare import prepare
-from dsbert.data.unpacking import zstd
-from dsbert.errors import UserError
+from dsbert.base.errors import UserError
+from dsbert.data.preparing import lines, pieces
+from dsbert.data.preparing.prepare import prepare
+from dsbert.data.preparing.unpacking import zstd
 from tests.data.conftest import make_text
 from tests.data.test_sources import documents_of
 
@@ -78,7 +78,7 @@ def test_spaces_after_a_separator_hide_no_quotes(tmp_path):
 
 def pieces_of(path: Path, step: int) -> list[list[pieces.Piece]]:
     """Of a file, as if pieces were of `step` bytes."""
-    from dsbert.data.sources import resolve
+    from dsbert.data.preparing.sources import resolve
 
     before = pieces.PIECE_BYTES
     pieces.PIECE_BYTES = step

@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from dsbert.data.encoding import Encoder, is_word_local
-from dsbert.data.prepare import prepare
-from dsbert.data.scripts import num_words
-from dsbert.data.sentences import split_sentences
+from dsbert.data.preparing.encoding import Encoder, is_word_local
+from dsbert.data.preparing.prepare import prepare
+from dsbert.data.preparing.scripts import num_words
+from dsbert.data.preparing.sentences import split_sentences
+from dsbert.data.preparing.tokenizer_check import check_saved
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from dsbert.data.tokenizer import load_tokenizer
-from dsbert.data.tokenizer_check import check_saved
-from dsbert.data.wordpiece import train_tokenizer
 from tests.commands import complaint, dsbert
 
 LANGUAGES = {

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsbert.data.prepare import prepare
-from dsbert.data.sentences import Splitter, plain_sentences, split_sentences
-from dsbert.data.streaming import StreamingSamples
+from dsbert.data.preparing.prepare import prepare
+from dsbert.data.preparing.sentences import Splitter, plain_sentences, split_sentences
+from dsbert.data.preparing.streaming import StreamingSamples
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from dsbert.data.tokenizer import save_tokenizer
-from dsbert.data.wordpiece import train_tokenizer
 from tests.commands import dsbert, dsbert_process
 from tests.data.conftest import make_text
 
@@ -52,7 +52,7 @@ def test_a_panic_is_mended_and_told():
 
 
 def test_a_panic_that_nobody_foresaw_is_caught(monkeypatch):
-    monkeypatch.setattr("dsbert.data.sentences._ODD_STOPS", [])
+    monkeypatch.setattr("dsbert.data.preparing.sentences._ODD_STOPS", [])
     splitter = Splitter()
     assert splitter.split([PANICS, "One. Two."]) == [
         "She said that she would, and so did I .", "I .", "until the rain began.", "One.", "Two.",

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsbert.base.durable import sealed, unsealed
+from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import ShardEntry, load_manifest
-from dsbert.data.marks import read_mark
-from dsbert.data.merging import merge_shard, plan_shards
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing.done_markers import read_mark
+from dsbert.data.preparing.merging import merge_shard, plan_shards
+from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import Shard, TokenStore, checksum, token_dtype
-from dsbert.durable import sealed, unsealed
-from dsbert.errors import DataError, UserError
 from tests.data.conftest import VOCAB_SIZE
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14, 15], [16, 17]]]

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.data import grouping as grouping_module
-from dsbert.data import lines, pieces
-from dsbert.data.grouping import Grouping
-from dsbert.data.pieces import cut, read
-from dsbert.data.sources import SourceFile, resolve
-from dsbert.errors import UserError
+from dsbert.base.errors import UserError
+from dsbert.data.preparing import grouping as grouping_module
+from dsbert.data.preparing import lines, pieces
+from dsbert.data.preparing.grouping import Grouping
+from dsbert.data.preparing.pieces import cut, read
+from dsbert.data.preparing.sources import SourceFile, resolve
 
 PACKERS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": lambda d: _zstd(d)}
 

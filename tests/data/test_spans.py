@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsbert.base.errors import UserError
 from dsbert.data import indices
-from dsbert.data.prepare import prepare
+from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
-from dsbert.errors import UserError
 from tests.data.conftest import VOCAB_SIZE
 
 SEQ_LEN = 13  # ten tokens a span

@@ -3,11 +3,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from dsbert.base.errors import UserError
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
 from dsbert.data.stream import IGNORE, Batch, SampleStream, joined
 from dsbert.data.tokenizer import Vocabulary
-from dsbert.errors import UserError
 
 S = 32
 PAD, CLS, SEP, MASK = 0, 2, 3, 4

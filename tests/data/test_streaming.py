@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dsbert.data import streaming
+from dsbert.base.errors import UserError
+from dsbert.data.preparing import streaming
+from dsbert.data.preparing.streaming import StreamingSamples
 from dsbert.data.stream import Batch
-from dsbert.data.streaming import StreamingSamples
-from dsbert.errors import UserError
 from tests.data.test_sources import hub
 
 

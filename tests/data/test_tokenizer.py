@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from dsbert.base.errors import UserError
+from dsbert.data.bert_tokenizer import SPECIAL_TOKENS
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from dsbert.data.tokenizer import (
     Vocabulary,
     find_tokenizer,
@@ -16,8 +19,6 @@ from dsbert.data.tokenizer import (
     tokenizer_digest,
     word_start_table,
 )
-from dsbert.data.wordpiece import SPECIAL_TOKENS, train_tokenizer
-from dsbert.errors import UserError
 from tests.data.conftest import make_text
 
 # Many ties: each of these words occurs once, so that merges have equal counts.

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from dsbert.data.prepare import prepare
+from dsbert.base.errors import UserError
+from dsbert.data.preparing.prepare import prepare
+from dsbert.data.preparing.tokenizer_check import check_saved
+from dsbert.data.preparing.wordpiece import train_tokenizer
 from dsbert.data.tokenizer import find_tokenizer, is_plain_bert, save_tokenizer
-from dsbert.data.tokenizer_check import check_saved
-from dsbert.data.wordpiece import train_tokenizer
-from dsbert.errors import UserError
 from tests.data.conftest import make_text
 
 TEXT = "Ba KO \uff22\uff41 1234 dru-lim \ufb01 \u00e9 e\u0301 [MASK] don't"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dsbert.base.errors import UserError
 from dsbert.data.tokenizer import find_tokenizer
-from dsbert.errors import UserError
 
 SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = sorted("abcdefghijklmnopqrstuvwxyz0123456789.,!?-é中")

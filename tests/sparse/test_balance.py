@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.config import SparsityConfig
 from dsbert.sparse import BlockTopology, DrawKey, MaskManager, TorchBlockEditor, prune_and_regrow, sparsify_
 from dsbert.sparse.balance import draw_in_rows, prunable
+from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.regrow import REGROW_RULES
 from dsbert.sparse.topology import num_active_blocks
 

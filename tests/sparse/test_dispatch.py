@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsbert.errors import UserError
+from dsbert.base.errors import UserError
 from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
 from dsbert.sparse.kernel_plan import gain_of, plan_kernels
 from dsbert.sparse.kernels import dispatch
@@ -174,10 +174,10 @@ def test_timings_are_of_a_number_of_threads(cache: Path) -> None:
 
 
 def plan_where_one_rank_has_no_compiler(directory: str) -> list[str]:
-    from dsbert import distributed
+    from dsbert.cluster import process_group
     from dsbert.sparse.kernels.cpu import build
 
-    rank = distributed.init(60).rank
+    rank = process_group.init(60).rank
     os.environ["DSBERT_CACHE"] = f"{directory}/{rank}"
     build.load.cache_clear()
     build.unavailable.cache_clear()

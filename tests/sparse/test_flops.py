@@ -1,6 +1,6 @@
 import pytest
 
-from dsbert.config import SparsityConfig
+from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.flops import attention_flops, linear_flops, sequence_flops
 from dsbert.sparse.topology import num_active_blocks
 

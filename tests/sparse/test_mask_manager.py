@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsbert.distributed import gather_json
-from dsbert.errors import PeerError
+from dsbert.base.collectives import gather_json
+from dsbert.base.errors import PeerError
 from dsbert.sparse import BlockTopology, DrawKey, UpdateSchedule, prune_and_regrow
 from dsbert.sparse.topology import combined_digest
 from tests.helpers import run_distributed

@@ -25,7 +25,7 @@ import xxhash
 from torch import Tensor
 
 import dsbert
-from dsbert.errors import UserError
+from dsbert.base.errors import UserError
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
 from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.index import PRODUCTS, Backend, KernelIndex

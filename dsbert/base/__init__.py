@@ -1,0 +1,9 @@
+"""What every other package may use, and which uses none of them.
+
+errors           DsbertError and the exit codes
+collectives      all_reduce, gather; what fails on one rank fails on all
+durable          files that are whole or not there; jsonl.py files of records, records.py what must stand in them
+output           standard error that may vanish; progress.py bars
+fields           kinds of values in what people write
+awake            a clock that stands still while the process does; malloc.py
+"""

@@ -1,0 +1,94 @@
+"""Progress bars on standard error. rich is imported when a bar is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dsbert.base.errors import printable
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per stage on standard error: call what it yields with (stage, done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    with Progress(console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield show
+
+
+@contextmanager
+def overall_bar(shares: Mapping[str, float], show: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar with an estimate of the time left over several stages: call what it yields with (stage, done, total).
+
+    shares: what each stage takes of the whole, in order; others take nothing. Where standard error is no terminal, a
+    line for each stage and at every fifth of it.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(True))
+    whole, names, said = sum(shares.values()), list(shares), [""]
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def advance(stage: str, done: int, total: int) -> None:
+            fraction = done / total if total else 0.0
+            if stage in shares:
+                before = sum(shares[name] for name in names[: names.index(stage)])
+                bar.update(task, description=stage, completed=(before + fraction * shares[stage]) / whole)
+            line = f"{stage} {int(5 * fraction) * 20} %"
+            if show and bar.disable and line != said[0]:
+                said[0] = line
+                console.print(line, soft_wrap=True)
+
+        yield advance
+
+
+class TrainingBar:
+    """A progress bar on standard error; where that is no terminal, a line at every tenth of the run."""
+
+    def __init__(self, total: int, step: int) -> None:
+        """total, step: optimizer steps of the run, and those taken."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("", total=total, completed=step)
+        self._total, self._speed = total, ""
+        self._progress.start()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Take speed and validation from a record of metrics.jsonl."""
+        self._speed = f"{record['tokens_per_s']:,.0f} tokens/s"
+        if record["val_mlm_loss"] is not None:
+            self.print(
+                f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}"
+            )
+
+    def advance(self, step: int, mlm: float, nsp: float) -> None:
+        """Move to `step`, which had these losses."""
+        text = f"loss {mlm + nsp:.3f}  mlm {mlm:.3f}  {self._speed}".rstrip()
+        self._progress.update(self._task, completed=step, description=text)
+        if self._progress.disable and step % max(1, self._total // 10) == 0:
+            self.print(f"step {step} of {self._total}  {text}")
+
+    def print(self, line: str) -> None:
+        """A line above the bar."""
+        self._console.print(f"dsbert: {printable(line)}", soft_wrap=True, markup=False, emoji=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()

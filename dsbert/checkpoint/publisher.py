@@ -1,0 +1,139 @@
+"""What rank 0 does so that a checkpoint is there at once or not at all: room, manifest, rename, `latest`, retention."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dsbert.base.durable import read_regular, sync_directory, write_durably
+from dsbert.base.errors import DsbertError, printable
+from dsbert.checkpoint.loading import LATEST, MANIFEST, published, verify_checkpoint
+
+_SPARE_BYTES = 1 << 20  # for state, manifest, directories
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the `keep` newest checkpoints that verify, those of every `keep_every_steps` steps (None: no more),
+    and the one that `latest` names."""
+
+    keep: int
+    keep_every_steps: int | None = None
+
+
+class Publisher:
+    """Turns the directories that ranks have written into checkpoints of `root`.
+
+    attempt: goes into the names of what is moved aside. assert_owner: raises if this attempt may not write any more;
+    asked before every act that others can see.
+    """
+
+    def __init__(self, root: Path, attempt: str, retention: Retention, assert_owner: Callable[[], object]) -> None:
+        self._root, self._attempt, self._retention, self._assert_owner = root, attempt, retention, assert_owner
+        self._verified: set[str] = set()  # by this process, which has read them
+
+    def make_room(self, temporary: Path, needed_bytes: int) -> None:
+        """Make a directory for the ranks' files, on a disk that has room for them. Raises DsbertError."""
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            sync_directory(self._root.parent)
+            free = shutil.disk_usage(temporary).free
+        except OSError as error:
+            raise DsbertError(f"could not make {temporary}: {error.strerror}; earlier checkpoints are intact") from None
+        if free < needed_bytes + _SPARE_BYTES:
+            temporary.rmdir()
+            raise DsbertError(
+                f"expected {needed_bytes + _SPARE_BYTES} bytes free in {self._root} for a checkpoint, found {free}: "
+                "make room and start again; earlier checkpoints are intact"
+            )
+
+    def publish(
+        self,
+        temporary: Path,
+        target: Path,
+        manifest: dict[str, Any],
+        entries: list[dict[str, Any]],
+        count: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
+        """Publish what the ranks say they have written. Raises DsbertError or OSError.
+
+        entries: (file, bytes, xxh3) of every file, each read back by the rank that wrote it. count: told the bytes of
+        every piece that was read.
+        """
+        self._assert_owner()
+        files = {entry["file"]: {"bytes": entry["bytes"], "xxh3": entry["xxh3"]} for entry in entries}
+        text = (json.dumps(manifest | {"files": files}, indent=1) + "\n").encode()
+        write_durably(temporary / MANIFEST, text)
+        sync_directory(temporary)
+        _assert_sizes(temporary, files)
+        self._assert_owner()
+        _move_aside(target, self._attempt, count)
+        os.replace(temporary, target)
+        sync_directory(self._root)
+        _assert_sizes(target, files)  # once more: nobody can have touched them under this name
+        if (target / MANIFEST).read_bytes() != text:
+            raise DsbertError(f"expected {target / MANIFEST} as it was written, found something else")
+        self._assert_owner()
+        pointer = self._root / f".{LATEST}.{self._attempt}.tmp"
+        write_durably(pointer, f"{target.name} {xxhash.xxh3_128_hexdigest(text)}\n".encode())
+        os.replace(pointer, self._root / LATEST)
+        sync_directory(self._root)
+        self._verified.add(target.name)
+
+    def remove_old(self) -> None:
+        """Remove what retention does not keep. What cannot be removed costs a line on standard error."""
+        try:
+            self._remove_old(read_regular(self._root / LATEST).decode("utf-8", "replace").split()[0])
+        except DsbertError:  # another attempt owns the run, and removes what it likes
+            return
+        except (OSError, IndexError) as error:
+            print(
+                f"dsbert: old checkpoints in {self._root} were not removed: {printable(error)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _remove_old(self, latest: str) -> None:
+        self._assert_owner()
+        kept = 0
+        for path in reversed(published(self._root)):
+            if kept < self._retention.keep:
+                kept += self._verifies(path)
+                continue
+            every = self._retention.keep_every_steps
+            if path.name == latest or (every and int(path.name.removeprefix("step_")) % every == 0):
+                continue
+            # By another name first: what is half removed must not look like a checkpoint.
+            removed = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
+            os.replace(path, removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _verifies(self, path: Path) -> bool:
+        if path.name not in self._verified and not verify_checkpoint(path):
+            self._verified.add(path.name)
+        return path.name in self._verified
+
+
+def _assert_sizes(directory: Path, files: dict[str, Any]) -> None:
+    """As rank 0 sees what the others wrote."""
+    for name, entry in files.items():
+        found = (directory / name).stat().st_size
+        if found != entry["bytes"]:
+            raise DsbertError(f"expected {entry['bytes']} bytes in {directory / name}, found {found}")
+
+
+def _move_aside(target: Path, attempt: str, count: Callable[[int], object]) -> None:
+    """What stands where the new checkpoint belongs is kept: under a name that says whether it was whole."""
+    if target.exists():
+        kind = "damaged" if verify_checkpoint(target, count=count) else "superseded"
+        os.replace(target, target.with_name(f"{target.name}.{kind}-{attempt}"))

@@ -1,0 +1,110 @@
+"""What heartbeats (health.py) say of ranks: who is alive, who is gone, and how it went."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbert.base.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
+from dsbert.base.records import BeatRecord, read_record
+
+POLL_S = 0.05
+# Whose file is older than that has no beat to wait for: clocks of machines differ by less.
+_SILENT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A rank at fault, where it was when it was last seen, and what is known of it."""
+
+    rank: int
+    host: str
+    step: int | None
+    phase: str | None
+    how: str
+
+    def __str__(self) -> str:
+        where = f" in phase {self.phase!r}" if self.phase else ""
+        return f"rank {self.rank} on {self.host} {self.how}, last seen at step {self.step}{where}"
+
+
+def last_steps(directory: Path) -> dict[int, int]:
+    """The last step that each rank was seen at; {} without heartbeats."""
+    steps = {}
+    for path in directory.glob("[0-9]*.json"):
+        if record := read_beat(path):
+            steps[int(record["rank"])] = int(record["step"])
+    return steps
+
+
+def living_rank(directory: Path) -> dict[str, Any] | None:
+    """What a rank whose beat moves says of itself; None if none does, after a look as long as a beat may take.
+
+    Ranks that have ended, or whose process is seen to be gone or stopped, need no look.
+    """
+    first: dict[Path, dict[str, Any]] = {}
+    for path in sorted(directory.glob("[0-9]*.json")):
+        with suppress(OSError):
+            record = read_beat(path) if time.time() - path.stat().st_mtime < _SILENT_S else None
+            if record and not record["ended"] and gone(record) is None:
+                first[path] = record
+    interval_s = max((float(record.get("interval_s", 5.0)) for record in first.values()), default=0.0)
+    deadline = time.monotonic() + 2.2 * interval_s
+    while first and time.monotonic() < deadline:
+        for path, record in list(first.items()):
+            now = read_beat(path)
+            if now is None or now["ended"] or gone(now):
+                del first[path]
+            elif now["beat"] != record["beat"]:
+                return now
+        time.sleep(POLL_S)
+    return None
+
+
+def read_beat(path: Path) -> dict[str, Any] | None:
+    """A record; read again if its writer was in the middle of it."""
+    for _ in range(3):
+        with suppress(OSError, ValueError):
+            return read_record(path, BeatRecord)
+        time.sleep(0.001)
+    return None
+
+
+def culprit_of(record: dict[str, Any], how: str) -> Culprit:
+    """The rank of a record, at fault for what `how` says."""
+    return Culprit(record["rank"], record["host"], record["step"], record["phase"], how)
+
+
+def failure_of(record: dict[str, Any]) -> Culprit | None:
+    """A rank that left with an error that was not a peer's."""
+    ended = record["ended"]
+    if ended is None or ended["code"] in (EXIT_OK, EXIT_PEER, EXIT_REQUEUE):
+        return None
+    return culprit_of(record, f"failed with exit code {ended['code']} ({ended['cause']})")
+
+
+def gone(record: dict[str, Any]) -> Culprit | None:
+    """A rank of this machine whose process is no more, or is stopped. (Elsewhere the beat tells, more slowly.)"""
+    if record["ended"] or record["place"] is None or record["place"] != own_place():
+        return None
+    try:
+        state = Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        state = "X"
+    if state in "ZXx":
+        return culprit_of(record, "died")
+    if state in "Tt":
+        return culprit_of(record, "was stopped")
+    return None
+
+
+def own_place() -> str | None:
+    """Machine and process namespace: within one, process numbers mean the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None

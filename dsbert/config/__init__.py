@@ -1,0 +1,7 @@
+"""What people write: recipes, and YAML and JSON files, read so that every mistake is named with its place.
+
+recipe           the recipe: every field with its meaning and range
+recipe_files     where recipes lie; overrides.py a.b=value on top of them
+documents        YAML 1.2 and JSON, with the line of everything
+complaints        what is wrong, all at once
+"""

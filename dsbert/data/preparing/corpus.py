@@ -1,0 +1,73 @@
+"""Documents: lists of sentences, out of the lines of a source; which are worth keeping, and which are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from dsbert.base.errors import UserError
+from dsbert.data.preparing.folders import EMPTY, NO_TEXT, LeftOut
+from dsbert.data.preparing.folding import Folder
+from dsbert.data.preparing.pieces import cut, read
+from dsbert.data.preparing.sentences import split_sentences
+from dsbert.data.preparing.sources import resolve
+
+Document = list[str]
+
+TEXT_COLUMN = "text"
+# Below this a document is a heading or a redirect: no two halves of a sample come from it.
+MIN_WORDS = 3
+_HASH_RANGE = 1 << 64
+
+
+def read_documents(
+    sources: Sequence[str],
+    documents: Sequence[str] = (),
+    text_column: str = TEXT_COLUMN,
+    left_out: list[LeftOut] | None = None,
+) -> Iterator[Document]:
+    """Read the sources one after the other, split into sentences; nothing but empty documents is left out.
+
+    Args:
+        sources: SOURCES, as sources.py says.
+        documents: how rows make documents: none (each source's default), one for all, or one for each.
+        text_column: what tables call their text.
+        left_out: files that are not read, and those without text, are added to it.
+
+    Yields:
+        Documents: sentences without line breaks, runs of white space collapsed, none of them empty.
+
+    Raises:
+        UserError: a source is unknown, missing, damaged, not UTF-8 or not installed; or has no text.
+    """
+    left_out = [] if left_out is None else left_out
+    for source in resolve(sources, documents):
+        left_out += source.left_out
+        without = []
+        for file in source.files:
+            pieces = cut(file, source.documents, text_column)
+            found = False
+            for paragraphs in chain.from_iterable(map(read, pieces)):
+                document = split_sentences(paragraphs)
+                if document:
+                    found = True
+                    yield document
+            if not found:
+                without.append(LeftOut(file.path, NO_TEXT if pieces else EMPTY))
+        if len(without) == len(source.files):
+            raise UserError(f"the corpus is empty: no text in {source.name}; name a source with text")
+        left_out += without
+
+
+def validation_limit(fraction: float) -> int:
+    """Documents with a hash below it are held out."""
+    return int(fraction * _HASH_RANGE)
+
+
+def is_validation(document: Document, fraction: float) -> bool:
+    """Whether the document is held out, by its text alone: no order, seed or other document can move it.
+
+    Texts that fold to the same letters and digits (folding.py) fall on the same side, so that none leaks into the
+    other. Of a tokenizer with a normaliser of its own, the text is what that makes of it.
+    """
+    return Folder(None).hashes("\n".join(document))[1] < validation_limit(fraction)

@@ -1,0 +1,9 @@
+"""Training steps through DeepSpeed, and the only place that knows its memory.
+
+train_engine     the batch of a step shared out, forward, backward, optimizer; the rate of each step
+micro_batches    how a global batch is cut
+step_guard       steps that are not finite are skipped by all ranks
+ds_engine        DeepSpeed's engine, made; ds_config.py its JSON, ds_schema.py which keys it may have
+zero_shards      where a parameter's master, moments and copies lie at each ZeRO stage
+layout_proof     that DeepSpeed trains what zero_shards reads and writes, shown before the first step
+"""

@@ -1,0 +1,38 @@
+"""How a global batch is cut into ranks, micro-batches and accumulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsbert.config.recipe import BatchConfig
+from dsbert.data.stream import Batch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Where a micro-batch starts in the global batch, and how many of its rows are samples (the rest are filler)."""
+
+    first: int
+    count: int
+
+
+def cut(batch: BatchConfig, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of one rank: as many as any other has, or one less, and their places do not hang on the ranks.
+
+    Where there are fewer of them than ranks, `BatchConfig.on_ranks` has made them small enough for each rank to have
+    one, with as many samples as any other, or one less.
+    """
+    size, total = batch.micro_batch, batch.global_batch
+    count = -(-total // size)
+    if count < world_size:
+        start, end = (number * total // world_size for number in (rank, rank + 1))
+        return [MicroBatch(start, end - start)]
+    mine = range(rank * count // world_size, (rank + 1) * count // world_size)
+    return [MicroBatch(index * size, min(size, total - index * size)) for index in mine]
+
+
+def counts_of(batches: list[Batch]) -> list[int]:
+    """[masked tokens, NSP pairs that are asked about, tokens] of a rank's part of a step."""
+    masked = sum(batch.mlm_labels.size for batch in batches)
+    pairs = sum(int((batch.nsp_labels >= 0).sum()) for batch in batches)
+    return [masked, pairs, sum(batch.num_tokens for batch in batches)]

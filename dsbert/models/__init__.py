@@ -1,0 +1,5 @@
+"""Models: BERT with block-sparse linear layers, its losses and its fused layers.
+
+bert             BERT with MLM and NSP, made without its dense weights
+bert_layers      dropout, attention and linear layers as one pass each
+"""

@@ -1,0 +1,42 @@
+"""How a model is sparse: a recipe's section `sparsity`, and what a program hands to `sparsify_` and `MaskManager`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from dsbert.base.fields import Flag, Number, Whole, whole
+
+BlockSize = Annotated[Literal[1, 4, 8, 16, 32, 64, 128], BeforeValidator(whole)]
+
+
+class SparsityConfig(BaseModel):
+    """Which weights are sparse, how, and how the pattern moves (paper, algorithm 1).
+
+    sparsity = 1 - density. modules: patterns (fnmatch) over the names of the nn.Linear modules to replace.
+    group_lasso: lambda of the decoupled Group Lasso, 0 = off. balance: "rows" keeps as many blocks in every block row,
+    for speed; the paper leaves that to chance. allow_density_error: accept a weight so small that whole blocks miss the
+    density by more than a quarter. kernels: what computes the products, see sparse/kernels/dispatch.py.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pattern: Literal["dense", "static", "dynamic"] = "dynamic"
+    sparsity: Number = Field(0.9, ge=0, lt=1)
+    block_size: BlockSize = 16
+    modules: tuple[str, ...] = ("*encoder.layer.*",)
+    num_updates: Whole = Field(80, gt=0)
+    max_prune_ratio: Number = Field(0.5, gt=0, le=1)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    prune_score: Literal["l1", "l2", "linf"] = "l1"
+    regrow: Literal["random", "gradient"] = "random"
+    group_lasso: Number = Field(0.0, ge=0)
+    balance: Literal["none", "rows"] = "none"
+    allow_density_error: Flag = False
+    kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
+
+    @property
+    def density(self) -> float:
+        """Fraction of the blocks kept; 1 for pattern dense."""
+        return 1.0 if self.pattern == "dense" else round(1.0 - self.sparsity, 12)  # 0.1, not 0.0999...

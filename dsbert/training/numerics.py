@@ -1,0 +1,52 @@
+"""What moves the last bits of a result, or its meaning, without being part of the run's identity: recorded in every
+checkpoint, and said where it has changed when a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dsbert.base.collectives import gather_json
+from dsbert.base.jsonl import value_differences
+from dsbert.cluster.process_group import World
+from dsbert.config.recipe import Recipe
+
+
+def numerics(recipe: Recipe, world: World) -> dict[str, Any]:
+    """{torch, device, cpu: instruction set, threads, ranks, micro_batch}; a list where ranks differ. Collective."""
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
+    mine = {
+        "torch": torch.__version__,
+        "device": device,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    everybody = gather_json(mine)
+    found = {key: sorted({one[key] for one in everybody}) for key in mine}
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()} | {
+        "ranks": world.world_size,
+        "micro_batch": recipe.batch.micro_batch,
+    }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], since: str) -> Iterator[str]:
+    """Lines for people: a line per changed key of the DeepSpeed configuration, and one for all that moves bits.
+
+    before, now: what state.json holds, of the checkpoint `since` and of this attempt; older ones lack the records.
+    """
+    if "deepspeed" in before:
+        for one in value_differences(before["deepspeed"], now["deepspeed"]):
+            yield f"DeepSpeed's {one.key} has changed since {since}: {_word(one.before)} -> {_word(one.after)}"
+    if "numerics" in before:
+        moved = [
+            f"{one.key} {_word(one.before)} -> {_word(one.after)}"
+            for one in value_differences(before["numerics"], now["numerics"])
+        ]
+        if moved:
+            yield f"not bit for bit as before {since}, but as good: {', '.join(moved)}"
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,176 @@
+"""What a run says while it goes: one record per logged step, and a progress bar. Speaks on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dsbert.base.errors import printable
+from dsbert.base.progress import TrainingBar
+from dsbert.cluster.process_group import World
+from dsbert.config.recipe import Recipe
+from dsbert.engine.ds_config import config_label
+from dsbert.engine.train_engine import StepResult
+from dsbert.sparse import MaskManager, MaskUpdate
+from dsbert.sparse.flops import sequence_flops
+from dsbert.training.evaluate import Evaluation
+from dsbert.training.metrics import WandbLogger
+from dsbert.training.run_directory import RunDirectory
+
+_WAITS = ("data", "save", "validation")
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """All that happened in a step; update and validation are None where none was due."""
+
+    step: int
+    result: StepResult
+    masks: MaskManager
+    update: MaskUpdate | None
+    validation: Evaluation | None
+
+
+class Reporter:
+    """Counts tokens and FLOPs, and writes metrics.jsonl, W&B and the progress bar.
+
+    FLOPs are the paper's: forward and backward of encoder linears and attention products.
+    """
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, Any]) -> None:
+        self._recipe, self._directory, self._main = recipe, directory, world.is_main
+        self._world_size = world.world_size
+        shape = (recipe.data.seq_len, recipe.model.hidden_size, recipe.model.num_layers)
+        self._flops = sequence_flops(*shape, (layer["kept"] for layer in layers.values()))
+        dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+        self._flops_dense = sequence_flops(*shape, dense)
+        self._totals = {"tokens": 0, "flops": 0, "flops_dense": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self._wandb: WandbLogger | None = None
+        self._bar: TrainingBar | None = None
+        self._since = (0, 0, 0, 0.0)
+        self._waits = dict.fromkeys(_WAITS, 0.0)
+
+    def begin(self, step: int, totals: dict[str, int], attempt: dict[str, Any]) -> None:
+        """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
+        self._totals |= totals
+        self._attempt = attempt
+        self._since = (step, self._totals["tokens"], self._totals["skipped"], time.perf_counter())
+        if not self._main:
+            return
+        recipe = self._recipe
+        for file in (self._directory.metrics, self._directory.journal):
+            file.cut_back(step, attempt["number"])
+        config = recipe.model_dump(mode="json")
+        log = recipe.log
+        self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
+        sparsity = recipe.sparsity
+        rate = f"peak lr {recipe.peak_lr:.3g}"
+        if recipe.optim.dense_lr is not None:
+            rate += f" (dense {recipe.optim.dense_lr:.3g} x {recipe.peak_lr / recipe.optim.dense_lr:.2f}, eq. 3)"
+        self.say(
+            f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}, {rate}, "
+            f"{recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
+            f"{recipe.optim.warmup_steps} of warm-up, {config_label(recipe)}"
+        )
+        self.say(self._batch_line())
+        self._bar = TrainingBar(recipe.optim.total_steps, step)
+
+    def _batch_line(self) -> str:
+        """What a step is on this many ranks, and how much of it is filler where another micro-batch would have less."""
+        batch, world_size = self._recipe.batch, self._world_size
+        size = batch.on_ranks(world_size).micro_batch
+        accumulation_steps = -(-batch.global_batch // (size * world_size))
+        note = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
+        even = -(-batch.global_batch // (world_size * accumulation_steps))
+        if even < size:
+            filler = 1 - batch.global_batch / (size * accumulation_steps * world_size)
+            note = f" ({filler:.0%} of that is filler, less with batch.micro_batch={even})"
+        ranks = f"{world_size} rank{'s'[: world_size > 1]}"
+        batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
+        return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{note}"
+
+    def totals(self) -> dict[str, int]:
+        """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to
+        now for another reason than a loss scale that falls, for the checkpoint."""
+        return dict(self._totals)
+
+    def waited(self, what: str, seconds: float) -> None:
+        """Training stood still so long for one of "data", "save" (a checkpoint) and "validation"."""
+        self._waits[what] += seconds
+
+    def step(self, report: StepReport) -> None:
+        """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
+        step, result = report.step, report.result
+        self._totals["tokens"] += result.tokens
+        self._totals["flops"] += self._flops * self._recipe.batch.global_batch
+        self._totals["flops_dense"] += self._flops_dense * self._recipe.batch.global_batch
+        self._totals["skipped"] += result.skipped
+        if not result.rescaled:
+            self._totals["skipped_in_a_row"] = (self._totals["skipped_in_a_row"] + 1) * result.skipped
+        if not self._main:
+            return
+        assert self._bar is not None
+        assert self._wandb is not None
+        happened = report.update or report.validation or result.stop or result.skipped
+        if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
+            record = self._record(report)
+            self._directory.assert_owner(self._attempt)
+            self._wandb.log(record)
+            self._directory.metrics.append(record)
+            self._bar.show(record)
+        self._bar.advance(step, *result.mean_losses())
+
+    def say(self, line: str) -> None:
+        """A line for people, on standard error."""
+        if self._main:
+            if self._bar:
+                self._bar.print(line)
+            else:
+                print(f"dsbert: {printable(line)}", file=sys.stderr, flush=True)
+
+    def close(self, *, patient: bool) -> None:
+        """patient: the run is done, and W&B may take a minute to send what is left; else the machine may be about to
+        go."""
+        if self._bar:
+            self._bar.close()
+        if self._wandb:
+            self._wandb.close(60.0 if patient else 5.0)
+        self._directory.metrics.close()
+        self._directory.journal.close()
+
+    def _record(self, report: StepReport) -> dict[str, Any]:
+        step, result, masks = report.step, report.result, report.masks
+        update, validation = report.update, report.validation
+        mlm, nsp = result.mean_losses()
+        now = time.perf_counter()
+        since_step, since_tokens, since_skipped, since = self._since
+        self._since = (step, self._totals["tokens"], self._totals["skipped"], now)
+        waits, self._waits = self._waits, dict.fromkeys(_WAITS, 0.0)
+        # What steps take: checkpoints and validations have figures of their own.
+        stepping_s = now - since - waits["save"] - waits["validation"]
+        return {
+            "step": step,
+            "loss": mlm + nsp,
+            "loss_mlm": mlm,
+            "loss_nsp": nsp,
+            "val_mlm_loss": validation.mlm_loss if validation else None,
+            "val_mlm_accuracy": validation.mlm_accuracy if validation else None,
+            "val_nsp_loss": validation.nsp_loss if validation else None,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "skipped": self._totals["skipped"] - since_skipped,
+            "tokens_total": self._totals["tokens"],
+            "tokens_per_s": (self._totals["tokens"] - since_tokens) / max(stepping_s, 1e-9),
+            "flops_total": self._totals["flops"],
+            "flops_dense_total": self._totals["flops_dense"],
+            "density": masks.density,
+            "dof": masks.dof,
+            "pruned": update.num_pruned if update else None,
+            "removed_new_ratio": update.removed_new_ratio if update else None,
+            "topology_digest": masks.digest(),
+            "step_s": stepping_s / max(step - since_step, 1),
+            "mask_update_s": update.seconds if update else None,
+            **{f"{what}_s": seconds for what, seconds in waits.items()},
+        }

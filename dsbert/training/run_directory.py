@@ -1,0 +1,287 @@
+"""The run directory: who owns it, what it is a run of, and how the last attempt ended.
+
+config.yaml        resolved recipe, identity, DeepSpeed's configuration, versions and git revision
+attempt.json       the attempt that owns the run; attempts.jsonl is the history, with how each one before it ended
+status.json        how the last attempt ended: done | requeue | failed, with cause and culprit
+metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
+checkpoints/       checkpoint.py
+companions/        tokenizer and unigram counts, which go into every checkpoint
+heartbeats/        health.py, a directory per attempt
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsbert.base.collectives import raise_on_all_ranks
+from dsbert.base.durable import copy_tree, remove_tree, replace_durably
+from dsbert.base.errors import CheckpointError, PeerError, UserError, printable
+from dsbert.base.jsonl import JsonlFile, first_difference, to_json
+from dsbert.base.records import AttemptRecord, BeatRecord, Record, StatusRecord, is_record, read_record
+from dsbert.checkpoint.loading import LATEST, newest_checkpoint, published, read_state
+from dsbert.cluster.heartbeats import last_steps
+from dsbert.config.recipe import Recipe
+from dsbert.data.manifest import TOKENIZER, UNIGRAM
+from dsbert.data.stream import assert_samples
+from dsbert.training.history import assert_files, read_config, saved_before
+from dsbert.training.provenance import git_revision, versions
+
+_MARK = "shared"
+_ENDING = ("outcome", "step", "cause", "culprit")
+_LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
+
+
+class RunDirectory:
+    """Paths and records of one run. Rank 0 writes; of a run whose rank 0 is gone, a survivor writes status.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.companions = path / "companions"
+        self.metrics = JsonlFile(path / "metrics.jsonl")
+        self.journal = JsonlFile(path / "masks.jsonl")
+        self._seen: list[str] = []
+        self._saved: str | None = None  # the newest checkpoint that this attempt knows of
+
+    def heartbeats(self, nonce: str) -> Path:
+        """Where the ranks of an attempt say that they live."""
+        return self.path / "heartbeats" / nonce
+
+    def share(self, nonce: str) -> None:
+        """Make the directory, with a mark in it that every rank must see. Raises OSError."""
+        self.heartbeats(nonce).mkdir(parents=True)
+        (self.heartbeats(nonce) / _MARK).write_text(nonce)
+
+    def sees(self, nonce: str, patience_s: float = 5.0) -> bool:
+        """Whether this rank sees the mark that rank 0 made, at once or within the patience that caches may need."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with suppress(OSError):
+                if (self.heartbeats(nonce) / _MARK).read_text() == nonce:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+    def has_said(self, nonce: str, code: int, cause: str, patience_s: float = 3.0) -> bool:
+        """Whether rank 0 has left with these words, or does so within the patience: then nobody need repeat them."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            with suppress(OSError, ValueError):
+                ended = read_record(self.heartbeats(nonce) / "00000.json", BeatRecord)["ended"]
+                if ended:
+                    return bool(ended["code"] == code and ended["cause"] == cause[:300])
+            time.sleep(0.05)
+        return False
+
+    def find_checkpoint(self, resume: str, rank: int, world_size: int) -> Path | None:
+        """The newest checkpoint that verifies on all ranks, or None for a fresh start. Collective.
+
+        Raises on every rank UserError if the directory holds a run and resume is "never", CheckpointError if resume is
+        "must" and nothing valid is there, or if checkpoints are there and none is valid.
+        """
+        has_some = raise_on_all_ranks(lambda: self._has_checkpoints(resume), only_main=True)
+        told = raise_on_all_ranks(lambda: saved_before(self.path), only_main=True)
+        newest, skipped = newest_checkpoint(self.checkpoints, rank, world_size)
+
+        def judge() -> None:
+            for line in skipped:
+                print(f"dsbert: skipped a damaged checkpoint: {printable(line)}", file=sys.stderr)
+            if newest is None and (has_some or told or resume == "must"):
+                raise CheckpointError(
+                    f"expected a valid checkpoint in {self.checkpoints} to resume from, found none"
+                    + ("" if has_some or not told else f", while {told}")
+                    + (": remove the directory to start again" if has_some or told else "")
+                )
+            if newest is None and self._has_steps():
+                print(f"dsbert: no checkpoint was saved before in {self.path}: starts at step 0", file=sys.stderr)
+
+        raise_on_all_ranks(judge, only_main=True)
+        return newest
+
+    def open_attempt(
+        self,
+        recipe: Recipe,
+        identity: dict[str, Any],
+        checkpoint: Path | None,
+        nonce: str,
+        world_size: int,
+        shown: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Begin an attempt: {"number", "nonce", "checkpoint": what it resumes from as a name, or None, ...}. Rank 0.
+
+        identity: what must be as in the run that is already there. shown: what else config.yaml is to show.
+        Raises UserError if it is a run of another identity.
+        """
+        self._check_identity(identity, checkpoint)
+        history = JsonlFile(self.path / "attempts.jsonl")
+        before = [entry for entry in history.read(skip_garbled=True) if is_record(entry, AttemptRecord)]
+        attempt: dict[str, Any] = {
+            "number": 1 + max((entry["number"] for entry in before), default=0),
+            "nonce": nonce,
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "started": time.time(),
+            "world_size": world_size,
+            "checkpoint": checkpoint.name if checkpoint else None,
+            "previous": self._previous(),
+        }
+        # The claim comes first: whatever an attempt that still lives does from now on, it has lost the run.
+        history.append(attempt)
+        self._replace("attempt.json", to_json(attempt) + "\n")
+        self._saved = attempt["checkpoint"]
+        self.set_status(attempt, None, None)
+        self._clean_up(nonce, {entry["nonce"] for entry in before})
+        config = {
+            "recipe": recipe.model_dump(mode="json"),
+            "identity": identity,
+            **(shown or {}),
+            "versions": versions(),
+            "git_revision": git_revision(),
+        }
+        self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
+        self._collect_companions(recipe.data.path)
+        return attempt
+
+    def has_changed(self) -> bool:
+        """Whether something was published since `find_checkpoint`: the attempt before could, until ours was opened."""
+        return self._names() != self._seen
+
+    def assert_owner(self, attempt: dict[str, Any]) -> None:
+        """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
+        owner = self._record("attempt.json", AttemptRecord)
+        if owner is None:
+            path = self.path / "attempt.json"
+            raise PeerError(f"expected {path} to name the attempt that owns the run, found nothing that can be read")
+        if owner["nonce"] != attempt["nonce"]:
+            raise PeerError(
+                f"expected attempt {attempt['number']} to own the run in {self.path}, found attempt {owner['number']}: "
+                "this one leaves"
+            )
+
+    def owns(self, attempt: dict[str, Any]) -> bool | None:
+        """Whether the attempt still owns the run; None where that cannot be seen."""
+        owner = self._record("attempt.json", AttemptRecord)
+        return None if owner is None else owner["nonce"] == attempt["nonce"]
+
+    def has_ended(self, attempt: dict[str, Any]) -> bool:
+        """Whether status.json says already how this attempt ended."""
+        status = self._record("status.json", StatusRecord) or {"outcome": None}
+        return status["outcome"] is not None and status["attempt"] == attempt["number"]
+
+    def set_status(
+        self,
+        attempt: dict[str, Any],
+        outcome: str | None,
+        step: int | None,
+        cause: str | None = None,
+        culprit: dict[str, Any] | None = None,
+    ) -> None:
+        """Record how the attempt ended: done | requeue | failed; None while it goes on. culprit: {rank, host, step}."""
+        status = {
+            "attempt": attempt["number"],
+            "job_id": attempt["job_id"],
+            "restart_count": attempt["restart_count"],
+            "outcome": outcome,
+            "step": step,
+            "cause": cause,
+            "culprit": culprit,
+            "saved": self._saved,
+        }
+        self._replace("status.json", to_json(status) + "\n")
+
+    def note_saved(self, attempt: dict[str, Any], name: str) -> None:
+        """Record that a checkpoint was published, where it is not lost with the checkpoints. Raises OSError."""
+        self.assert_owner(attempt)
+        self._saved = name
+        self.set_status(attempt, None, None)
+
+    def _previous(self) -> dict[str, Any] | None:
+        """How the attempt before this one ended: its status, or where its ranks were seen last."""
+        before, status = self._record("attempt.json", AttemptRecord), self._record("status.json", StatusRecord)
+        if before is None or status is None:
+            return None
+        if status["outcome"] is not None:
+            return {name: status[name] for name in _ENDING}
+        steps = last_steps(self.heartbeats(before["nonce"]))
+        return {"outcome": None, "step": max(steps.values(), default=None), "cause": "ended without a word"}
+
+    def _record(self, name: str, model: type[Record]) -> dict[str, Any] | None:
+        """A small file's JSON object; None unless there is one of this kind, for the file may be damaged."""
+        with suppress(OSError, ValueError):
+            return read_record(self.path / name, model)
+        return None
+
+    def _clean_up(self, nonce: str, before: set[str]) -> None:
+        """Remove what attempts that were killed have left half done, and the heartbeats of those before.
+
+        By another name first: an attempt that still lives must not publish a directory that is being emptied.
+        """
+        for leftover in [path for pattern in _LEFT_OVER for path in self.checkpoints.glob(pattern)]:
+            trash = leftover.with_name(f".trash-{nonce}-{leftover.name.lstrip('.')}")
+            with suppress(OSError):
+                os.replace(leftover, trash)
+                remove_tree(trash) if trash.is_dir() else trash.unlink()
+        for old in (self.path / "heartbeats").glob("*"):
+            if old.name in before:
+                remove_tree(old)
+
+    def _names(self) -> list[str]:
+        return [path.name for path in published(self.checkpoints)]
+
+    def _has_checkpoints(self, resume: str) -> bool:
+        assert_files(self.path)
+        self._seen = self._names()
+        try:
+            # `latest` without the one that it names: it was there, and is lost.
+            has_some = any(name == LATEST or name.startswith("step_") for name in os.listdir(self.checkpoints))
+        except FileNotFoundError:  # and nothing else: what cannot be read is not empty
+            has_some = False
+        if resume == "never" and (has_some or self._has_steps()):
+            raise UserError(f"expected no run in {self.path} with --resume never, found one: choose another --run-dir")
+        return has_some
+
+    def _has_steps(self) -> bool:
+        path = self.metrics.path
+        return path.is_file() and path.stat().st_size > 0
+
+    def _check_identity(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
+        """Against the checkpoint, which is what would be trained on; without one, against what the steps were taken."""
+        path = self.path / "config.yaml"
+        if checkpoint is not None:
+            before = read_state(checkpoint)["identity"]
+        elif path.is_file() and self._has_steps():
+            try:
+                before = dict(read_config(self.path)["identity"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"expected the identity of the run in {path}, found: {error}") from None
+        else:
+            return
+        assert_samples(before, self.path)
+        difference = first_difference(before, identity)
+        if difference:
+            key, old, new = difference
+            raise UserError(
+                f"expected {key} = {old!r} as in the run in {self.path}, found {new!r}: choose another --run-dir"
+            )
+
+    def _collect_companions(self, data_path: Path) -> None:
+        """Anew at every attempt: an earlier one may have failed on other data before its first step."""
+        temporary = self.path / ".companions.tmp"
+        remove_tree(temporary)
+        copy_tree(data_path / TOKENIZER, temporary / TOKENIZER)
+        shutil.copyfile(data_path / UNIGRAM, temporary / UNIGRAM)
+        remove_tree(self.companions)
+        os.replace(temporary, self.companions)
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a small file so that a reader sees the old or the new one, never a part."""
+        replace_durably(self.path / name, text.encode())
