@@ -160,7 +160,7 @@ class SparsityRecord(Record):
 
 
 class RecipeRecord(Record):
-    """The rest of it is validated by config.py, by whoever builds a model from it."""
+    """The rest of it is validated by config/recipe.py, by whoever builds a model from it."""
 
     sparsity: SparsityRecord
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, whether they are whole, and how they are loaded. checkpoint_writer.py makes them.
+"""Checkpoints: what they hold, whether they are whole, and how they are loaded. writer.py makes them.
 
     step_00001000/
         fragments-00000-of-00002.safetensors    weights and moments, one file per rank (fragments.py)

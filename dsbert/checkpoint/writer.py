@@ -6,7 +6,7 @@ step, on all ranks at once:
 
     writing      each rank writes into .step_X.<attempt>.tmp: write, fsync, drop from the cache, read back
     publishing   rank 0 writes the manifest from what the ranks say they wrote (the listing of a network file system
-                 may be stale), renames, reads back, and only then replaces `latest` (publication.py)
+                 may be stale), renames, reads back, and only then replaces `latest` (publisher.py)
     idle
 
 One checkpoint is in flight at most. A directory that was not published has a dot in front and is no checkpoint.

@@ -62,7 +62,7 @@ def pretrain(
     Starts its ranks itself, or takes its place under torchrun, deepspeed, srun or mpiexec.
     """
     lose_output_too()
-    from dsbert.cluster.launch import die_with_parent, launch, module_command
+    from dsbert.cluster.launcher import die_with_parent, launch, module_command
     from dsbert.cluster.ranks import rank_variables, ranks_from_environment
     from dsbert.cluster.signals import stop_on_signals
 

@@ -4,7 +4,7 @@ config.yaml        resolved recipe, identity, DeepSpeed's configuration, version
 attempt.json       the attempt that owns the run; attempts.jsonl is the history, with how each one before it ended
 status.json        how the last attempt ended: done | requeue | failed, with cause and culprit
 metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
-checkpoints/       checkpoint.py
+checkpoints/       checkpoint/loading.py
 companions/        tokenizer and unigram counts, which go into every checkpoint
 heartbeats/        health.py, a directory per attempt
 """

@@ -1,6 +1,6 @@
 """`dsbert prepare`: from sources of text to a data directory, complete or not there at all.
 
-Four passes over pieces, each shared by all ranks and their workers (crew.py): look at the files, read and clean,
+Four passes over pieces, each shared by all ranks and their workers (work_queue.py): look at the files, read and clean,
 encode, put shards together. Between them rank 0 decides what becomes of each document, trains the tokenizer and cuts
 the shards. Everything is kept in a directory beside the target, by names that follow from the content, until the last
 rename: whatever ends a preparation, the next one goes on from there. Equal requests give equal bytes, on any number
