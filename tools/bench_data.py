@@ -92,7 +92,7 @@ def _alone(tokenizer: Path, files: list[str]) -> dict[str, Any]:
     program = f"""
 import os, sys, time, json
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-from dsbert.data.corpus import read_documents
+from dsbert.data.preparing.corpus import read_documents
 from dsbert.data.tokenizer import load_tokenizer
 from pathlib import Path
 sentences = [sentence for document in read_documents({files!r}) for sentence in document]

@@ -18,7 +18,7 @@ from typing import Any
 
 from on_ranks import markdown
 
-TESTS = ("tests/test_faults.py", "tests/test_rendezvous.py", "tests/test_slurm.py")
+TESTS = ("tests/test_faults.py", "tests/cluster/test_rendezvous.py", "tests/jobs/test_slurm.py")
 ROWS_ENV = "DSBERT_FAULT_ROWS"  # tests/fault_rows.py writes there
 
 

@@ -1,7 +1,7 @@
 """TrainEngine: one optimizer step of the global batch, through DeepSpeed, on any number of ranks.
 
 The gradient of a step is that of the mean over all masked tokens, plus that of the mean over all NSP pairs, of the
-GLOBAL batch, however it is cut into ranks x micro-batches x accumulation. Shapes: see models/bert.py and sparse/linear.py.
+GLOBAL batch, however it is cut into ranks x micro-batches x accumulation. Shapes: models/bert.py, sparse/linear.py.
 """
 
 from __future__ import annotations

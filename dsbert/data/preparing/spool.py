@@ -3,7 +3,7 @@
     <key>.arrow     the documents' texts, sentences joined by line breaks, compressed
     <key>.facts.npy uint64 [D, 4]: the 128-bit hash (high, low) of copies, the 64-bit one of the split, the text's bytes
     <key>.near.npy  uint64 [D, bands]: near_duplicates.py, where they are asked for
-    <key>.json      how many documents there are, were dropped and mended: the mark (done_markers.py) that the piece is done
+    <key>.json      how many documents there are, were dropped and mended: marks that it is done (done_markers.py)
 
 A key names the content: the file's fingerprint, the range, and all that decides what becomes of it.
 """

@@ -50,7 +50,7 @@ def test_learning_rate_rule() -> None:
 
 
 def test_yaml_that_reads_numbers_as_strings(tmp_path: Path) -> None:
-    text = (Path(__file__).parent.parent / "dsbert" / "recipes" / "demo.yaml").read_text()
+    text = (Path(__file__).parents[2] / "dsbert" / "recipes" / "demo.yaml").read_text()
     path = tmp_path / "mine.yaml"
     path.write_text(text.replace("seed: 1", "seed: 1").replace("dense_lr: ", "eps: 1e-6\n  dense_lr: "))
     assert load_recipe(str(path)).optim.eps == 1e-6

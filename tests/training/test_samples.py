@@ -12,7 +12,7 @@ from dsbert.config.recipe import load_recipe
 from dsbert.data.manifest import load_manifest
 from dsbert.training.preflight import assert_identity
 from tests.commands import SMALL, complaint, dsbert, dsbert_process
-from tests.test_auditing import edit_state
+from tests.inspection.test_auditing import edit_state
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 
 from dsbert import __version__
 from dsbert.training.wandb_mode import wandb_mode
+from tests.cluster.test_launcher import PRELUDE
 from tests.commands import ENVIRONMENT, SMALL, Done, complaint, dsbert
-from tests.test_launch import PRELUDE
 
 COMMANDS = ("prepare", "data", "pretrain", "submit", "evaluate", "export", "inspect", "verify", "checkpoints", "diff")
 
@@ -145,7 +145,7 @@ bytes(bytearray(2**28))
 """
 LAUNCHER = """
 import sys
-from dsbert.launch import launch
+from dsbert.cluster.launcher import launch
 sys.exit(launch([sys.executable, "-c", sys.argv[1]], 1, less_memory="lower batch.micro_batch (now 32)"))
 """
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.commands import ENVIRONMENT, SMALL, dsbert, dsbert_process
-from tests.test_auditing import assert_found, edit_manifest, edit_state, edit_topology, enter, forge, verify
+from tests.inspection.test_auditing import assert_found, edit_manifest, edit_state, edit_topology, enter, forge, verify
 
 WRONG: list[Any] = [None, "x", "", [], [1, "x"], {}, {"x": None}, -1, 10**30, True, 1.5, float("inf")]
 SMALL_RECORDS = ("attempt.json", "status.json")
@@ -220,7 +220,7 @@ def test_fragments_that_overlap_do_not_count_twice(copy: Path) -> None:
 
     from dsbert.base.errors import CheckpointError
     from dsbert.checkpoint.loading import fragment_reader
-    from tests.test_auditing import FRAGMENTS, INDEX, index_of
+    from tests.inspection.test_auditing import FRAGMENTS, INDEX, index_of
 
     checkpoint = copy / "checkpoints" / "step_00000012"
     first, second = (checkpoint / name for name in FRAGMENTS)

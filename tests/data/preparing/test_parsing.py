@@ -21,7 +21,7 @@ from dsbert.data.preparing import lines, pieces
 from dsbert.data.preparing.prepare import prepare
 from dsbert.data.preparing.unpacking import zstd
 from tests.data.conftest import make_text
-from tests.data.test_sources import documents_of
+from tests.data.preparing.test_sources import documents_of
 
 ROWS = [
     ["0", 'She said "no, never".\nThen she left.', "x"],

@@ -21,7 +21,7 @@ DSBERT = f"{sys.executable} -m dsbert"
 DRY_RUN = f"{DSBERT} submit demo data.path=DATA --nodes 1 --gpus-per-node 1 --time 1:00:00 --dry-run --json"
 NOISY = """
 import logging, os, sys, threading, warnings
-from dsbert.output import flush, lose_output_too, protect
+from dsbert.base.output import flush, lose_output_too, protect
 protect()
 lose_output_too()
 logging.getLogger("x").warning("a handler of last resort")

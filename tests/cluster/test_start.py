@@ -13,7 +13,7 @@ from dsbert.cluster.launcher import module_command
 from tests.commands import SMALL, Done
 from tests.text import write_corpus
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Of the standard library, of what ranks import, and of what W&B's process does.
 DECOYS = ("random", "secrets", "xxhash", "torch", "numpy", "yaml", "click", "pydantic", "deepspeed", "wandb")
 # Nothing leads to the checkout but the installation, as for a user.

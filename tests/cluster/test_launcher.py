@@ -16,13 +16,13 @@ from dsbert.cluster.launcher import launch
 # A launcher in a process of its own, for tests that send it signals: argv is the number of ranks and their program.
 LAUNCHER = """
 import sys
-from dsbert.launch import launch
+from dsbert.cluster.launcher import launch
 sys.exit(launch([sys.executable, "-c", sys.argv[2]], int(sys.argv[1]), grace_s=0.3, term_s=0.3))
 """
 # What the rank programs begin with. One write a line: the ranks share a pipe.
 PRELUDE = """
 import os, signal, subprocess, sys, time
-from dsbert.launch import die_with_parent
+from dsbert.cluster.launcher import die_with_parent
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 """

@@ -186,7 +186,7 @@ def test_the_process_ends_soon_after_the_run_dies(tmp_path: Path, monkeypatch: p
     calls = tmp_path / "calls.jsonl"
     program = """
 import os, pathlib, signal, sys, time
-from dsbert.metrics import WandbLogger
+from dsbert.training.metrics import WandbLogger
 logger = WandbLogger(pathlib.Path(sys.argv[1]), {}, "dsbert", "demo", True)
 while "init" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAKE_WANDB_LOG"])).exists() else ""):
     time.sleep(0.01)
@@ -234,8 +234,8 @@ def test_offline_files_hold_each_step_once(
 def test_a_full_disk_under_an_offline_file_is_one_warning(tmp_path: Path) -> None:
     program = """
 import pathlib, resource, sys
-from dsbert.metrics import WandbLogger
-from dsbert.wandb_file import steps_on_disk
+from dsbert.training.metrics import WandbLogger
+from dsbert.training.wandb_file import steps_on_disk
 run_dir = pathlib.Path(sys.argv[1])
 logger = WandbLogger(run_dir, {}, "dsbert", "demo", True)
 logger.log({"step": 1})

@@ -10,7 +10,7 @@ from dsbert.base.errors import UserError
 from dsbert.data.preparing import streaming
 from dsbert.data.preparing.streaming import StreamingSamples
 from dsbert.data.stream import Batch
-from tests.data.test_sources import hub
+from tests.data.preparing.test_sources import hub
 
 
 @pytest.fixture

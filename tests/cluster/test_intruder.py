@@ -17,8 +17,8 @@ import pytest
 from dsbert.base.errors import DsbertError, UserError
 from dsbert.cluster.endpoint import _bind, _own_address
 from dsbert.cluster.secret import SECRET_ENV, SECRET_FILE, find_secret
+from tests.cluster.test_rendezvous import _environment, _launched_by, _new_job, _slurm
 from tests.helpers import run_distributed
-from tests.test_rendezvous import _environment, _launched_by, _new_job, _slurm
 
 SECRET = {SECRET_ENV: "only the ranks know this, all of them"}
 

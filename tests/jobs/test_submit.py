@@ -18,7 +18,7 @@ from dsbert.engine.ds_config import load_ds_config
 from dsbert.jobs.submit import _seconds
 from tests.commands import Done, complaint, dsbert
 
-SLURM = Path(__file__).parent.parent / "slurm"
+SLURM = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
 BASIC = ("submit", "demo", "--nodes", "2", "--time", "24:00:00", "--dry-run")

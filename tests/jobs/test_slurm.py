@@ -411,7 +411,7 @@ def test_odd_characters_reach_slurm_as_they_are(cluster: Sandbox, data: Path, tm
 
 def test_a_program_that_is_missing_is_named_once(cluster: Sandbox, tmp_path: Path) -> None:
     """The script as it stands, submitted where dsbert is on no PATH; and a setup line that fails."""
-    shutil.copytree(Path(__file__).parent.parent / "slurm", tmp_path / "slurm")
+    shutil.copytree(Path(__file__).parents[2] / "slurm", tmp_path / "slurm")
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
     command = ("sbatch", "--parsable", "--time=5", "--nodes=2", "slurm/pretrain.sbatch")
     number = cluster.run(*command, cwd=tmp_path, env=environment).stdout.strip()
@@ -424,7 +424,7 @@ def test_a_program_that_is_missing_is_named_once(cluster: Sandbox, tmp_path: Pat
 
 
 def test_the_sandbox_leaves_nothing_behind(cluster: Sandbox) -> None:
-    program = [sys.executable, str(Path(__file__).parent.parent / "tools" / "slurm_sandbox.py")]
+    program = [sys.executable, str(Path(__file__).parents[2] / "tools" / "slurm_sandbox.py")]
     before = set(Path("/tmp").glob("slurm-*"))
     scripts = program[1].replace("tools/slurm_sandbox.py", "slurm/*.sbatch")
     tried = f"for script in {scripts}; do sbatch --test-only $script || exit 6; done"
