@@ -26,7 +26,6 @@ from on_ranks import markdown
 from torch import Tensor
 from torch.nn import functional
 
-from dsbert.base.errors import UserError
 from dsbert.base.malloc import keep_freed_pages
 from dsbert.sparse import BlockTopology, DrawKey
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
@@ -233,7 +232,7 @@ def main() -> None:
             for block in map(int, options.block.split(","))
             for record in records(options, block, dtype)
         ]
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(_complain(str(error))) from None
     print(json.dumps(rows) if options.json else markdown(rows))
 

@@ -32,6 +32,7 @@ from dsbert.base.records import ManifestRecord, StateRecord, checked
 from dsbert.checkpoint.fragments import FragmentReader, fragments_name
 from dsbert.engine.zero_shards import forward_copies, set_adam_step
 from dsbert.sparse import BlockTopology, MaskManager
+from dsbert.sparse.kernels.record import KernelRecord
 from dsbert.sparse.topology import combined_digest
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict
             tensor.copy_(torch.from_numpy(reader.read(name, kind, shard.offset, shard.numel)))
         for tensor, offset in forward_copies(param):
             tensor.copy_(torch.from_numpy(reader.read(name, "master", offset, tensor.numel())))
-    engine.plan_kernels(state.get("kernels"))
+    kernels = state.get("kernels")  # None in what was written before there was a choice
+    engine.plan_kernels(KernelRecord.from_json(kernels) if kernels else None)
     engine.step = state["step"]
     engine.restore_counters(state["engine"])
     masks.verify_replicas()

@@ -274,7 +274,7 @@ def _shared_files(
         "world_size": engine.world.world_size,
         "zero_stage": engine.zero_stage,
         "precision": engine.precision,
-        "kernels": engine.kernels.record,
+        "kernels": engine.kernels.record.to_json(),
     }
     files: dict[str, bytes | memoryview] = {
         TOPOLOGY: save(masks.state_dict()),

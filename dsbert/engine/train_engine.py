@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dsbert.base.collectives import all_reduce
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
+from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.data.stream import Batch
 from dsbert.engine.ds_config import load_ds_config, precision, zero_stage
 from dsbert.engine.ds_engine import initialize
@@ -40,6 +41,7 @@ from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
 from dsbert.sparse.kernel_plan import KernelPlan, plan_kernels
+from dsbert.sparse.kernels.record import KernelRecord
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -122,11 +124,12 @@ class TrainEngine:
         batch = any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
         prove_layout(self._engine, self.parameters, self._guard, batch, self.world, self.ds_config)
 
-    def plan_kernels(self, stored: dict[str, Any] | None) -> None:
+    def plan_kernels(self, stored: KernelRecord | None) -> None:
         """Choose the sparse layers' kernels, for all ranks alike; `stored`: a checkpoint's record, to go on with.
         Collective. Raises UserError on every rank if the recipe asks for kernels that cannot run."""
         tokens = self.recipe.batch.micro_batch * self.recipe.data.seq_len
-        self.kernels = plan_kernels(self.layers, tokens=tokens, dtype=_DTYPES[self.precision], stored=stored)
+        with named_as_in_recipes(on_all_ranks=True):
+            self.kernels = plan_kernels(self.layers, tokens=tokens, dtype=_DTYPES[self.precision], stored=stored)
 
     def plan(self) -> list[MicroBatch]:
         """This rank's micro-batches of a step; empty ones, of filler rows, where others have more."""

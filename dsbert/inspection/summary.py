@@ -19,7 +19,7 @@ from dsbert.engine.zero_shards import MOMENTS
 from dsbert.inspection.audit_checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.inspection.audit_run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.sparse import BlockTopology
-from dsbert.sparse.kernel_plan import gain_of
+from dsbert.sparse.kernels.record import KernelRecord
 from dsbert.sparse.topology import combined_digest, unpack_bits
 
 _MAX_HEADER_BYTES = 100_000_000  # as the library has it
@@ -71,10 +71,10 @@ def inspect_kernels(path: Path) -> dict[str, Any]:
     sparse products together (None where nothing was measured). Raises UserError or CheckpointError."""
     path = resolve_checkpoint(path)
     state = read_state(path)
-    plan = state.get("kernels")
-    if plan is None:
+    if state.get("kernels") is None:
         raise UserError(f"expected a checkpoint that names its kernels, found {path}, written by an older version")
-    return {"step": state["step"], "gain": gain_of(plan)} | plan
+    kernels = KernelRecord.from_json(state["kernels"])
+    return {"step": state["step"], "gain": kernels.gain()} | kernels.to_json()
 
 
 def inspect_lines(report: dict[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForPreTraining
 
 from dsbert.base.errors import UserError
 from dsbert.config.recipe import Recipe
+from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.data.stream import Batch
 from dsbert.models.bert_layers import fuse_gelu_, lighten_
 from dsbert.sparse import BlockSparseLinear, sparsify_
@@ -101,10 +102,8 @@ def build_model(
     """
     with torch.device("meta"):
         model = SparseBert(bert_config(recipe, vocab_size, pad_token_id))
-    try:
+    with named_as_in_recipes():
         layers = sparsify_(model, recipe.sparsity, seed=recipe.seed)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     outside = [name for name in layers if ".encoder." not in name]
     if outside:
         raise UserError(f"expected sparsity.modules to match linear layers of the encoder only, found {outside[0]}")

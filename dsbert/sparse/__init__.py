@@ -11,6 +11,7 @@ from dsbert.sparse.linear import BlockSparseLinear
 from dsbert.sparse.mask_manager import MaskManager, MaskUpdate
 from dsbert.sparse.regrow import prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
+from dsbert.sparse.sparsity_errors import KernelError, SparsityError
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "BlockSparseLinear",
     "BlockTopology",
     "DrawKey",
+    "KernelError",
     "MaskManager",
     "MaskUpdate",
     "SparsityConfig",
+    "SparsityError",
     "TopologyUpdate",
     "TorchBlockEditor",
     "UpdateSchedule",

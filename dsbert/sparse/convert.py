@@ -9,6 +9,7 @@ from torch import nn
 from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.linear import BlockSparseLinear
+from dsbert.sparse.sparsity_errors import SparsityError
 from dsbert.sparse.topology import BlockTopology, grid, num_active_blocks
 
 
@@ -17,8 +18,8 @@ def sparsify_(model: nn.Module, config: SparsityConfig, *, seed: int = 0) -> dic
 
     The pattern depends on (seed, layer name) alone, so that every rank draws the same. Each layer keeps the active
     blocks of the weight that it replaces. Build the model on the meta device to never hold a dense weight. Pattern
-    "dense" keeps every block in a plain nn.Linear: nothing is replaced. Raises ValueError if nothing fits, if the block
-    size does not divide a weight, or if whole blocks miss the density by more than a quarter.
+    "dense" keeps every block in a plain nn.Linear: nothing is replaced. Raises SparsityError if nothing fits, if the
+    block size does not divide a weight, or if whole blocks miss the density by more than a quarter.
     """
     if config.pattern == "dense":
         return {}
@@ -28,7 +29,7 @@ def sparsify_(model: nn.Module, config: SparsityConfig, *, seed: int = 0) -> dic
         if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in config.modules)
     }
     if not found:
-        raise ValueError(f"expected linear layers that fit sparsity.modules {list(config.modules)}, found none")
+        raise SparsityError("expected linear layers that fit ", "modules", f" {list(config.modules)}, found none")
     for name, linear in found.items():
         _check_density(name, (linear.out_features, linear.in_features), config)
     layers = {}
@@ -46,11 +47,12 @@ def _check_density(name: str, shape: tuple[int, int], config: SparsityConfig) ->
     try:
         num_rows, num_cols = grid(shape, config.block_size)
     except ValueError as error:
-        raise ValueError(f"sparsity.block_size for {name}: {error}") from None
+        raise SparsityError("", "block_size", f" for {name}: {error}") from None
     actual = num_active_blocks(shape, config.block_size, config.density, config.balance) / (num_rows * num_cols)
     if abs(actual / config.density - 1.0) > 0.25 + 1e-9 and not config.allow_density_error:
-        raise ValueError(
+        raise SparsityError(
             f"expected density {config.density:.4g} in {name}, found {actual:.4g} as the nearest that "
-            f"{num_rows} x {num_cols} blocks of {config.block_size} allow: use a smaller block or "
-            f"sparsity.allow_density_error=true"
+            f"{num_rows} x {num_cols} blocks of {config.block_size} allow: use a smaller block or ",
+            "allow_density_error",
+            "=true",
         )

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from dsbert.sparse.kernels import ops
 from dsbert.sparse.kernels.backends import BACKENDS
-from dsbert.sparse.kernels.dispatch import KERNELS, Choice, choose
+from dsbert.sparse.kernels.dispatch import KERNELS, choose
 from dsbert.sparse.kernels.index import KernelIndex, order_size
+from dsbert.sparse.kernels.record import Choice
 from dsbert.sparse.topology import BlockTopology, topology_digest
 
 
@@ -106,7 +107,8 @@ class BlockSparseLinear(nn.Module):
         if self.choice is None or (place != self._place and not self._runs_on(*place)):
             self.choice = choose(self.index, self.kernels, tokens=flat.shape[0], dtype=blocks.dtype).choice
         self._place = place
-        arguments = (flat, blocks, bias, self.rows, self.cols, self.order, self.shape, ",".join(self.choice))
+        index = ops.FlatIndex(self.rows, self.cols, self.order, self.shape)
+        arguments = (flat, blocks, bias, *index, self.choice)
         y: Tensor
         if self.dense_gradient is not None:
             y = ops.linear(*arguments)

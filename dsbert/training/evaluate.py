@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsbert.base.collectives import all_reduce
 from dsbert.base.errors import UserError
+from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.data.stream import Batch, SampleStream
 
 # Masks, order and NSP partners of every evaluation, whatever the seed of the run.
@@ -127,7 +128,8 @@ def evaluate_checkpoint(
 
     @torch.no_grad()
     def forward(batch: Batch) -> tuple[Tensor, Tensor]:
-        return restored.model(DeviceBatch.of(batch, device))
+        with named_as_in_recipes():  # kernels are chosen with the first batch
+            return restored.model(DeviceBatch.of(batch, device))
 
     counts = load_unigram_counts(restored.path)
     result = evaluate(forward, stream, stream.num_samples, unigram_counts=counts, progress=progress)

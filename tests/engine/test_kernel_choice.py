@@ -15,10 +15,13 @@ KERNELS = ("reference", "cpu", "dense", "auto")
 
 def losses_by_kernels(directory: str) -> dict[str, Any]:
     """The losses and the last digest of a short run on each kind of kernels; and what a resumed run goes on with."""
+    from dsbert.base.errors import UserError
     from dsbert.checkpoint.loading import load_checkpoint
     from dsbert.checkpoint.publisher import Retention
     from dsbert.checkpoint.writer import CheckpointWriter
     from dsbert.cluster import process_group
+    from dsbert.sparse.kernel_plan import KernelPlan
+    from dsbert.sparse.kernels.record import KernelRecord
     from tests import workbench as bench
 
     world = process_group.init(60)
@@ -37,19 +40,24 @@ def losses_by_kernels(directory: str) -> dict[str, Any]:
             losses.append(result.mean_losses())
             masks.maybe_update(step)
         masks.verify_replicas()
-        found[kernels] = {"losses": losses, "digest": masks.digest(), "plan": engine.kernels.record}
+        found[kernels] = {"losses": losses, "digest": masks.digest(), "plan": engine.kernels.record.to_json()}
     # What the last engine chose by measurement is changed in its checkpoint: a resumed run follows the checkpoint.
-    for row in engine.kernels.record["layers"].values():
-        row["dgrad"]["backend"] = "reference"
+    record = engine.kernels.record.to_json()
+    for products in record["layers"].values():
+        products["dgrad"]["backend"] = "reference"
+    engine.kernels = KernelPlan(KernelRecord.from_json(record))
     writer = CheckpointWriter(Path(directory), Path(directory) / "companions", attempt="1-test", retention=Retention(2))
     saved = writer.save(engine, masks, {"totals": {}}).path
     engine, masks = bench.engine_and_masks(recipe, world)
     load_checkpoint(saved, engine, masks)
     found["resumed"] = {
-        "plan": engine.kernels.record,
+        "plan": engine.kernels.record.to_json(),
         "notes": engine.kernels.notes,
         "choices": sorted({layer.choice.dgrad for layer in engine.layers.values()}),
     }
+    with pytest.raises(UserError) as error:
+        bench.engine_and_masks(bench.recipe(sparsity={"kernels": "triton", "block_size": 16}), world)
+    found["refused"] = [str(error.value), error.value.shared]
     return found
 
 
@@ -68,3 +76,7 @@ def test_training_takes_the_same_way_on_every_kind_of_kernels(tmp_path: Path) ->
     resumed = first["resumed"]
     assert resumed["choices"] == ["reference"]
     assert not resumed["notes"]
+    assert first["refused"] == [
+        "expected sparsity.kernels that can run here, found triton: needs a CUDA device, found cpu; choose auto",
+        True,
+    ]

@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from dsbert.base.errors import UserError
+from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey, SparsityConfig, sparsify_
+from dsbert.sparse.sparsity_errors import SparsityError
 from tests.sparse.toys import densify
 
 
@@ -65,13 +68,13 @@ def test_pattern_dense_replaces_nothing():
     [
         (
             {"modules": ("decoder.*",)},
-            r"expected linear layers that fit sparsity.modules \['decoder\.\*'\], found none",
+            r"^expected linear layers that fit modules \['decoder\.\*'\], found none",
         ),
         (
             {"block_size": 32},
-            "sparsity.block_size for encoder.up: expected a block size that divides 64 x 16, found 32",
+            "^block_size for encoder.up: expected a block size that divides 64 x 16, found 32",
         ),
-        ({"modules": ("*",)}, "sparsity.block_size for head: expected a block size that divides 10 x 16, found 4"),
+        ({"modules": ("*",)}, "^block_size for head: expected a block size that divides 10 x 16, found 4"),
         (
             {"block_size": 16, "sparsity": 0.9},
             r"expected density 0\.1 in encoder.up, found 0\.25 as the nearest that 4 x 1 blocks of 16 allow",
@@ -81,10 +84,40 @@ def test_pattern_dense_replaces_nothing():
 def test_refuses_and_changes_nothing(values, message):
     model = Tree()
     before = list(model.modules())
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(SparsityError, match=message) as caught:
         sparsify_(model, config(**values))
     assert "\n" not in str(caught.value)
     assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modules": ("x",)}, "expected linear layers that fit sparsity.modules ['x'], found none"),
+        (
+            {"block_size": 32},
+            "sparsity.block_size for encoder.up: expected a block size that divides 64 x 16, found 32",
+        ),
+        (
+            {"block_size": 16, "sparsity": 0.9},
+            "expected density 0.1 in encoder.up, found 0.25 as the nearest that 4 x 1 blocks of 16 allow: use a "
+            "smaller block or sparsity.allow_density_error=true",
+        ),
+    ],
+)
+def test_to_who_writes_recipes_the_errors_name_their_keys(values, message):
+    with pytest.raises(UserError) as caught, named_as_in_recipes():
+        sparsify_(Tree(), config(**values))
+    assert str(caught.value) == message
+
+
+def test_a_recipe_that_asks_for_kernels_that_cannot_run_is_told_its_key():
+    reason = "block size 4 is below 16"
+    for everywhere in (False, True):
+        with pytest.raises(UserError) as caught, named_as_in_recipes(on_all_ranks=everywhere):
+            sparsify_(Tree(), config(kernels="triton"))["encoder.up"](torch.zeros(1, 16))
+        assert str(caught.value) == f"expected sparsity.kernels that can run here, found triton: {reason}; choose auto"
+        assert caught.value.shared == everywhere
 
 
 def test_a_density_off_the_mark_can_be_allowed():

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsbert.base.errors import UserError
 from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
-from dsbert.sparse.kernel_plan import gain_of, plan_kernels
+from dsbert.sparse.kernel_plan import plan_kernels
 from dsbert.sparse.kernels import dispatch
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
-from dsbert.sparse.kernels.dispatch import Choice, choose, decide
+from dsbert.sparse.kernels.dispatch import choose, decide
 from dsbert.sparse.kernels.index import PRODUCTS
+from dsbert.sparse.kernels.record import Choice, KernelRecord
+from dsbert.sparse.sparsity_errors import KernelError
 from tests.helpers import run_distributed
 
 # Milliseconds of BERT-Base's products at density 0.1, on one core of an AVX2 machine.
@@ -91,10 +92,11 @@ def test_what_the_file_says_decides(cache: Path) -> None:
     dispatch._Table._memory.clear()
     decision = choose(index, "auto", tokens=32, dtype=torch.float32)
     assert decision.choice == ("dense", "cpu", "reference")
-    assert decision.gains() == {"forward": (1.0, 1.0), "dgrad": (1.0, 2.0), "wgrad": (1.0, 3.0)}
+    gained = {name: (product.ms, product.speedup) for name, product in decision.record().by_name()}
+    assert gained == {"forward": (1.0, 1.0), "dgrad": (1.0, 2.0), "wgrad": (1.0, 3.0)}
     assert choose(index, "dense", tokens=32, dtype=torch.float32).choice == ("dense", "dense_onednn", "dense")
     plan = plan_kernels({"layer": layer()}, tokens=32, dtype=torch.float32)
-    assert gain_of(plan.record) == pytest.approx((1.0 + 2.0 + 3.0) / 3)
+    assert plan.record.gain() == pytest.approx((1.0 + 2.0 + 3.0) / 3)
     assert list(plan.lines()) == [
         "kernels: forward dense x 1 (1.0 to 1.0 times dense); dgrad cpu x 1 (2.0 to 2.0 times dense); "
         "wgrad reference x 1 (3.0 to 3.0 times dense)"
@@ -105,33 +107,40 @@ def test_a_recipe_may_name_the_kernels(cache: Path) -> None:
     for name in ("cpu", "reference"):
         plan = plan_kernels({"layer": (made := layer(name))}, tokens=32, dtype=torch.float32)
         assert made.choice == (name,) * 3
-        assert plan.record["layers"]["layer"]["forward"] == {"backend": name, "ms": None, "speedup": None}
+        assert plan.record.to_json()["layers"]["layer"]["forward"] == {"backend": name, "ms": None, "speedup": None}
+        assert plan.record.gain() is None
     assert not list(cache.rglob("timings-*"))  # nothing was left to measure
     assert set(choose(layer().index, "dense", tokens=8, dtype=torch.bfloat16).choice) <= set(DENSE)
-    with pytest.raises(UserError, match=r"found triton: .*; choose auto$") as error:
+    with pytest.raises(
+        KernelError, match=r"^expected kernels that can run here, found triton: .*; choose auto$"
+    ) as error:
         plan_kernels({"layer": layer("triton")}, tokens=32, dtype=torch.float32)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"do not compute in torch.float64; choose auto"):
+    with pytest.raises(KernelError, match=r"do not compute in torch.float64; choose auto"):
         layer("cpu").double()(torch.zeros(1, 96, dtype=torch.float64))
+
+
+def with_backend(record: KernelRecord, layer: str, backend: str) -> KernelRecord:
+    """A checkpoint's record, in which a layer ran on another backend."""
+    found = json.loads(json.dumps(record.to_json()))
+    for product in PRODUCTS:
+        found["layers"][layer][product]["backend"] = backend
+    return KernelRecord.from_json(found)
 
 
 def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = {"first": layer(), "second": layer()}
     fresh = plan_kernels(layers, tokens=32, dtype=torch.float32)
-    stored = json.loads(json.dumps(fresh.record))
-    for product in PRODUCTS:
-        stored["layers"]["second"][product]["backend"] = "reference"
+    stored = with_backend(fresh.record, "second", "reference")
     again = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored)
     assert again.record == stored
     assert not again.notes
     assert layers["second"].choice == ("reference",) * 3
-    for product in PRODUCTS:
-        stored["layers"]["second"][product]["backend"] = "triton"
-    moved = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored)
+    moved = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=with_backend(fresh.record, "second", "triton"))
     assert moved.record == fresh.record
     (note,) = moved.notes
     assert note.startswith("1 layers go on with other kernels than before: ")
-    stored["layers"]["second"]["forward"]["backend"] = "abacus"
+    stored = with_backend(fresh.record, "second", "abacus")
     (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored).notes
     assert note.endswith("this version has no kernels 'abacus'")
     named = {"first": layer("reference"), "second": layer("reference")}
@@ -142,11 +151,9 @@ def test_a_resumed_run_keeps_its_kernels_where_it_can(cache: Path, monkeypatch: 
 def test_on_another_device_or_dtype_the_kernels_are_chosen_anew(cache: Path) -> None:
     layers = {"layer": layer()}
     fresh = plan_kernels(layers, tokens=32, dtype=torch.float32).record
-    stored = json.loads(json.dumps(fresh))
-    for product in PRODUCTS:
-        stored["layers"]["layer"][product]["backend"] = "dense"
+    stored = with_backend(fresh, "layer", "dense")
     for place in ({"dtype": "torch.bfloat16"}, {"device": "NVIDIA H100"}):
-        plan = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored | place)
+        plan = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored.model_copy(update=place))
         assert plan.record == fresh
         (note,) = plan.notes
         assert next(iter(place.values())) in note
@@ -156,8 +163,41 @@ def test_other_vectors_are_other_bits_and_one_line_says_so(cache: Path) -> None:
     layers = {"layer": layer("cpu")}
     stored = plan_kernels(layers, tokens=32, dtype=torch.float32).record
     assert not plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored).notes
-    (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=stored | {"instructions": "vax"}).notes
-    assert note.startswith(f"the cpu kernels use {stored['instructions']} here and used vax before")
+    vax = stored.model_copy(update={"instructions": "vax"})
+    (note,) = plan_kernels(layers, tokens=32, dtype=torch.float32, stored=vax).notes
+    assert note.startswith(f"the cpu kernels use {stored.instructions} here and used vax before")
+
+
+# As dsbert writes it into state.json.
+NEWEST = {
+    "tokens": 64,
+    "dtype": "torch.float32",
+    "device": "cpu",
+    "layers": {
+        "x": {
+            "forward": {"backend": "cpu", "ms": 0.5, "speedup": 4.0},
+            "dgrad": {"backend": "dense", "ms": 1.0, "speedup": 1.0},
+            "wgrad": {"backend": "cpu", "ms": 0.5, "speedup": 3.0},
+        }
+    },
+    "instructions": "avx2",
+}
+
+
+@pytest.mark.parametrize("written", [NEWEST, {key: NEWEST[key] for key in ("tokens", "layers")}])
+def test_a_record_comes_back_as_it_was_written(written: dict[str, object]) -> None:
+    record = KernelRecord.from_json(json.loads(json.dumps(written)))
+    assert json.dumps(record.to_json()) == json.dumps(written)
+    assert record.gain() == pytest.approx((0.5 * 4 + 1.0 + 0.5 * 3) / 2.0)
+    assert record.layers["x"].choice() == ("cpu", "dense", "cpu")
+
+
+def test_an_older_record_says_nothing_of_the_place(cache: Path) -> None:
+    layers = {"x": layer()}
+    written = {key: NEWEST[key] for key in ("tokens", "layers")}
+    plan = plan_kernels(layers, tokens=32, dtype=torch.bfloat16, stored=KernelRecord.from_json(written))
+    assert not plan.notes
+    assert layers["x"].choice == ("cpu", "dense", "cpu")
 
 
 def test_timings_are_of_a_number_of_threads(cache: Path) -> None:
@@ -186,7 +226,7 @@ def plan_where_one_rank_has_no_compiler(directory: str) -> list[str]:
     made = layer()
     plan = plan_kernels({"layer": made}, tokens=32, dtype=torch.float32)
     made(torch.zeros(2, 96)).sum().backward()
-    with pytest.raises(UserError) as error:
+    with pytest.raises(KernelError) as error:
         plan_kernels({"layer": layer("cpu")}, tokens=32, dtype=torch.float32)
     assert made.choice is not None
     return [*made.choice, *plan.notes, str(error.value)]
@@ -211,7 +251,7 @@ def test_torch_accepts_the_operators(kernels: str, gelu: bool) -> None:
     made(torch.zeros(2, 96))
     assert made.choice is not None
     x = torch.randn(7, 96, requires_grad=True)
-    index = (made.rows, made.cols, made.order, list(made.shape), ",".join(made.choice))
+    index = (made.rows, made.cols, made.order, list(made.shape), list(made.choice))
     op = ops.linear_gelu if gelu else ops.linear
     torch.library.opcheck(op, (x, made.blocks, made.bias, *index))
     torch.library.opcheck(op, (x[:0], made.blocks, None, *index))

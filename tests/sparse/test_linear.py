@@ -9,7 +9,7 @@ from torch.nn import functional
 from dsbert.sparse import BlockSparseLinear, BlockTopology, DrawKey
 from dsbert.sparse.kernels import dense
 from dsbert.sparse.kernels.dense import scratch_bytes
-from dsbert.sparse.kernels.dispatch import Choice
+from dsbert.sparse.kernels.record import Choice
 from dsbert.sparse.linear import dense_weight
 from tests.sparse.toys import densify
 

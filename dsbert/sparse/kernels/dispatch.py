@@ -18,19 +18,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import xxhash
 from torch import Tensor
 
 import dsbert
-from dsbert.base.errors import UserError
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
 from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.index import PRODUCTS, Backend, KernelIndex
+from dsbert.sparse.kernels.record import Choice, ProductRecord, ProductsRecord
+from dsbert.sparse.sparsity_errors import KernelError
 
-# The names that a recipe may give, and what each leaves to measure.
+# The names that a configuration may give, and what each leaves to measure.
 KERNELS: dict[str, tuple[str, ...]] = {
     "auto": ("triton", "cpu", "reference", *DENSE),
     "reference": ("reference",),
@@ -47,14 +48,6 @@ _REPEATS, _BUDGET_S, _HOPELESS = 5, 0.02, 3.0
 Timings = dict[str, dict[str, float]]  # product -> backend -> milliseconds
 
 
-class Choice(NamedTuple):
-    """The names of the backends of the three products."""
-
-    forward: str
-    dgrad: str
-    wgrad: str
-
-
 @dataclass(frozen=True)
 class Decision:
     """choice, and the timings it rests on: {} where there was nothing to choose from."""
@@ -62,15 +55,18 @@ class Decision:
     choice: Choice
     timings: Timings
 
-    def gains(self) -> dict[str, tuple[float, float]]:
-        """product -> (milliseconds, times faster than the best dense product), for what was measured."""
-        found: dict[str, tuple[float, float]] = {}
-        for product, name in zip(PRODUCTS, self.choice, strict=True):
-            ms = self.timings.get(product, {})
-            dense = [ms[other] for other in DENSE if other in ms]
-            if name in ms and dense:
-                found[product] = (ms[name], min(dense) / ms[name])
-        return found
+    def record(self) -> ProductsRecord:
+        """The choice with its milliseconds, and how much faster than the best dense product it is."""
+        return ProductsRecord(
+            **{product: self._product(product, name) for product, name in self.choice._asdict().items()}
+        )
+
+    def _product(self, product: str, name: str) -> ProductRecord:
+        measured = self.timings.get(product, {})
+        dense = [measured[other] for other in DENSE if other in measured]
+        if name not in measured or not dense:
+            return ProductRecord(backend=name, ms=None, speedup=None)
+        return ProductRecord(backend=name, ms=measured[name], speedup=min(dense) / measured[name])
 
 
 def candidates(
@@ -82,14 +78,13 @@ def candidates(
 ) -> tuple[str, ...]:
     """The backends that `kernels` leaves to measure there; `without`: backend -> why it is ruled out elsewhere.
 
-    Raises UserError, one line, if none of them can run.
+    Raises KernelError if none of them can run.
     """
     named = KERNELS[kernels]
     reasons = {name: without.get(name) or BACKENDS[name].why_not(device, dtype, block_size) for name in named}
     able = tuple(name for name, reason in reasons.items() if reason is None)
     if not able:
-        reason = next(iter(reasons.values()))
-        raise UserError(f"expected sparsity.kernels that can run here, found {kernels}: {reason}; choose auto")
+        raise KernelError(kernels, next(filter(None, reasons.values())))
     if kernels == "auto" and device.type == "cuda":
         return tuple(name for name in able if name != "reference")  # only a yardstick there
     return able
@@ -114,7 +109,7 @@ def choose(
     dtype: torch.dtype,
     without: Mapping[str, str] = MappingProxyType({}),
 ) -> Decision:
-    """The choice for one layer; measures what no process on this hardware has measured before. Raises UserError."""
+    """The choice for one layer; measures what no process on this hardware has measured before. Raises KernelError."""
     device = index.rows.device
     names = candidates(kernels, device, dtype, index.block_size, without)
     if len(names) == 1:

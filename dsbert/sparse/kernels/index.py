@@ -42,6 +42,16 @@ class KernelIndex:
         return index
 
     @property
+    def out_features(self) -> int:
+        """R B."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """C B."""
+        return self.shape[1]
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(R, C)."""
         return self.shape[0] // self.block_size, self.shape[1] // self.block_size

@@ -1,14 +1,14 @@
 """The block-sparse linear layer as torch operators: autograd, fake tensors, torch.compile.
 
-`kernels` names the backends of the three products, "forward,dgrad,wgrad". Shapes: T tokens, K active blocks, B block
-size; shape = (out, in).
+Operators take tensors and plain values alone: `FlatIndex` is a KernelIndex in that form, and `kernels` a Choice, as a
+list of three names. Shapes: T tokens, K active blocks, B block size; shape = (out, in).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,27 @@ from torch import Tensor
 from dsbert.sparse.kernels import cpu
 from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.index import KernelIndex
+from dsbert.sparse.kernels.record import Choice
 
 # Defined piece by piece: torch.library.custom_op would import torch's compiler, three seconds of every start.
 _library = torch.library.Library("dsbert", "DEF")
-_INDEX = "Tensor rows, Tensor cols, Tensor order, SymInt[] shape"
-_ARGUMENTS = f"Tensor x, Tensor blocks, Tensor? bias, {_INDEX}, str kernels"
+_INDEX = "Tensor rows, Tensor cols, Tensor order, SymInt[] shape"  # as FlatIndex
+_ARGUMENTS = f"Tensor x, Tensor blocks, Tensor? bias, {_INDEX}, str[] kernels"
+_NO_GRADIENTS = (None, None, None, None)  # with respect to the four of an index
+
+
+class FlatIndex(NamedTuple):
+    """A KernelIndex as operators take it; its block size is that of the blocks beside it."""
+
+    rows: Tensor
+    cols: Tensor
+    order: Tensor
+    shape: Sequence[int]
+
+    def with_block_size(self, block_size: int) -> KernelIndex:
+        """What the kernels take."""
+        out_features, in_features = self.shape
+        return KernelIndex((out_features, in_features), block_size, self.rows, self.cols, self.order)
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -35,10 +51,6 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _index(block_size: int, rows: Tensor, cols: Tensor, order: Tensor, shape: Sequence[int]) -> KernelIndex:
-    return KernelIndex((shape[0], shape[1]), block_size, rows, cols, order)
-
-
 def _check(features: int, x: Tensor, *others: Tensor | None) -> None:
     """Raises RuntimeError unless x is [T, features] and all are of one device and dtype: kernels take pointers."""
     if x.dim() != 2 or x.shape[1] != features:
@@ -49,49 +61,81 @@ def _check(features: int, x: Tensor, *others: Tensor | None) -> None:
             raise RuntimeError(f"expected activations and weights of one dtype on one device, found {found}")
 
 
-# In what follows `index` is rows, cols, order, shape, as in _INDEX.
-
-
 @_operator(f"linear({_ARGUMENTS}) -> Tensor")
-def linear(x: Tensor, blocks: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def linear(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    order: Tensor,
+    shape: Sequence[int],
+    kernels: Sequence[str],
+) -> Tensor:
     """X W^T + b: [T, out]."""
-    *index, kernels = rest
-    _check(index[3][1], x, blocks, bias)
-    return BACKENDS[kernels.split(",")[0]].forward(x, blocks, _index(blocks.shape[1], *index), bias)
+    index = FlatIndex(rows, cols, order, shape).with_block_size(blocks.shape[1])
+    _check(index.in_features, x, blocks, bias)
+    return BACKENDS[Choice(*kernels).forward].forward(x, blocks, index, bias)
 
 
 @_operator(f"linear_gelu({_ARGUMENTS}) -> (Tensor, Tensor)")
-def linear_gelu(x: Tensor, blocks: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def linear_gelu(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    order: Tensor,
+    shape: Sequence[int],
+    kernels: Sequence[str],
+) -> tuple[Tensor, Tensor]:
     """(gelu(Y), Y) of Y = X W^T + b: [T, out] each."""
-    *index, kernels = rest
-    _check(index[3][1], x, blocks, bias)
-    backend = BACKENDS[kernels.split(",")[0]]
+    index = FlatIndex(rows, cols, order, shape).with_block_size(blocks.shape[1])
+    _check(index.in_features, x, blocks, bias)
+    backend = BACKENDS[Choice(*kernels).forward]
     if backend.forward_gelu is not None:
-        return backend.forward_gelu(x, blocks, _index(blocks.shape[1], *index), bias)
-    y = backend.forward(x, blocks, _index(blocks.shape[1], *index), bias)
+        return backend.forward_gelu(x, blocks, index, bias)
+    y = backend.forward(x, blocks, index, bias)
     return torch.nn.functional.gelu(y), y
 
 
-@_operator(f"dgrad(Tensor dy, Tensor blocks, {_INDEX}, str kernels) -> Tensor")
-def dgrad(dy: Tensor, blocks: Tensor, *rest: Any) -> Tensor:
+@_operator(f"dgrad(Tensor dy, Tensor blocks, {_INDEX}, str[] kernels) -> Tensor")
+def dgrad(
+    dy: Tensor,
+    blocks: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    order: Tensor,
+    shape: Sequence[int],
+    kernels: Sequence[str],
+) -> Tensor:
     """dY W: [T, in]."""
-    *index, kernels = rest
-    _check(index[3][0], dy, blocks)
-    return BACKENDS[kernels.split(",")[1]].dgrad(dy, blocks, _index(blocks.shape[1], *index))
+    index = FlatIndex(rows, cols, order, shape).with_block_size(blocks.shape[1])
+    _check(index.out_features, dy, blocks)
+    return BACKENDS[Choice(*kernels).dgrad].dgrad(dy, blocks, index)
 
 
-@_operator(f"wgrad(Tensor dy, Tensor x, {_INDEX}, int block_size, str kernels) -> Tensor")
-def wgrad(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
+@_operator(f"wgrad(Tensor dy, Tensor x, {_INDEX}, int block_size, str[] kernels) -> Tensor")
+def wgrad(
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    order: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    kernels: Sequence[str],
+) -> Tensor:
     """dY^T X at the active blocks: [K, B, B]."""
-    *index, block_size, kernels = rest
-    _check(index[3][0], dy, x)
-    return BACKENDS[kernels.split(",")[2]].wgrad(dy, x, _index(block_size, *index))
+    index = FlatIndex(rows, cols, order, shape).with_block_size(block_size)
+    _check(index.out_features, dy, x)
+    return BACKENDS[Choice(*kernels).wgrad].wgrad(dy, x, index)
 
 
-@_operator("gelu_gradient(Tensor dy, Tensor x, str kernels) -> Tensor")
-def gelu_gradient(dy: Tensor, x: Tensor, kernels: str) -> Tensor:
+@_operator("gelu_gradient(Tensor dy, Tensor x, str[] kernels) -> Tensor")
+def gelu_gradient(dy: Tensor, x: Tensor, kernels: Sequence[str]) -> Tensor:
     """dY gelu'(X), of the exact GELU."""
-    if kernels.split(",")[0] == "cpu":
+    if Choice(*kernels).forward == "cpu":
         return cpu.gelu_gradient(dy, x)
     dx: Tensor = torch.ops.aten.gelu_backward(dy, x)
     return dx
@@ -100,50 +144,88 @@ def gelu_gradient(dy: Tensor, x: Tensor, kernels: str) -> Tensor:
 # The shapes that come out, for fake tensors.
 
 
-def _of_linear(x: Tensor, blocks: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[3][0])
+class _LinearInputs(NamedTuple):
+    """The arguments of `linear` and `linear_gelu`, as torch hands them on."""
+
+    x: Tensor
+    blocks: Tensor
+    bias: Tensor | None
+    rows: Tensor
+    cols: Tensor
+    order: Tensor
+    shape: Sequence[int]
+    kernels: Sequence[str]
+
+
+class _DgradInputs(NamedTuple):
+    dy: Tensor
+    blocks: Tensor
+    rows: Tensor
+    cols: Tensor
+    order: Tensor
+    shape: Sequence[int]
+    kernels: Sequence[str]
+
+
+class _WgradInputs(NamedTuple):
+    dy: Tensor
+    x: Tensor
+    rows: Tensor
+    cols: Tensor
+    order: Tensor
+    shape: Sequence[int]
+    block_size: int
+    kernels: Sequence[str]
+
+
+def _of_linear(*arguments: Any) -> Tensor:
+    given = _LinearInputs(*arguments)
+    return given.x.new_empty(given.x.shape[0], given.shape[0])
 
 
 def _of_linear_gelu(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _of_linear(*arguments), _of_linear(*arguments)
 
 
-def _of_dgrad(dy: Tensor, blocks: Tensor, *rest: Any) -> Tensor:
-    return dy.new_empty(dy.shape[0], rest[3][1])
+def _of_dgrad(*arguments: Any) -> Tensor:
+    given = _DgradInputs(*arguments)
+    return given.dy.new_empty(given.dy.shape[0], given.shape[1])
 
 
-def _of_wgrad(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    rows, block_size = rest[0], rest[4]
-    return x.new_empty(rows.shape[0], block_size, block_size)
+def _of_wgrad(*arguments: Any) -> Tensor:
+    given = _WgradInputs(*arguments)
+    return given.x.new_empty(given.rows.shape[0], given.block_size, given.block_size)
 
 
-def _of_gelu_gradient(dy: Tensor, x: Tensor, kernels: str) -> Tensor:
+def _of_gelu_gradient(dy: Tensor, x: Tensor, kernels: Sequence[str]) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, blocks, bias, rows, cols, order, shape, kernels = inputs
+    given = _LinearInputs(*inputs)
     activated_from = (output[1],) if isinstance(output, tuple) else ()
-    ctx.save_for_backward(x, blocks, rows, cols, order, *activated_from)
-    ctx.has_bias, ctx.shape, ctx.kernels = bias is not None, shape, kernels
+    ctx.save_for_backward(given.x, given.blocks, given.rows, given.cols, given.order, *activated_from)
+    ctx.has_bias, ctx.shape, ctx.kernels = given.bias is not None, given.shape, given.kernels
     ctx.set_materialize_grads(False)  # nobody reads Y beside gelu(Y): its gradient would be zeros to add
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
-    x, blocks, *index = ctx.saved_tensors[:5]
+        return None, None, None, *_NO_GRADIENTS, None
+    x, blocks, rows, cols, order = ctx.saved_tensors[:5]
+    index = FlatIndex(rows, cols, order, ctx.shape)
     needs_x, needs_blocks, needs_bias = ctx.needs_input_grad[:3]
-    dx = dgrad(dy, blocks, *index, ctx.shape, ctx.kernels) if needs_x else None
-    dw = wgrad(dy, x, *index, ctx.shape, blocks.shape[1], ctx.kernels) if needs_blocks else None
+    dx = dgrad(dy, blocks, *index, ctx.kernels) if needs_x else None
+    dw = wgrad(dy, x, *index, blocks.shape[1], ctx.kernels) if needs_blocks else None
     db = dy.sum(0) if ctx.has_bias and needs_bias else None
-    return dx, dw, db, None, None, None, None, None
+    return dx, dw, db, *_NO_GRADIENTS, None
 
 
 def _gelu_gradients(ctx: Any, d_activated: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_activated is None:
         return _gradients(ctx, dy)
-    own = gelu_gradient(d_activated, ctx.saved_tensors[5], ctx.kernels)
+    *_, y = ctx.saved_tensors
+    own = gelu_gradient(d_activated, y, ctx.kernels)
     return _gradients(ctx, own if dy is None else own + dy)
 
 
@@ -151,29 +233,33 @@ def _gelu_gradients(ctx: Any, d_activated: Tensor | None, dy: Tensor | None) -> 
 
 
 def _save_dgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.shape, ctx.kernels = inputs
-    ctx.save_for_backward(*tensors)
+    given = _DgradInputs(*inputs)
+    ctx.shape, ctx.kernels = given.shape, given.kernels
+    ctx.save_for_backward(given.dy, given.blocks, given.rows, given.cols, given.order)
 
 
 def _dgrad_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    dy, blocks, *index = ctx.saved_tensors
+    dy, blocks, rows, cols, order = ctx.saved_tensors
+    index = FlatIndex(rows, cols, order, ctx.shape)
     needs_dy, needs_blocks = ctx.needs_input_grad[:2]
-    d_dy = linear(g, blocks, None, *index, ctx.shape, ctx.kernels) if needs_dy else None
-    d_blocks = wgrad(dy, g, *index, ctx.shape, blocks.shape[1], ctx.kernels) if needs_blocks else None
-    return d_dy, d_blocks, None, None, None, None, None
+    d_dy = linear(g, blocks, None, *index, ctx.kernels) if needs_dy else None
+    d_blocks = wgrad(dy, g, *index, blocks.shape[1], ctx.kernels) if needs_blocks else None
+    return d_dy, d_blocks, *_NO_GRADIENTS, None
 
 
 def _save_wgrad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.shape, _, ctx.kernels = inputs
-    ctx.save_for_backward(*tensors)
+    given = _WgradInputs(*inputs)
+    ctx.shape, ctx.kernels = given.shape, given.kernels
+    ctx.save_for_backward(given.dy, given.x, given.rows, given.cols, given.order)
 
 
 def _wgrad_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    dy, x, *index = ctx.saved_tensors
+    dy, x, rows, cols, order = ctx.saved_tensors
+    index = FlatIndex(rows, cols, order, ctx.shape)
     needs_dy, needs_x = ctx.needs_input_grad[:2]
-    d_dy = linear(x, g, None, *index, ctx.shape, ctx.kernels) if needs_dy else None
-    d_x = dgrad(dy, g, *index, ctx.shape, ctx.kernels) if needs_x else None
-    return d_dy, d_x, None, None, None, None, None, None
+    d_dy = linear(x, g, None, *index, ctx.kernels) if needs_dy else None
+    d_x = dgrad(dy, g, *index, ctx.kernels) if needs_x else None
+    return d_dy, d_x, *_NO_GRADIENTS, None, None
 
 
 def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
