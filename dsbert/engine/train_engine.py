@@ -275,7 +275,7 @@ class TrainEngine:
         the weights of the step before, and DeepSpeed's own copy-out then reaches every copy. One all-reduce."""
         score = PRUNE_SCORES["l2"]
         parts = [self.block_scores(layer, score) for layer in self.layers.values()]
-        squares = score.to_norm(all_reduce(torch.cat(parts))).square()
+        squares = all_reduce(torch.cat(parts)).double() / score.scale
         for layer, square in zip(self.layers.values(), squares.split([p.numel() for p in parts]), strict=True):
             factors = shrink_factors(
                 square,

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
 from dsbert.base.fields import Flag, Number, Whole, whole
+from dsbert.sparse.flat_blocks import PRUNE_SCORES
+from dsbert.sparse.regrow import REGROW_RULES
+
+
+def _in_table(table: Mapping[str, object]) -> BeforeValidator:
+    """In front of a name that must stand in the table when it is read: as a Literal of the names then."""
+
+    def check(name: object) -> object:
+        if isinstance(name, str) and name in table:
+            return name
+        *others, last = map(repr, table)
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(filter(None, [", ".join(others), last]))})
+
+    return BeforeValidator(check)
+
 
 BlockSize = Annotated[Literal[1, 4, 8, 16, 32, 64, 128], BeforeValidator(whole)]
 
@@ -18,6 +35,7 @@ class SparsityConfig(BaseModel):
     group_lasso: lambda of the decoupled Group Lasso, 0 = off. balance: "rows" keeps as many blocks in every block row,
     for speed; the paper leaves that to chance. allow_density_error: accept a weight so small that whole blocks miss the
     density by more than a quarter. kernels: what computes the products, see sparse/kernels/dispatch.py.
+    prune_score, regrow: names of `PRUNE_SCORES` and `REGROW_RULES`, to which a program may add its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,8 +47,8 @@ class SparsityConfig(BaseModel):
     num_updates: Whole = Field(80, gt=0)
     max_prune_ratio: Number = Field(0.5, gt=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
-    prune_score: Literal["l1", "l2", "linf"] = "l1"
-    regrow: Literal["random", "gradient"] = "random"
+    prune_score: Annotated[str, _in_table(PRUNE_SCORES)] = "l1"
+    regrow: Annotated[str, _in_table(REGROW_RULES)] = "random"
     group_lasso: Number = Field(0.0, ge=0)
     balance: Literal["none", "rows"] = "none"
     allow_density_error: Flag = False

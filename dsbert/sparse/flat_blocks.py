@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PruneScore:
-    """A block's score, exact under any sharding: integer terms, combined by sum or max over ranks."""
+    """A block's score, exact under any sharding: integer terms (fp32 [...] -> int64 [...]), combined by sum or max over
+    a block and over ranks. A term is `scale` times what it stands for."""
 
-    terms: Callable[[Tensor], Tensor]  # fp32 [...] -> int64 [...]
-    combine: str  # "sum" | "max"
-    to_norm: Callable[[Tensor], Tensor]  # int64 -> float64 norm, for people
+    terms: Callable[[Tensor], Tensor]
+    combine: Literal["sum", "max"]
+    scale: float
 
 
 # Fixed point. Integer sums do not depend on the order or on where shards are cut, so equal weights give equal scores
@@ -28,18 +30,20 @@ class PruneScore:
 _L1_SCALE, _L1_MAX = 2.0**36, 2.0**13 - 1
 _L2_SCALE, _L2_MAX = 2.0**40, 2.0**8 - 1
 
+
+def _absolute(w: Tensor) -> Tensor:
+    return w.abs().clamp_(max=_L1_MAX).mul_(_L1_SCALE).long()
+
+
+def _squared(w: Tensor) -> Tensor:
+    return w.square().clamp_(max=_L2_MAX).mul_(_L2_SCALE).long()
+
+
+# What `SparsityConfig.prune_score` may name; a program may add scores of its own. l2 is the norm's square.
 PRUNE_SCORES: dict[str, PruneScore] = {
-    "l1": PruneScore(
-        lambda w: w.abs().clamp_(max=_L1_MAX).mul_(_L1_SCALE).long(), "sum", lambda s: s.double() / _L1_SCALE
-    ),
-    "l2": PruneScore(
-        lambda w: w.square().clamp_(max=_L2_MAX).mul_(_L2_SCALE).long(),
-        "sum",
-        lambda s: (s.double() / _L2_SCALE).sqrt(),
-    ),
-    "linf": PruneScore(
-        lambda w: w.abs().clamp_(max=_L1_MAX).mul_(_L1_SCALE).long(), "max", lambda s: s.double() / _L1_SCALE
-    ),
+    "l1": PruneScore(_absolute, "sum", _L1_SCALE),
+    "l2": PruneScore(_squared, "sum", _L2_SCALE),
+    "linf": PruneScore(_absolute, "max", _L1_SCALE),
 }
 
 

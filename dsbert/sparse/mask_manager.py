@@ -21,7 +21,7 @@ from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.flat_blocks import PRUNE_SCORES
 from dsbert.sparse.linear import BlockSparseLinear
-from dsbert.sparse.regrow import prune_and_regrow
+from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest, pack_bits, unpack_bits
 
@@ -46,9 +46,9 @@ class MaskUpdate:
 class MaskManager:
     """Moves the pattern of `layers` as the schedule says (paper, algorithm 1).
 
-    Call `maybe_update(step)` after every optimizer step, step = 1, 2, ... With regrowth by gradient it arms the layers
-    one step ahead to collect the dense gradient: fp32 [out, in] per layer, alive during that step only, and one
-    all-reduce of all of them. PeerError on every rank if the ranks' topologies ever differ.
+    Call `maybe_update(step)` after every optimizer step, step = 1, 2, ... If the rule of regrowth
+    needs it, the layers are armed one step ahead to collect the dense gradient: fp32 [out, in] per layer, alive during
+    that step only, and one all-reduce of all of them. PeerError on every rank if the ranks' topologies ever differ.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MaskManager:
         self._seed = seed
         self._group = group
         self._score = PRUNE_SCORES[config.prune_score]
-        self._rule = config.regrow
+        self._rule = REGROW_RULES[config.regrow]
         dynamic = config.pattern == "dynamic" and layers
         self._schedule = (
             UpdateSchedule(total_steps, config.num_updates, config.max_prune_ratio, config.schedule)
@@ -149,8 +149,8 @@ class MaskManager:
         return kept / total if total else 1.0
 
     def _arm(self, step: int) -> None:
-        """Have the layers collect their dense gradient if an update by gradient follows `step`."""
-        due = self.config.regrow == "gradient" and self.is_due(step)
+        """Have the layers collect their dense gradient if an update that needs it follows `step`."""
+        due = self._rule.needs_gradient and self.is_due(step)
         for layer in self.layers.values():
             layer.dense_gradient = (
                 torch.zeros(layer.shape, dtype=torch.float32, device=layer.rows.device) if due else None
@@ -166,7 +166,7 @@ class MaskManager:
             key = DrawKey(self._seed, "regrow", number, name)
             count = schedule.num_pruned(step, topology.num_active)
             updates[name] = prune_and_regrow(
-                topology, scores[name], count, key, self._rule, gradient_norms.get(name), self.config.balance
+                topology, scores[name], count, key, self.config.regrow, gradient_norms.get(name), self.config.balance
             )
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0
@@ -196,7 +196,7 @@ class MaskManager:
     def _reduced_gradient_norms(self) -> dict[str, Tensor]:
         """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if unused. A
         norm that is not finite counts as 0, so that a step with such gradients has an order of blocks, too."""
-        if self.config.regrow != "gradient":
+        if not self._rule.needs_gradient:
             return {}
         gradients = self.dense_gradients()
         norms = {}

@@ -1,33 +1,54 @@
-"""The decision of a mask update: which blocks go and which come. Pure functions of values that all ranks share."""
+"""The decision of a mask update: which blocks go and which come. Pure functions of values that all ranks share.
+
+Shapes: K active blocks, R x C block rows and columns.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsbert.sparse.balance import draw_in_rows, prunable, smallest_in_rows
-from dsbert.sparse.draw import DrawKey, draw_positions, smallest
+from dsbert.sparse.balance import prunable, smallest_in_rows
+from dsbert.sparse.draw import DrawKey, draw_positions, hash_positions, smallest
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate
 
-# random: the smallest hashes of positions win (SET; paper, algorithm 1). gradient: the largest norms of the dense
-# gradient (RigL); ties go to the lower position.
-REGROW_RULES = ("random", "gradient")
+
+@dataclass(frozen=True)
+class RegrowRule:
+    """Which empty blocks an update fills: those of the smallest scores; ties go to the lower position.
+
+    needs_gradient: whether a step before an update collects the dense gradient. scores(topology, key, gradient_norms):
+    [R, C], of any ordered dtype, on the CPU, and the same on every rank; topology: before the update; gradient_norms:
+    float32 [R, C], L1 norms of the blocks of the global batch's dense gradient, zeros unless needs_gradient.
+    draw(key, eligible bool [R C], count): the same choice, int64 [count] ascending, where it is found faster than by
+    scoring every block.
+    """
+
+    name: str
+    needs_gradient: bool
+    scores: Callable[[BlockTopology, DrawKey, Tensor], Tensor]
+    draw: Callable[[DrawKey, Tensor, int], Tensor] | None = None
 
 
-def regrow(rule: str, eligible: Tensor, count: int, key: DrawKey, gradient_norms: Tensor | None) -> Tensor:
-    """`count` of the eligible positions (bool [R, C]) by the rule: int64 [count], ascending."""
-    flat = eligible.flatten()
-    if rule == "random":
-        return draw_positions(key, flat, count)
-    positions = flat.nonzero().flatten()
-    return positions[smallest(-_needed(gradient_norms).flatten()[positions], count)]
+def _hashes(topology: BlockTopology, key: DrawKey, gradient_norms: Tensor) -> Tensor:
+    """SET (paper, algorithm 1): uniform without replacement."""
+    num_rows, num_cols = topology.grid
+    return hash_positions(key, torch.arange(num_rows * num_cols)).view(num_rows, num_cols)
 
 
-def regrow_in_rows(rule: str, eligible: Tensor, quotas: Tensor, key: DrawKey, gradient_norms: Tensor | None) -> Tensor:
-    """The same with as many in every row as its quota (int64 [R])."""
-    if rule == "random":
-        return draw_in_rows(key, eligible, quotas)
-    return smallest_in_rows(-_needed(gradient_norms), eligible, quotas)
+def _largest_gradients(topology: BlockTopology, key: DrawKey, gradient_norms: Tensor) -> Tensor:
+    """RigL (Evci et al. 2020)."""
+    return -gradient_norms
+
+
+# What `SparsityConfig.regrow` may name; a program may add rules of its own.
+REGROW_RULES: dict[str, RegrowRule] = {
+    "random": RegrowRule("random", False, _hashes, draw_positions),
+    "gradient": RegrowRule("gradient", True, _largest_gradients),
+}
 
 
 def prune_and_regrow(
@@ -41,28 +62,33 @@ def prune_and_regrow(
 ) -> TopologyUpdate:
     """Prune the `num_pruned` blocks of smallest norm and regrow as many by `rule` (paper, algorithm 1).
 
-    norms: [K], any ordered dtype, on the CPU; ties go to the lower slot. gradient_norms: [R, C], for rule "gradient".
+    norms: [K], any ordered dtype, on the CPU; ties go to the lower slot. rule: a name of `REGROW_RULES`.
+    gradient_norms: [R, C], for rules that need them.
     A block is eligible for regrowth if it was empty BEFORE the update, so a pruned one cannot come straight back; the
     number pruned is capped by the number of empty blocks. Freed slots and new positions are paired in ascending order;
-    with balance "rows" every row regrows what it lost. Raises ValueError for norms of another number, or none where the
-    rule needs them.
+    with balance "rows" every row regrows what it lost. Raises ValueError for norms of another number, or no gradient
+    norms where the rule needs them.
     """
     if norms.numel() != topology.num_active:
         raise ValueError(f"expected {topology.num_active} block norms, found {norms.numel()}")
+    how = REGROW_RULES[rule]
+    if gradient_norms is None:
+        if how.needs_gradient:
+            raise ValueError(f"expected gradient norms for regrowth by {rule}, found none")
+        gradient_norms = torch.zeros(()).expand(topology.grid)
     num_rows, num_cols = topology.grid
     eligible = topology.mask().logical_not_()
     if balance == "rows":
         slots = prunable(topology.rows, norms.flatten(), num_pruned, eligible.sum(1))
         quotas = torch.bincount(topology.rows[slots].long(), minlength=num_rows)
-        positions = regrow_in_rows(rule, eligible, quotas, key, gradient_norms)
+        positions = smallest_in_rows(how.scores(topology, key, gradient_norms), eligible, quotas)
     else:
         count = min(num_pruned, topology.num_active, eligible.numel() - topology.num_active)
         slots = smallest(norms.flatten(), count)
-        positions = regrow(rule, eligible, count, key, gradient_norms) if count else torch.empty(0, dtype=torch.int64)
+        if how.draw is not None:
+            positions = how.draw(key, eligible.flatten(), count)
+        else:
+            empty = eligible.flatten().nonzero().flatten()
+            scores = how.scores(topology, key, gradient_norms).flatten()
+            positions = empty[smallest(scores[empty], count)]
     return TopologyUpdate(slots, (positions // num_cols).int(), (positions % num_cols).int())
-
-
-def _needed(gradient_norms: Tensor | None) -> Tensor:
-    if gradient_norms is None:
-        raise ValueError("expected gradient norms for regrowth by gradient, found none")
-    return gradient_norms

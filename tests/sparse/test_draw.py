@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from dsbert.sparse import draw
 from dsbert.sparse.draw import DrawKey, draw_positions, hash_positions, smallest
+from tests.sparse.toys import plain_draw, plain_hash
 
 KEY = DrawKey(seed=1, purpose="init", update=0, layer="encoder.0")
-M64 = (1 << 64) - 1
 
 
 class WordKey(DrawKey):
@@ -18,20 +18,6 @@ class WordKey(DrawKey):
 
     def word(self):
         return self.seed
-
-
-def plain_hash(key, position):
-    """The hash in Python's own integers: splitmix64 of stream `word` at index `position`, unsigned."""
-    x = (key.word() + (position + 1) * 0x9E3779B97F4A7C15) & M64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & M64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & M64
-    return x ^ (x >> 31)
-
-
-def plain_draw(key, eligible, count):
-    """Sort all hashes."""
-    positions = [position for position, free in enumerate(eligible) if free]
-    return sorted(sorted(positions, key=lambda position: (plain_hash(key, position), position))[:count])
 
 
 def unsigned(hashes):

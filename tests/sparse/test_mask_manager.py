@@ -1,16 +1,20 @@
 import functools
 import itertools
+import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from dsbert.base.collectives import gather_json
 from dsbert.base.errors import PeerError
-from dsbert.sparse import BlockTopology, DrawKey, UpdateSchedule, prune_and_regrow
-from dsbert.sparse.topology import combined_digest
+from dsbert.sparse import BlockTopology, DrawKey, UpdateSchedule
+from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore
+from dsbert.sparse.regrow import REGROW_RULES, RegrowRule
 from tests.helpers import run_distributed
-from tests.sparse.toys import TOTAL_STEPS, Toy, batch, dense_autograd
+from tests.sparse.toys import TOTAL_STEPS, Toy, batch, dense_autograd, plain_draw
 
 UPDATE_STEPS = [4, 8, 12, 16, 20]
 
@@ -89,17 +93,95 @@ def test_the_optimizer_does_not_move_a_fresh_block_by_old_moments():
         assert not layer.blocks[update.layers[name].slots].any()
 
 
-def test_the_decision_is_prune_and_regrow_of_the_weights():
+def test_the_decision_is_algorithm_1_of_the_weights():
+    """By brute force: as many as the cosine says, the smallest sums of |w|, and the smallest hashes of empty places."""
     toy = Toy(seed=11)
     for step in range(1, 5):
         toy.step(step)
-    topologies = {name: layer.topology for name, layer in toy.layers.items()}
-    norms = {name: layer.blocks.detach().double().abs().sum((1, 2)) for name, layer in toy.layers.items()}
+    before = {name: (layer.blocks.tolist(), layer.topology.mask().flatten()) for name, layer in toy.layers.items()}
     update = toy.masks.maybe_update(4)
-    for name, topology in topologies.items():
-        count = UpdateSchedule(TOTAL_STEPS, 6, 0.5).num_pruned(4, topology.num_active)
-        expected = prune_and_regrow(topology, norms[name], count, DrawKey(11, "regrow", 1, name))
-        assert topology.replace(expected).digest() == topology.replace(update.layers[name]).digest()
+    for name, (blocks, active) in before.items():
+        norms = [math.fsum(abs(weight) for row in block for weight in row) for block in blocks]
+        count = round(0.25 * (1 + math.cos(math.pi * 4 / TOTAL_STEPS)) * len(blocks))
+        pruned = sorted(range(len(blocks)), key=lambda slot: (norms[slot], slot))[:count]
+        grown = plain_draw(DrawKey(11, "regrow", 1, name), (~active).tolist(), count)
+        found, num_cols = update.layers[name], toy.layers[name].topology.grid[1]
+        assert found.slots.tolist() == sorted(pruned)
+        assert (found.rows * num_cols + found.cols).tolist() == grown
+
+
+# Rules and scores of another program: one function and one line each.
+
+
+def last_places(topology, key, gradient_norms):
+    """The last empty positions, whatever the gradient."""
+    num_rows, num_cols = topology.grid
+    return -torch.arange(num_rows * num_cols).view(num_rows, num_cols)
+
+
+def small_gradients(topology, key, gradient_norms):
+    return gradient_norms
+
+
+def largest_entry(w):
+    """Of the signed weights, in 2^-20."""
+    return (w * 2.0**20).long()
+
+
+@pytest.mark.parametrize("balance", ["none", "rows"])
+def test_a_rule_and_a_score_of_ones_own(balance, monkeypatch):
+    monkeypatch.setitem(REGROW_RULES, "last", RegrowRule("last", False, last_places))
+    monkeypatch.setitem(PRUNE_SCORES, "signed", PruneScore(largest_entry, "sum", 2.0**20))
+    toy = Toy(regrow="last", prune_score="signed", balance=balance, seed=5)
+    for step in range(1, TOTAL_STEPS + 1):
+        toy.step(step)
+        blocks = {name: layer.blocks.detach().double().sum((1, 2)).tolist() for name, layer in toy.layers.items()}
+        topologies = {name: layer.topology for name, layer in toy.layers.items()}
+        update = toy.masks.maybe_update(step)
+        assert [layer.dense_gradient for layer in toy.layers.values()] == [None, None]
+        for name, change in update.layers.items() if update else ():
+            topology, num_cols = topologies[name], topologies[name].grid[1]
+            kept = [sums for slot, sums in enumerate(blocks[name]) if slot not in change.slots.tolist()]
+            pruned = [blocks[name][slot] for slot in change.slots.tolist()]
+            if balance == "none":
+                assert max(pruned) <= min(kept) + 1e-4  # 16 terms, each rounded to 2^-20
+            empty = (~topology.mask()).nonzero().tolist()
+            lost = Counter(topology.rows[change.slots].tolist())
+            expected = sorted(empty)[-change.num_pruned :]
+            if balance == "rows":
+                expected = [
+                    place for row, of_row in itertools.groupby(empty, lambda place: place[0])
+                    for place in list(of_row)[-lost[row] :] if lost[row]
+                ]  # fmt: skip
+            assert [divmod(place, num_cols) for place in sorted((change.rows * num_cols + change.cols).tolist())] == [
+                tuple(place) for place in expected
+            ]
+    toy.masks.verify_replicas()
+    monkeypatch.undo()
+    with pytest.raises(ValidationError, match="Input should be 'random' or 'gradient'"):
+        Toy(regrow="last")
+    with pytest.raises(ValidationError, match="Input should be 'l1', 'l2' or 'linf'"):
+        Toy(prune_score="signed")
+
+
+@pytest.mark.parametrize("balance", ["none", "rows"])
+def test_a_rule_of_ones_own_that_needs_the_gradient(balance, monkeypatch):
+    monkeypatch.setitem(REGROW_RULES, "small", RegrowRule("small", True, small_gradients))
+    toy = Toy(regrow="small", balance=balance)
+    toy.train(stop=3)
+    assert all(layer.dense_gradient is not None for layer in toy.layers.values())
+    gradients = dense_autograd(toy, *batch(4))
+    empty = {name: ~layer.topology.mask() for name, layer in toy.layers.items()}
+    toy.step(4)
+    for name, change in toy.masks.maybe_update(4).layers.items():
+        num_rows, num_cols = empty[name].shape
+        norms = gradients[name].view(num_rows, 4, num_cols, 4).abs().sum((1, 3))
+        grown = torch.zeros_like(empty[name])
+        grown[change.rows.long(), change.cols.long()] = True
+        rows = [slice(None)] if balance == "none" else [row for row in range(num_rows) if grown[row].any()]
+        for row in rows:
+            left = norms[row][empty[name][row] & ~grown[row]]
+            assert norms[row][grown[row]].max() <= left.amin() * (1 + 1e-5) if left.numel() else balance == "rows"
 
 
 def test_measures_against_recorded_masks():
@@ -389,7 +471,14 @@ def test_ranks(world_size):
 
 def test_digest_covers_every_layer_by_name():
     toy = Toy()
-    assert toy.masks.digest() == combined_digest({name: layer.digest() for name, layer in toy.layers.items()})
     before = toy.masks.digest()
-    swap_slots(toy, "0")
-    assert toy.masks.digest() != before
+    assert before == "04e1f2e9ace9f48879514a19382039c5"
+    for name in toy.layers:
+        swap_slots(toy, name)
+        assert toy.masks.digest() != before
+        swap_slots(toy, name)
+        assert toy.masks.digest() == before
+    toy.layers = {"0": toy.layers["0"], "3": toy.layers["2"]}
+    assert toy.manager().digest() != before
+    toy.layers = {"2": toy.layers["3"], "0": toy.layers["0"]}
+    assert toy.manager().digest() == before

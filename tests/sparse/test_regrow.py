@@ -1,11 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsbert.sparse import BlockTopology, DrawKey, TopologyUpdate, prune_and_regrow
-from dsbert.sparse.draw import draw_positions
 from dsbert.sparse.regrow import REGROW_RULES
+from tests.sparse.toys import plain_draw
 
 
 @st.composite
@@ -23,7 +25,7 @@ def cases(draw):
         "norms": torch.randint(draw(st.sampled_from([1, 3, 1000])), (num_active,), generator=generator),
         "num_pruned": draw(st.integers(0, num_active + 2)),
         "key": DrawKey(draw(st.integers(0, 100)), "regrow", 1, "x"),
-        "rule": draw(st.sampled_from(REGROW_RULES)),
+        "rule": draw(st.sampled_from(sorted(REGROW_RULES))),
         "gradient_norms": torch.randint(50, (num_rows, num_cols), generator=generator).float(),
     }
 
@@ -73,8 +75,18 @@ def test_gradient_rule_picks_the_largest(case):
 def test_random_rule_draws_among_the_empty(case):
     topology = case["topology"]
     update = prune_and_regrow(**case | {"rule": "random"})
-    expected = draw_positions(case["key"], ~topology.mask().flatten(), update.num_pruned)
-    assert grown(update, topology) == expected.tolist()
+    taken = set(topology.positions().tolist())
+    empty = [position not in taken for position in range(topology.mask().numel())]
+    assert grown(update, topology) == plain_draw(case["key"], empty, update.num_pruned)
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases())
+def test_the_shortcut_of_the_random_rule_takes_what_its_scores_say(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REGROW_RULES, "slow", dataclasses.replace(REGROW_RULES["random"], name="slow", draw=None))
+        slow = prune_and_regrow(**case | {"rule": "slow"})
+    assert grown(slow, case["topology"]) == grown(prune_and_regrow(**case | {"rule": "random"}), case["topology"])
 
 
 def test_by_eye():

@@ -7,6 +7,7 @@ from torch.nn import functional
 from dsbert.sparse import MaskManager, SparsityConfig, TorchBlockEditor, sparsify_
 
 TOTAL_STEPS = 24
+M64 = (1 << 64) - 1
 
 
 class Toy:
@@ -76,3 +77,17 @@ def dense_autograd(toy, x, y):
     hidden = functional.linear(x, weights["0"], toy.layers["0"].bias.detach()).tanh()
     functional.mse_loss(functional.linear(hidden, weights["2"], toy.layers["2"].bias.detach()), y).backward()
     return {name: weight.grad for name, weight in weights.items()}
+
+
+def plain_hash(key, position):
+    """A draw's hash in Python's own integers: splitmix64 of stream `word` at index `position`, unsigned."""
+    x = (key.word() + (position + 1) * 0x9E3779B97F4A7C15) & M64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & M64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & M64
+    return x ^ (x >> 31)
+
+
+def plain_draw(key, eligible, count):
+    """Sort all hashes; eligible: a list of bool."""
+    positions = [position for position, free in enumerate(eligible) if free]
+    return sorted(sorted(positions, key=lambda position: (plain_hash(key, position), position))[:count])
