@@ -5,5 +5,6 @@ collectives      all_reduce, gather; what fails on one rank fails on all
 durable          files that are whole or not there; jsonl.py files of records, records.py what must stand in them
 output           standard error that may vanish; progress.py bars
 fields           kinds of values in what people write
+splitmix64       hashes of integers, for random choices without state
 awake            a clock that stands still while the process does; malloc.py
 """

@@ -10,13 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-UInt64s = NDArray[np.uint64]
+from dsbert.base.splitmix64 import GOLDEN, WORD, finalize_, finalize_int
 
-# splitmix64
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
-_MULTIPLIER_2 = 0x94D049BB133111EB
-_WORD = (1 << 64) - 1
+UInt64s = NDArray[np.uint64]
 
 # First parts of keys, so that no two uses share their numbers.
 ORDER, SAMPLE, CHUNKS, WINDOWS, CUTS, PAIRS = 1, 2, 3, 4, 5, 6
@@ -29,14 +25,7 @@ def mix64(values: UInt64s) -> UInt64s:
 
 def _mix64_(values: UInt64s) -> UInt64s:
     """`mix64` in place: half the time, where arrays are long."""
-    scratch = values >> np.uint64(30)
-    values ^= scratch
-    values *= np.uint64(_MULTIPLIER_1)
-    np.right_shift(values, np.uint64(27), out=scratch)
-    values ^= scratch
-    values *= np.uint64(_MULTIPLIER_2)
-    np.right_shift(values, np.uint64(31), out=scratch)
-    values ^= scratch
+    finalize_(values)
     return values
 
 
@@ -44,10 +33,7 @@ def hash_int(*parts: int) -> int:
     """Hash integers in order: what `hash64` gives for arrays of one element, without the cost of arrays."""
     state = 0
     for part in parts:
-        state = ((state ^ (part & _WORD)) + _GOLDEN) & _WORD
-        state = ((state ^ (state >> 30)) * _MULTIPLIER_1) & _WORD
-        state = ((state ^ (state >> 27)) * _MULTIPLIER_2) & _WORD
-        state ^= state >> 31
+        state = finalize_int(((state ^ (part & WORD)) + GOLDEN) & WORD)
     return state
 
 
@@ -63,7 +49,7 @@ def hash64(key: Sequence[int], *parts: NDArray[Any]) -> UInt64s:
     """
     state = np.full(1, hash_int(*key), dtype=np.uint64)
     for part in parts:
-        state = _mix64_((state ^ part.astype(np.uint64, copy=False)) + np.uint64(_GOLDEN))
+        state = _mix64_((state ^ part.astype(np.uint64, copy=False)) + np.uint64(GOLDEN))
     return state
 
 
@@ -73,8 +59,8 @@ def substream(keys: UInt64s, number: int | NDArray[Any]) -> UInt64s:
     It serves as a random number, or as the key of further substreams. `keys` must be at least 1-d.
     """
     if isinstance(number, int):
-        return _mix64_(keys + np.uint64((number + 1) * _GOLDEN & _WORD))
-    return _mix64_(keys + (number.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+        return _mix64_(keys + np.uint64((number + 1) * GOLDEN & WORD))
+    return _mix64_(keys + (number.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
 
 
 def unit_interval(hashes: UInt64s) -> NDArray[np.float64]:

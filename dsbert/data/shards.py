@@ -169,7 +169,7 @@ class Shard:
         try:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
                 writer.write_batch(batch)
-            size, digest = temporary.stat().st_size, checksum(temporary)
+            size, digest = temporary.stat().st_size, checksum_64(temporary)
             if durable:
                 publish(temporary, path)
             else:
@@ -247,7 +247,7 @@ class TokenStore:
             row[column : column + length] = self.shards[owner].tokens[start : start + length]
 
 
-def checksum(path: Path) -> str:
+def checksum_64(path: Path) -> str:
     """Hex xxh3_64 of a file's bytes."""
     import xxhash
 

@@ -19,6 +19,7 @@ from dsbert.engine.zero_shards import MOMENTS
 from dsbert.inspection.audit_checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.inspection.audit_run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.sparse import BlockTopology
+from dsbert.sparse.config import density_of
 from dsbert.sparse.kernels.record import KernelRecord
 from dsbert.sparse.topology import combined_digest, unpack_bits
 
@@ -32,7 +33,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     path = resolve_checkpoint(path)
     state, tensors = read_state(path), read_topology(path)
     sparsity = state["recipe"]["sparsity"]
-    target = 1.0 if sparsity["pattern"] == "dense" else round(1.0 - sparsity["sparsity"], 12)
+    target = density_of(sparsity["pattern"], sparsity["sparsity"])
     layers: list[dict[str, Any]] = []
     digests: dict[str, int] = {}
     explored = positions = active = 0

@@ -57,4 +57,9 @@ class SparsityConfig(BaseModel):
     @property
     def density(self) -> float:
         """Fraction of the blocks kept; 1 for pattern dense."""
-        return 1.0 if self.pattern == "dense" else round(1.0 - self.sparsity, 12)  # 0.1, not 0.0999...
+        return density_of(self.pattern, self.sparsity)
+
+
+def density_of(pattern: str, sparsity: float) -> float:
+    """Fraction of the blocks that a configuration of this pattern and sparsity keeps."""
+    return 1.0 if pattern == "dense" else round(1.0 - sparsity, 12)  # 0.1, not 0.0999...

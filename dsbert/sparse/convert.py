@@ -10,7 +10,7 @@ from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.linear import BlockSparseLinear
 from dsbert.sparse.sparsity_errors import SparsityError
-from dsbert.sparse.topology import BlockTopology, grid, num_active_blocks
+from dsbert.sparse.topology import BlockTopology, block_density, grid, num_active_blocks
 
 
 def sparsify_(model: nn.Module, config: SparsityConfig, *, seed: int = 0) -> dict[str, BlockSparseLinear]:
@@ -48,7 +48,8 @@ def _check_density(name: str, shape: tuple[int, int], config: SparsityConfig) ->
         num_rows, num_cols = grid(shape, config.block_size)
     except ValueError as error:
         raise SparsityError("", "block_size", f" for {name}: {error}") from None
-    actual = num_active_blocks(shape, config.block_size, config.density, config.balance) / (num_rows * num_cols)
+    kept = num_active_blocks(shape, config.block_size, config.density, config.balance)
+    actual = block_density(shape, config.block_size, kept)
     if abs(actual / config.density - 1.0) > 0.25 + 1e-9 and not config.allow_density_error:
         raise SparsityError(
             f"expected density {config.density:.4g} in {name}, found {actual:.4g} as the nearest that "

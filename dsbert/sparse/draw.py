@@ -14,14 +14,13 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-# splitmix64 (Steele, Lea, Flood 2014).
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_WORD = (1 << 64) - 1
+from dsbert.base.splitmix64 import GOLDEN, WORD, finalize_
+
 _SIGN = np.uint64(1 << 63)
 # A chunk and its temporary stay in a core's L2 cache; a whole BERT-Base weight at B = 1 does not. The work is numpy's,
 # whose 64-bit multiplication, selection and search are three to thirty times as fast as torch's on a CPU.
 _CHUNK = 1 << 15
-_STEPS = np.arange(_CHUNK, dtype=np.uint64) * np.uint64(_GOLDEN)
+_STEPS = np.arange(_CHUNK, dtype=np.uint64) * np.uint64(GOLDEN)
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ class DrawKey:
 
 def hash_positions(key: DrawKey, positions: Tensor) -> Tensor:
     """Hashes of `positions` (int64, any shape) under `key`, as int64 whose SIGNED order is the order of the hashes."""
-    x = positions.numpy().astype(np.uint64) * np.uint64(_GOLDEN)
-    x += np.uint64((key.word() + _GOLDEN) & _WORD)
-    _mix_(x, np.empty_like(x))
+    x = positions.numpy().astype(np.uint64) * np.uint64(GOLDEN)
+    x += np.uint64((key.word() + GOLDEN) & WORD)
+    finalize_(x)
     return torch.from_numpy((x ^ _SIGN).view(np.int64))
 
 
@@ -77,31 +76,21 @@ def _candidates(
     key: DrawKey, eligible: NDArray[np.bool_], fraction: float
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Eligible positions, ascending, whose hash lies in the lowest `fraction` of all hashes, and those hashes."""
-    threshold = np.uint64(min(int(fraction * 2.0**64), _WORD))
+    threshold = np.uint64(min(int(fraction * 2.0**64), WORD))
     chunk = min(_CHUNK, eligible.size)
     hashes, spare, keep = np.empty(chunk, np.uint64), np.empty(chunk, np.uint64), np.empty(chunk, np.bool_)
     found, values = [], []
     for start in range(0, eligible.size, chunk):
         size = min(chunk, eligible.size - start)
         x = hashes[:size]
-        np.add(_STEPS[:size], np.uint64((key.word() + (start + 1) * _GOLDEN) & _WORD), out=x)
-        _mix_(x, spare[:size])
+        np.add(_STEPS[:size], np.uint64((key.word() + (start + 1) * GOLDEN) & WORD), out=x)
+        finalize_(x, spare[:size])
         np.less_equal(x, threshold, out=keep[:size])
         keep[:size] &= eligible[start : start + size]
         kept = np.flatnonzero(keep[:size])
         found.append(kept + start)
         values.append(x[kept])
     return np.concatenate(found), np.concatenate(values)
-
-
-def _mix_(x: NDArray[np.uint64], spare: NDArray[np.uint64]) -> None:
-    """splitmix64's finalizer, in place."""
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        np.right_shift(x, np.uint64(shift), out=spare)
-        x ^= spare
-        x *= np.uint64(factor)
-    np.right_shift(x, np.uint64(31), out=spare)
-    x ^= spare
 
 
 def _smallest(values: NDArray[np.generic], count: int) -> NDArray[np.int64]:

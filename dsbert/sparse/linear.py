@@ -16,7 +16,7 @@ from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.dispatch import KERNELS, choose
 from dsbert.sparse.kernels.index import KernelIndex, order_size
 from dsbert.sparse.kernels.record import Choice
-from dsbert.sparse.topology import BlockTopology, topology_digest
+from dsbert.sparse.topology import BlockTopology, block_density, topology_digest
 
 
 class BlockSparseLinear(nn.Module):
@@ -174,7 +174,7 @@ class BlockSparseLinear(nn.Module):
         return digest if self.index.is_consistent() else digest ^ 1
 
     def extra_repr(self) -> str:
-        density = self.num_active * self.block_size**2 / (self.in_features * self.out_features)
+        density = block_density(self.shape, self.block_size, self.num_active)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
             f"num_active={self.num_active}, density={density:.4f}, bias={self.bias is not None}"

@@ -85,8 +85,7 @@ class BlockTopology:
     @property
     def density(self) -> float:
         """The share of the weight that is active."""
-        num_rows, num_cols = self.grid
-        return self.num_active / (num_rows * num_cols)
+        return block_density(self.shape, self.block_size, self.num_active)
 
     def positions(self) -> Tensor:
         """int64 [K]: row * C + col of every slot."""
@@ -138,6 +137,12 @@ def grid(shape: tuple[int, int], block_size: int) -> tuple[int, int]:
     if block_size < 1 or shape[0] % block_size or shape[1] % block_size:
         raise ValueError(f"expected a block size that divides {shape[0]} x {shape[1]}, found {block_size}")
     return shape[0] // block_size, shape[1] // block_size
+
+
+def block_density(shape: tuple[int, int], block_size: int, num_active: int) -> float:
+    """The share of a weight that so many active blocks are."""
+    num_rows, num_cols = grid(shape, block_size)
+    return num_active / (num_rows * num_cols)
 
 
 def num_active_blocks(shape: tuple[int, int], block_size: int, density: float, balance: str = "none") -> int:
