@@ -6,5 +6,6 @@ durable          files that are whole or not there; jsonl.py files of records, r
 output           standard error that may vanish; progress.py bars
 fields           kinds of values in what people write
 splitmix64       hashes of integers, for random choices without state
+optional_triton  keeps Triton out of processes that have no use for it
 awake            a clock that stands still while the process does; malloc.py
 """

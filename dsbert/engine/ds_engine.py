@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dsbert.base.errors import DsbertError, UserError
+from dsbert.base.optional_triton import triton_hidden
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
 from dsbert.engine.ds_config import precision
@@ -48,9 +49,10 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
             f"{world.device.type}: choose another precision, such as zero1_bf16 or zero1_fp32"
         )
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
-        )
+        with triton_hidden():
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
+            )
     except (DsbertError, OSError, MemoryError):
         raise
     except Exception as error:  # of any type, where options do not go together
