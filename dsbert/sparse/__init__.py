@@ -1,6 +1,17 @@
 """Block-sparse layers and dynamic sparsity for any torch model.
 
-A library of its own: it needs torch, numpy, pydantic, PyYAML and xxhash, and neither DeepSpeed nor transformers.
+    config           which weights are sparse, how, and how the pattern moves; sparsity_errors.py what cannot be had
+    convert          replaces a model's linear layers; linear.py is the layer
+    topology         where the blocks of one weight stand; balance.py as many in every row
+    draw             random choices without a generator
+    mask_manager     one collective decision per update: regrow.py which blocks go and come, schedule.py when and how many
+    block_editor     how the manager reaches weights and moments; flat_blocks.py blocks in a slice of a flat parameter
+    journal          the updates as JSON, to be replayed
+    group_lasso      pulls whole blocks towards zero; flops.py counts as the paper does
+    kernel_plan      which kernels a model runs on, alike on all ranks; kernels/ the products themselves
+
+A library of its own: it needs torch, numpy, pydantic and xxhash, and neither DeepSpeed nor transformers. `REGROW_RULES`
+(regrow.py) and `PRUNE_SCORES` (flat_blocks.py) are tables that a program may add to.
 """
 
 from dsbert.sparse.block_editor import BlockEditor, TorchBlockEditor

@@ -3,4 +3,10 @@
 forward  Y  = X W^T + b      X [T, in], Y [T, out]
 dgrad    dX = dY W
 wgrad    dW at the active blocks: [K, B, B]
+
+    index        what the kernels read of a topology, and the shape of a backend
+    ops          the products as torch operators: autograd, fake tensors, torch.compile
+    dispatch     measures, remembers on disk (cache.py, in a folder that trust.py has looked at), decides
+    record       what was decided, as checkpoints keep it
+    backends     all of them: reference.py plain torch, dense.py through a dense copy, cpu/ C++, triton_gpu/ Triton
 """
