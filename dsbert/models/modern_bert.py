@@ -8,6 +8,7 @@ Shapes: b sequences, S positions, H hidden, V vocabulary, m masked positions in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ from dsbert.models.spec import ModelSpec, losses_and_hits
 
 # Matrices that add to the residual stream, or lead to the logits, begin smaller (`_init_weights` of transformers).
 _OUTPUTS = (".Wo", "head.dense")
+
+
+class _Rotary(ModernBertRotaryEmbedding):
+    """Rotary positions whose frequencies stay fp32 in a model of half precision, as transformers loads them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Rotary:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
 
 
 class SparseModernBert(nn.Module):
@@ -70,7 +82,7 @@ def _build(model: ModelConfig, vocab_size: int, pad_token_id: int) -> SparseMode
 
 def _fill_buffers(model: SparseModernBert, device: torch.device) -> None:
     """The frequencies of rotary positions, which are no parameters."""
-    model.model.rotary_emb = ModernBertRotaryEmbedding(model.config).to(device)
+    model.model.rotary_emb = _Rotary(model.config).to(device)
 
 
 def _initial_std(name: str, model: ModelConfig) -> float:
