@@ -143,7 +143,8 @@ def test_an_export_is_the_same_model_in_transformers(
 @pytest.mark.parametrize("pattern", ["dense", "static"])
 def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
     """On texts longer than what local attention sees, with padding; in eval mode, and while training."""
-    config = recipe(model={"max_positions": 256, "dropout": 0.0}, sparsity={"pattern": pattern})
+    # Weights large enough for every token that is seen to tell.
+    config = recipe(model={"max_positions": 256, "dropout": 0.0, "initializer_std": 0.3}, sparsity={"pattern": pattern})
     model, layers = build_model(config, bench.VOCAB_SIZE)
     assert len(layers) == (0 if pattern == "dense" else 12)
     twin = ModernBertForMaskedLM(modern_bert_config(config.model, bench.VOCAB_SIZE))
@@ -161,8 +162,15 @@ def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
         twin.train(training)
         ours, theirs = (outputs(one, input_ids, seen)[seen.bool()] for one in (model, twin))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    # What a far token is reaches the first layer only, which sees all: twice local attention alone would not.
+    # The first layer sees all; the others would, too, where nothing told them apart.
     assert [layer.attention_type for layer in twin.model.layers] == ["full_attention"] + ["sliding_attention"] * 2
+    batch = DeviceBatch.of(bench.stream().batch(0, 4), torch.device("cpu"))
+    assert not batch.attention_mask.all()
+    losses, hits = model.eval()(batch)
+    logits = twin.eval()(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.mlm_positions]
+    chosen = logits.log_softmax(-1).gather(1, batch.mlm_labels[:, None])
+    torch.testing.assert_close(losses, -chosen.sum()[None], rtol=1e-4, atol=1e-5)
+    assert hits.tolist() == [int((logits.argmax(-1) == batch.mlm_labels).sum())]
 
 
 def test_it_begins_as_transformers_would() -> None:
