@@ -57,9 +57,9 @@ def named(path: Path) -> str:
         (
             "transformers",
             {
-                "dsbert.models.bert_layers",
+                "dsbert.models.fast_layers",
                 "dsbert.models.bert",
-                "dsbert.inspection.export",
+                "dsbert.models.modern_bert",
                 "dsbert.data.preparing.tokenizer_check",
             },
         ),

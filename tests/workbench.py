@@ -16,7 +16,7 @@ from dsbert.data.stream import Batch, SampleStream
 from dsbert.data.tokenizer import Vocabulary
 from dsbert.engine.train_engine import TrainEngine
 from dsbert.engine.zero_shards import forward_copies, full_shape
-from dsbert.models.bert import build_model
+from dsbert.models.construction import build_model
 from dsbert.sparse import MaskManager, MaskUpdate
 
 VOCAB_SIZE = 67

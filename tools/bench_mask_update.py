@@ -27,7 +27,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     from dsbert.cluster import process_group
     from dsbert.engine.train_engine import TrainEngine
     from dsbert.engine.zero_shards import set_adam_step
-    from dsbert.models.bert import build_model
+    from dsbert.models.construction import build_model
     from dsbert.sparse import MaskManager
 
     world = process_group.init(300)

@@ -77,7 +77,7 @@ class Side:
     def __init__(self, options: argparse.Namespace, world: Any, overrides: list[str]) -> None:
         from dsbert.config.recipe import load_recipe
         from dsbert.engine.train_engine import TrainEngine
-        from dsbert.models.bert import build_model
+        from dsbert.models.construction import build_model
 
         recipe = load_recipe(options.recipe, [*overrides, *options.overrides])
         model, layers = build_model(recipe, options.vocab_size, world.device)

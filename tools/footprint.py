@@ -25,13 +25,16 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
 
     from dsbert.cluster import process_group
     from dsbert.engine.train_engine import TrainEngine
-    from dsbert.models.bert import build_model, encoder_linears
+    from dsbert.models.construction import build_model, encoder_linears
+    from dsbert.models.spec import model_spec
     from dsbert.sparse.kernels.dense import scratch_bytes
 
     world = process_group.init(120)
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     model, layers = build_model(recipe, arguments["vocab_size"], world.device)
-    names = {f"{name}.{part}" for name in encoder_linears(model) for part in ("weight", "blocks")}
+    names = {
+        f"{name}.{part}" for name in encoder_linears(model, model_spec(recipe.model)) for part in ("weight", "blocks")
+    }
     sent: Counter[str] = Counter()
 
     def counted(name: str, original: Any, which: int) -> Any:

@@ -23,7 +23,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     from dsbert.data.manifest import load_manifest
     from dsbert.data.stream import SampleStream
     from dsbert.engine.train_engine import TrainEngine
-    from dsbert.models.bert import build_model
+    from dsbert.models.construction import build_model
     from dsbert.sparse import MaskManager
 
     world = process_group.init(120)

@@ -70,17 +70,17 @@ class TrainingBar:
         self._total, self._speed = total, ""
         self._progress.start()
 
-    def show(self, record: dict[str, Any]) -> None:
-        """Take speed and validation from a record of metrics.jsonl."""
+    def show(self, record: dict[str, Any], objective: str) -> None:
+        """Take speed, and validation of an objective, from a record of metrics.jsonl."""
         self._speed = f"{record['tokens_per_s']:,.0f} tokens/s"
-        if record["val_mlm_loss"] is not None:
-            self.print(
-                f"step {record['step']}: held-out MLM loss {record['val_mlm_loss']:.3f}, dof {record['dof']:.2f}"
-            )
+        loss = record[f"val_{objective}_loss"]
+        if loss is not None:
+            self.print(f"step {record['step']}: held-out {objective.upper()} loss {loss:.3f}, dof {record['dof']:.2f}")
 
-    def advance(self, step: int, mlm: float, nsp: float) -> None:
-        """Move to `step`, which had these losses."""
-        text = f"loss {mlm + nsp:.3f}  mlm {mlm:.3f}  {self._speed}".rstrip()
+    def advance(self, step: int, losses: Mapping[str, float]) -> None:
+        """Move to `step`, which had these losses by objective: their sum is shown, and the first one."""
+        name, first = next(iter(losses.items()))
+        text = f"loss {sum(losses.values()):.3f}  {name} {first:.3f}  {self._speed}".rstrip()
         self._progress.update(self._task, completed=step, description=text)
         if self._progress.disable and step % max(1, self._total // 10) == 0:
             self.print(f"step {step} of {self._total}  {text}")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dsbert.checkpoint.loading import fragment_reader, read_state, read_topology, resolve_checkpoint
 from dsbert.config.recipe import Recipe, recipe_from_dict
-from dsbert.models.bert import SparseBert, build_model
+from dsbert.models.construction import build_model
 from dsbert.sparse import BlockSparseLinear, BlockTopology
 
 
@@ -21,7 +22,7 @@ class Restored:
     path: Path
     state: dict[str, Any]
     recipe: Recipe
-    model: SparseBert
+    model: nn.Module
     layers: dict[str, BlockSparseLinear]
 
 

@@ -10,10 +10,21 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dsbert.base.errors import UserError
 from dsbert.base.fields import Flag, Number, PathName, Text, Whole, whole
+from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
 from dsbert.config.documents import DocumentError
 from dsbert.config.overrides import keep_shares, override_value, total_steps
@@ -28,8 +39,10 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """BERT's shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size 64)."""
+    """The encoder, and its shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size
+    64)."""
 
+    architecture: Text = "bert"
     num_layers: Whole = Positive
     hidden_size: Whole = Positive
     num_heads: Whole = Positive
@@ -37,6 +50,21 @@ class ModelConfig(_Section):
     max_positions: Whole = Field(512, gt=0)
     dropout: Number = Field(0.1, ge=0, lt=1)
     initializer_std: Number = Field(0.02, gt=0)
+
+    @field_validator("architecture")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in ARCHITECTURES:
+            raise ValueError(f"expected one of {', '.join(ARCHITECTURES)}, found {name!r}")
+        return name
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Records of BERT say nothing of the architecture, as they did before there was a choice."""
+        values: dict[str, Any] = dump(self)
+        if self.architecture == "bert":
+            values.pop("architecture", None)
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +197,17 @@ class Recipe(_Section):
     log: LogConfig = LogConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_modules(cls, values: Any) -> Any:
+        """Unless sparsity.modules is given, the linear layers of the architecture's encoder are sparse."""
+        match values:
+            case {"model": {"architecture": str(name)}} if name in ARCHITECTURES:
+                sparsity = values.get("sparsity", {})
+                if isinstance(sparsity, dict) and "modules" not in sparsity:
+                    return values | {"sparsity": sparsity | {"modules": [ARCHITECTURES[name].encoder]}}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         found = []
@@ -183,6 +222,11 @@ class Recipe(_Section):
             found.append(
                 f"expected data.seq_len of at most model.max_positions {self.model.max_positions}, "
                 f"found {self.data.seq_len}"
+            )
+        if self.data.nsp and "nsp" not in ARCHITECTURES[self.model.architecture].objectives:
+            found.append(
+                f"expected data.nsp=false with model.architecture={self.model.architecture}, which has no head for "
+                "pairs of sentences, found true"
             )
         if found:
             raise ValueError(in_one_line(found))

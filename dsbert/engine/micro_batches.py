@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dsbert.config.recipe import BatchConfig
 from dsbert.data.stream import Batch
+from dsbert.models.spec import Objective
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ def cut(batch: BatchConfig, rank: int, world_size: int) -> list[MicroBatch]:
     return [MicroBatch(index * size, min(size, total - index * size)) for index in mine]
 
 
-def counts_of(batches: list[Batch]) -> list[int]:
-    """[masked tokens, NSP pairs that are asked about, tokens] of a rank's part of a step."""
-    masked = sum(batch.mlm_labels.size for batch in batches)
-    pairs = sum(int((batch.nsp_labels >= 0).sum()) for batch in batches)
-    return [masked, pairs, sum(batch.num_tokens for batch in batches)]
+def counts_of(batches: list[Batch], objectives: tuple[Objective, ...]) -> list[int]:
+    """[predictions asked for by each objective ..., tokens] of a rank's part of a step."""
+    asked = [sum(objective.count(batch) for batch in batches) for objective in objectives]
+    return [*asked, sum(batch.num_tokens for batch in batches)]

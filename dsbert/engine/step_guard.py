@@ -32,9 +32,9 @@ _MAX_SQUARE = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """Equal on all ranks. losses: [mlm, nsp] summed over the global batch, float64 on the CPU; grad_norm: of the global
-    gradient before clipping; nonfinite_ranks: those whose own losses, or own gradients of matrices, were not finite.
-    The tuple is empty if only the sum over ranks is not finite, or only the gradient of a bias or LayerNorm."""
+    """Equal on all ranks. losses: of each objective, summed over the global batch, float64 on the CPU; grad_norm: of
+    the global gradient before clipping; nonfinite_ranks: those whose own losses, or own gradients of matrices, were not
+    finite. The tuple is empty if only the sum over ranks is not finite, or only the gradient of a bias or LayerNorm."""
 
     finite: bool
     nonfinite_ranks: tuple[int, ...]
@@ -59,15 +59,15 @@ class StepGuard:
         inner_optimizer(engine).register_step_pre_hook(self._hold)
 
     def verdict(self, losses: Tensor) -> Verdict:
-        """After the last backward of a step. losses: this rank's sums, float64 [2] on the device. Collective: one
-        small all-reduce on the CPU, after the only wait for the device."""
+        """After the last backward of a step. losses: this rank's sums, float64 [objectives] on the device. Collective:
+        one small all-reduce on the CPU, after the only wait for the device."""
         own = torch.stack(self._contributions).sum(dtype=torch.float64)
         self._contributions.clear()
         squares = self._squared_norm()
         values = torch.cat([torch.stack([own, squares]), losses]).cpu()
         ranks = self._world.world_size
-        shared = torch.zeros(ranks + 3, dtype=torch.float64)
-        shared[self._world.rank] = not bool(values[[0, 2, 3]].isfinite().all())
+        shared = torch.zeros(ranks + 1 + len(losses), dtype=torch.float64)
+        shared[self._world.rank] = not bool(values[0].isfinite() & values[2:].isfinite().all())
         shared[ranks:] = values[1:]
         if not gradients_are_partitioned(self._engine):
             shared[ranks] /= ranks

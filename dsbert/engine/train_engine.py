@@ -1,7 +1,7 @@
 """TrainEngine: one optimizer step of the global batch, through DeepSpeed, on any number of ranks.
 
-The gradient of a step is that of the mean over all masked tokens, plus that of the mean over all NSP pairs, of the
-GLOBAL batch, however it is cut into ranks x micro-batches x accumulation. Shapes: models/bert.py, sparse/linear.py.
+The gradient of a step is the sum over the model's objectives of that of the mean loss of all predictions of the GLOBAL
+batch, however it is cut into ranks x micro-batches x accumulation. Shapes: models/spec.py, sparse/linear.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from dsbert.engine.zero_shards import (
     set_loss_scaler,
     zero_blocks,
 )
-from dsbert.models.bert import DeviceBatch, SparseBert, any_batch
+from dsbert.models.device_batch import DeviceBatch, any_batch
+from dsbert.models.spec import model_spec
 from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
@@ -49,9 +50,9 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """Sums over the global batch, equal on all ranks. losses: [mlm, nsp] summed cross-entropies (float64, CPU); counts:
-    masked tokens, NSP pairs; tokens: positions that are not padding; stop: some rank asked to
-    stop; busy: some rank's checkpoint writer is at work.
+    """Sums over the global batch, equal on all ranks. losses: summed cross-entropy of each objective (float64, CPU);
+    counts: predictions asked for by each; tokens: positions that are not padding; stop: some rank asked to stop; busy:
+    some rank's checkpoint writer is at work.
 
     skipped: a loss or a gradient was not finite, and nothing has moved; rescaled: the losses were finite, and the loss
     scale of fp16 falls for it. nonfinite_ranks: the ranks whose own losses or
@@ -59,8 +60,7 @@ class StepResult:
     """
 
     losses: Tensor
-    masked_tokens: int
-    nsp_pairs: int
+    counts: tuple[int, ...]
     tokens: int
     grad_norm: float
     lr: float
@@ -70,10 +70,9 @@ class StepResult:
     rescaled: bool = False
     nonfinite_ranks: tuple[int, ...] = ()
 
-    def mean_losses(self) -> tuple[float, float]:
-        """(MLM loss per masked token, NSP loss per pair), 0 where there was none."""
-        mlm, nsp = self.losses.tolist()
-        return mlm / max(self.masked_tokens, 1), nsp / max(self.nsp_pairs, 1)
+    def mean_losses(self) -> tuple[float, ...]:
+        """Of each objective, per prediction; 0 where none was asked for."""
+        return tuple(loss / max(count, 1) for loss, count in zip(self.losses.tolist(), self.counts, strict=True))
 
 
 class TrainEngine:
@@ -88,13 +87,15 @@ class TrainEngine:
     def __init__(
         self,
         recipe: Recipe,
-        model: SparseBert,
+        model: nn.Module,
         layers: dict[str, BlockSparseLinear],
         world: World,
         run_dir: Path | None = None,
     ) -> None:
         recipe = recipe.model_copy(update={"batch": recipe.batch.on_ranks(world.world_size)})
         self.recipe, self.world, self.layers = recipe, world, layers
+        self._spec = model_spec(recipe.model)
+        self.objectives = self._spec.objectives
         self.step = 0
         self.on_progress: Callable[[], object] = lambda: None  # called before every micro-batch
         micro_batch = recipe.batch.micro_batch
@@ -143,12 +144,12 @@ class TrainEngine:
         same answer on all ranks, is in the result. If a loss or a
         gradient of any rank is not finite, the step counts but moves nothing anywhere: `skipped` in the result.
         """
-        counts = all_reduce(torch.tensor([*counts_of(batches), int(stop), int(busy)], dtype=torch.int64))
-        masked_tokens, nsp_pairs, tokens, stops, busy_ranks = counts.tolist()
+        said = [*counts_of(batches, self.objectives), int(stop), int(busy)]
+        *counts, tokens, stops, busy_ranks = all_reduce(torch.tensor(said, dtype=torch.int64)).tolist()
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
-        scale = torch.tensor([parts / max(masked_tokens, 1), parts / max(nsp_pairs, 1)], device=self.world.device)
-        losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        scale = torch.tensor([parts / max(count, 1) for count in counts], device=self.world.device)
+        losses = torch.zeros(len(counts), dtype=torch.float64, device=self.world.device)
         self._engine.train()
         for index, (micro, batch) in enumerate(zip(self.plan(), batches, strict=True)):
             if index:
@@ -169,8 +170,7 @@ class TrainEngine:
         skipped = self._engine.skipped_steps > skipped_steps
         return StepResult(
             verdict.losses,
-            masked_tokens,
-            nsp_pairs,
+            tuple(counts),
             tokens,
             verdict.grad_norm,
             lr,
@@ -183,7 +183,7 @@ class TrainEngine:
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(losses, hits) of this rank's batch: see SparseBert. At ZeRO stage 3 collective."""
+        """(losses, hits) of this rank's batch: see models/spec.py. At ZeRO stage 3 collective."""
         self._engine.eval()
         return self._engine(DeviceBatch.of(batch, self.world.device))
 
@@ -276,11 +276,11 @@ class TrainEngine:
         score = PRUNE_SCORES["l2"]
         parts = [self.block_scores(layer, score) for layer in self.layers.values()]
         squares = all_reduce(torch.cat(parts)).double() / score.scale
-        for layer, square in zip(self.layers.values(), squares.split([p.numel() for p in parts]), strict=True):
+        for (name, layer), square in zip(self.layers.items(), squares.split([p.numel() for p in parts]), strict=True):
             factors = shrink_factors(
                 square,
                 strength=self.recipe.sparsity.group_lasso,
-                weight_std=self.recipe.model.initializer_std,
+                weight_std=self._spec.initial_std(f"{name}.blocks", self.recipe.model),
                 block_size=layer.block_size,
                 lr=lr,
             )

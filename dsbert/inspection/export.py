@@ -37,7 +37,7 @@ _ALWAYS = ("config.json", "model.safetensors", COMPACT, "tokenizer.json", "token
 def export(path: Path, to: Path) -> dict[str, Any]:
     """Write a checkpoint, or the newest one of a run, into the directory `to`:
 
-    config.json, model.safetensors and the tokenizer, for transformers' BertForPreTraining and AutoTokenizer;
+    config.json, model.safetensors and the tokenizer, for transformers' class of the model and AutoTokenizer;
     sparse.safetensors with "<layer>.blocks" [K, B, B], ".rows", ".cols" (int32 [K]) and every dense parameter by name;
     and export.json. Of an earlier export in `to`, its own files are replaced, one by one and each whole.
     Raises UserError if `to` holds something else or cannot be written, CheckpointError without a valid checkpoint.
@@ -177,7 +177,7 @@ def _umask() -> int:
 
 def _write(restored: Any, to: Path) -> None:
     """All files of an export but the record."""
-    from transformers import BertForPreTraining
+    from dsbert.models.spec import model_spec
 
     for name in read_manifest(restored.path)["files"]:  # no more than was verified, whatever else lies there
         if name.startswith(f"{TOKENIZER}/"):
@@ -186,15 +186,14 @@ def _write(restored: Any, to: Path) -> None:
     # As this version writes it: an older one had transformers rebuild normalisers that are not BERT's.
     save_tokenizer(tokenizer, to)
     check_saved(to)
-    config = restored.model.config
-    config.pad_token_id = Vocabulary.of(tokenizer).pad
+    spec, config, vocabulary = model_spec(restored.recipe.model), restored.model.config, Vocabulary.of(tokenizer)
+    for name, token in spec.special_tokens.items():
+        setattr(config, name, getattr(vocabulary, token))
     _limit_tokenizer(to / "tokenizer_config.json", config.max_position_embeddings)
-    model = BertForPreTraining(config)
+    model = spec.exported(config)
     weights = dense_state(restored)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [
-        name for name in missing if name not in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-    ]
+    missing = [name for name in missing if name not in model.all_tied_weights_keys]
     assert not missing, missing
     assert not unexpected, unexpected
     model.tie_weights()
@@ -212,7 +211,7 @@ def _limit_tokenizer(path: Path, max_positions: int) -> None:
 
 
 def dense_state(restored: Any) -> dict[str, Any]:
-    """The parameters of transformers.BertForPreTraining by name: sparse weights as dense [out, in] ones."""
+    """The parameters of the transformers model by name: sparse weights as dense [out, in] ones."""
     state = {}
     for name, param in restored.model.named_parameters():
         layer = restored.layers.get(name.removesuffix(".blocks"))

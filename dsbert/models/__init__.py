@@ -1,7 +1,13 @@
-"""Models: BERT with block-sparse linear layers, its losses and its fused layers.
+"""Models: encoders with block-sparse linear layers, their losses and their fast layers.
 
-bert             BERT with MLM and NSP, made without its dense weights
-bert_layers      dropout, attention and linear layers as one pass each
+spec             the seam: what the rest of dsbert knows of a model; objectives
+construction     a recipe's model, made without its dense weights
+bert             BERT with MLM and NSP
+modern_bert      ModernBERT with MLM
+device_batch     what a model is called with
+fast_layers      dropout, attention and linear layers as one pass each
+
+Another encoder is a module with a `SPEC`, a line in config/architectures.py, and a recipe.
 """
 
 from dsbert.base.optional_triton import triton_hidden

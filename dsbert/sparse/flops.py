@@ -9,12 +9,14 @@ def linear_flops(tokens: int, num_weights: int) -> int:
     return 3 * 2 * tokens * num_weights
 
 
-def attention_flops(seq_len: int, hidden_size: int) -> int:
-    """Forward and backward of Q K^T and A V over one sequence of one layer."""
-    return 3 * 2 * 2 * seq_len * seq_len * hidden_size
+def attention_flops(pairs: int, hidden_size: int) -> int:
+    """Forward and backward of Q K^T and A V over `pairs` pairs of a query and a key: all seq_len^2 of a sequence, or as
+    many as may see each other."""
+    return 3 * 2 * 2 * pairs * hidden_size
 
 
-def sequence_flops(seq_len: int, hidden_size: int, num_layers: int, encoder_weights: Iterable[int]) -> int:
-    """Forward and backward of one sequence. `encoder_weights`: kept weights of every encoder linear."""
+def sequence_flops(seq_len: int, hidden_size: int, attention_pairs: int, encoder_weights: Iterable[int]) -> int:
+    """Forward and backward of one sequence. `attention_pairs`: over all layers; `encoder_weights`: kept weights of
+    every encoder linear."""
     linears = sum(linear_flops(seq_len, weights) for weights in encoder_weights)
-    return linears + num_layers * attention_flops(seq_len, hidden_size)
+    return linears + attention_flops(attention_pairs, hidden_size)

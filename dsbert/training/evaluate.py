@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dsbert.base.collectives import all_reduce
 from dsbert.base.errors import UserError
 from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.data.stream import Batch, SampleStream
+from dsbert.models.spec import Objective
 
 # Masks, order and NSP partners of every evaluation, whatever the seed of the run.
 EVAL_SEED = 20_210_813
@@ -23,25 +25,42 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
+class Score:
+    """Means over the predictions of an objective (loss in nats); None where there were none."""
+
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Means over `tokens` masked tokens (losses in nats) and over the NSP pairs; None where there were none.
+    """Over `tokens` masked tokens, and what else the model's objectives ask about; scores: by objective.
 
     unigram_loss: cross-entropy of the same tokens under their frequency in the training text.
     """
 
     sequences: int
     tokens: int
-    mlm_loss: float | None
-    mlm_accuracy: float | None
-    nsp_loss: float | None
-    nsp_accuracy: float | None
+    scores: dict[str, Score]
     unigram_loss: float | None = None
+
+    def is_finite(self) -> bool:
+        """Whether every loss is."""
+        return all(math.isfinite(score.loss or 0.0) for score in self.scores.values())
+
+    def report(self) -> dict[str, int | float | None]:
+        """As `dsbert evaluate` shows it."""
+        report: dict[str, int | float | None] = {"sequences": self.sequences, "tokens": self.tokens}
+        for name, score in self.scores.items():
+            report |= {f"{name}_loss": score.loss, f"{name}_accuracy": score.accuracy}
+        return report | {"unigram_loss": self.unigram_loss}
 
 
 def evaluate(
     forward: Callable[[Batch], tuple[Tensor, Tensor]],
     stream: SampleStream,
     sequences: int,
+    objectives: tuple[Objective, ...],
     *,
     micro_batch: int = _BATCH,
     rank: int = 0,
@@ -52,12 +71,13 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate the first `sequences` samples of `stream`, shared out over the ranks. Collective if world_size > 1.
 
-    forward(batch) -> (summed losses [mlm, nsp], hits [mlm, nsp]). Every rank makes the same number of calls.
+    forward(batch) -> (summed losses, hits), both [objectives]. Every rank makes the same number of calls.
     interrupted: asked before every call, with the same answer on all ranks; True ends the evaluation with None.
     """
     sequences = min(sequences, stream.num_samples)
     num_batches = -(-sequences // micro_batch)
-    sums = torch.zeros(7, dtype=torch.float64)
+    size = len(objectives)
+    sums = torch.zeros(3 * size + 1, dtype=torch.float64)  # losses, hits, counts; surprise at the masked tokens
     unigram = None if unigram_counts is None else _unigram_log_probabilities(unigram_counts)
     for index in range(rank, -(-num_batches // world_size) * world_size, world_size):
         if interrupted and interrupted():
@@ -65,25 +85,21 @@ def evaluate(
         first = min(index * micro_batch, sequences)
         batch = stream.batch(first, min(micro_batch, sequences - first), micro_batch)
         losses, hits = forward(batch)
-        pairs = int((batch.nsp_labels >= 0).sum())
-        sums[:4] += torch.cat([losses.double(), hits.double()]).cpu()
-        sums[4:6] += torch.tensor([batch.mlm_labels.size, pairs], dtype=torch.float64)
+        sums[: 2 * size] += torch.cat([losses.double(), hits.double()]).cpu()
+        sums[2 * size : -1] += torch.tensor([objective.count(batch) for objective in objectives], dtype=torch.float64)
         if unigram is not None:
-            sums[6] -= float(unigram[batch.mlm_labels].sum())
+            sums[-1] -= float(unigram[batch.mlm_labels].sum())
         if progress:
             progress(min(index + world_size, num_batches), num_batches)
     if world_size > 1:
         all_reduce(sums)
-    mlm, nsp, mlm_hits, nsp_hits, tokens, pairs, surprise = sums.tolist()
-    return Evaluation(
-        sequences=sequences,
-        tokens=int(tokens),
-        mlm_loss=mlm / tokens if tokens else None,
-        mlm_accuracy=mlm_hits / tokens if tokens else None,
-        nsp_loss=nsp / pairs if pairs else None,
-        nsp_accuracy=nsp_hits / pairs if pairs else None,
-        unigram_loss=surprise / tokens if tokens and unigram is not None else None,
-    )
+    scores = {
+        objective.name: Score(loss / count, hits / count) if count else Score(None, None)
+        for objective, (loss, hits, count) in zip(objectives, sums[:-1].view(3, size).T.tolist(), strict=True)
+    }
+    tokens = float(sums[2 * size])  # masked ones: what the first objective asks about
+    unigram_loss = float(sums[-1]) / tokens if tokens and unigram is not None else None
+    return Evaluation(sequences, int(tokens), scores, unigram_loss)
 
 
 def evaluate_checkpoint(
@@ -103,7 +119,7 @@ def evaluate_checkpoint(
         documents: how rows of `texts` make documents, as `data.prepare` takes it.
         text_column: what tables among `texts` call their text; "text" by default.
 
-    Returns the fields of `Evaluation` and step; of `texts` also left_out: files by reason (data/folders.py).
+    Returns what `Evaluation.report` does and step; of `texts` also left_out: files by reason (data/folders.py).
 
     Raises UserError for missing data or text, CheckpointError for a missing or damaged checkpoint.
     """
@@ -111,7 +127,8 @@ def evaluate_checkpoint(
     from dsbert.data.manifest import load_unigram_counts
     from dsbert.data.preparing.corpus import TEXT_COLUMN, read_documents
     from dsbert.data.preparing.folders import LeftOut, summarized
-    from dsbert.models.bert import DeviceBatch
+    from dsbert.models.device_batch import DeviceBatch
+    from dsbert.models.spec import model_spec
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not texts and (documents or text_column):
@@ -132,10 +149,11 @@ def evaluate_checkpoint(
             return restored.model(DeviceBatch.of(batch, device))
 
     counts = load_unigram_counts(restored.path)
-    result = evaluate(forward, stream, stream.num_samples, unigram_counts=counts, progress=progress)
+    objectives = model_spec(restored.recipe.model).objectives
+    result = evaluate(forward, stream, stream.num_samples, objectives, unigram_counts=counts, progress=progress)
     assert result is not None
     named = {"left_out": summarized(left_out)} if texts else {}
-    return {"step": restored.state["step"]} | vars(result) | named
+    return {"step": restored.state["step"]} | result.report() | named
 
 
 def _held_out_stream(restored: Any) -> SampleStream:

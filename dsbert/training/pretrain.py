@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -98,7 +97,7 @@ def _after_step(run: Run, result: StepResult, stop: StopRequest) -> bool:
     if step % _WEIGHT_CHECK_STEPS == 0:
         assert_replicas_agree("the weights", run.engine.replica_digests())
     _assert_not_stuck(run, result)
-    if validation and step == recipe.optim.total_steps and not _is_finite(validation):
+    if validation and step == recipe.optim.total_steps and not validation.is_finite():
         raise DsbertError(
             f"expected a finite validation loss at the last step, {step}, found none; {_advice(run)}"
         ).for_all()
@@ -169,6 +168,7 @@ def _validate(run: Run, stop: StopRequest) -> Evaluation | None:
             run.engine.evaluate_batch,
             run.held_out,
             run.recipe.eval.sequences,
+            run.engine.objectives,
             micro_batch=run.recipe.batch.micro_batch,
             rank=run.world.rank,
             world_size=run.world.world_size,
@@ -237,7 +237,3 @@ def _advice(run: Run) -> str:
 
 def _due(every_steps: int, step: int, total_steps: int) -> bool:
     return step % every_steps == 0 or step == total_steps
-
-
-def _is_finite(validation: Evaluation) -> bool:
-    return math.isfinite((validation.mlm_loss or 0.0) + (validation.nsp_loss or 0.0))

@@ -13,9 +13,10 @@ from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
 from dsbert.engine.ds_config import config_label
 from dsbert.engine.train_engine import StepResult
+from dsbert.models.spec import model_spec
 from dsbert.sparse import MaskManager, MaskUpdate
 from dsbert.sparse.flops import sequence_flops
-from dsbert.training.evaluate import Evaluation
+from dsbert.training.evaluate import Evaluation, Score
 from dsbert.training.metrics import WandbLogger
 from dsbert.training.run_directory import RunDirectory
 
@@ -42,7 +43,10 @@ class Reporter:
     def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, Any]) -> None:
         self._recipe, self._directory, self._main = recipe, directory, world.is_main
         self._world_size = world.world_size
-        shape = (recipe.data.seq_len, recipe.model.hidden_size, recipe.model.num_layers)
+        spec = model_spec(recipe.model)
+        self._objectives = spec.objectives
+        seq_len = recipe.data.seq_len
+        shape = (seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, seq_len))
         self._flops = sequence_flops(*shape, (layer["kept"] for layer in layers.values()))
         dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
         self._flops_dense = sequence_flops(*shape, dense)
@@ -119,8 +123,8 @@ class Reporter:
             self._directory.assert_owner(self._attempt)
             self._wandb.log(record)
             self._directory.metrics.append(record)
-            self._bar.show(record)
-        self._bar.advance(step, *result.mean_losses())
+            self._bar.show(record, self._objectives[0].name)
+        self._bar.advance(step, self._losses(result))
 
     def say(self, line: str) -> None:
         """A line for people, on standard error."""
@@ -140,10 +144,23 @@ class Reporter:
         self._directory.metrics.close()
         self._directory.journal.close()
 
+    def _losses(self, result: StepResult) -> dict[str, float]:
+        return {one.name: loss for one, loss in zip(self._objectives, result.mean_losses(), strict=True)}
+
+    def _validated(self, validation: Evaluation | None) -> dict[str, float | None]:
+        """Held-out losses and accuracies, None where the step had no validation."""
+        found: dict[str, float | None] = {}
+        for objective in self._objectives:
+            score = validation.scores[objective.name] if validation else Score(None, None)
+            found[f"val_{objective.name}_loss"] = score.loss
+            if objective.logs_accuracy:
+                found[f"val_{objective.name}_accuracy"] = score.accuracy
+        return found
+
     def _record(self, report: StepReport) -> dict[str, Any]:
         step, result, masks = report.step, report.result, report.masks
         update, validation = report.update, report.validation
-        mlm, nsp = result.mean_losses()
+        losses = self._losses(result)
         now = time.perf_counter()
         since_step, since_tokens, since_skipped, since = self._since
         self._since = (step, self._totals["tokens"], self._totals["skipped"], now)
@@ -152,12 +169,9 @@ class Reporter:
         stepping_s = now - since - waits["save"] - waits["validation"]
         return {
             "step": step,
-            "loss": mlm + nsp,
-            "loss_mlm": mlm,
-            "loss_nsp": nsp,
-            "val_mlm_loss": validation.mlm_loss if validation else None,
-            "val_mlm_accuracy": validation.mlm_accuracy if validation else None,
-            "val_nsp_loss": validation.nsp_loss if validation else None,
+            "loss": sum(losses.values()),
+            **{f"loss_{name}": loss for name, loss in losses.items()},
+            **self._validated(validation),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "skipped": self._totals["skipped"] - since_skipped,

@@ -29,7 +29,8 @@ from dsbert.data.stream import SAMPLES, SampleStream
 from dsbert.data.verification import verify_data
 from dsbert.engine.ds_config import what_holds, without_batches
 from dsbert.engine.train_engine import TrainEngine
-from dsbert.models.bert import build_model, layer_shapes
+from dsbert.models.construction import build_model, layer_shapes
+from dsbert.models.spec import model_spec
 from dsbert.sparse import MaskManager
 from dsbert.training.numerics import changes, numerics
 from dsbert.training.opening import assert_same_everywhere, open_streams, with_absolute_path
@@ -98,7 +99,7 @@ class Run:
         built = raise_on_all_ranks(lambda: build_model(recipe, vocab_size, world.device, self.train.vocab.pad))
         assert built is not None
         model, layers = built
-        shapes = layer_shapes(model)
+        shapes = layer_shapes(model, model_spec(recipe.model))
         self.engine = TrainEngine(recipe, model, layers, world, self.directory.path)
         process_group.unlimit()  # DeepSpeed's groups
         self.engine.on_progress = self.heartbeat.advance

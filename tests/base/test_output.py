@@ -153,8 +153,8 @@ def test_a_progress_line_shows_its_own_steps_loss(capsys: pytest.CaptureFixture[
     bar = TrainingBar(total=120, step=0)
     for step in range(1, 25):
         if step % 10 == 0:
-            bar.show({"step": step, "tokens_per_s": 1000.0, "val_mlm_loss": None})
-        bar.advance(step, 10.0 / step, 1.0)
+            bar.show({"step": step, "tokens_per_s": 1000.0, "val_mlm_loss": None}, "mlm")
+        bar.advance(step, {"mlm": 10.0 / step, "nsp": 1.0})
     bar.close()
     assert capsys.readouterr().err.splitlines() == [
         "dsbert: step 12 of 120  loss 1.833  mlm 0.833  1,000 tokens/s",

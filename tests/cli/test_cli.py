@@ -195,7 +195,7 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     from safetensors.torch import load_file
 
     from dsbert.checkpoint.restore import restore_model
-    from dsbert.models.bert import DeviceBatch
+    from dsbert.models.device_batch import DeviceBatch
     from dsbert.sparse.linear import dense_weight
 
     done = dsbert("export", str(run), "--to", str(tmp_path / "out"))

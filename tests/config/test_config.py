@@ -19,7 +19,12 @@ from dsbert.engine.micro_batches import cut
 
 def test_the_family_of_the_paper() -> None:
     assert recipe_names() == sorted(
-        ["demo", "wikibooks", *(f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large"))]
+        [
+            "demo",
+            "modernbert-demo",
+            "wikibooks",
+            *(f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large")),
+        ]
     )
     shapes = {
         "tiny": (2, 128),

@@ -51,7 +51,8 @@ def expected() -> dict[str, Any]:
     """From one backward over the batch of 12, dense: by parameter, with "dense.<layer>" beside the blocks."""
     import torch
 
-    from dsbert.models.bert import DeviceBatch, build_model
+    from dsbert.models.construction import build_model
+    from dsbert.models.device_batch import DeviceBatch
     from tests import workbench as bench
 
     model, layers = build_model(_recipe(BATCH), bench.VOCAB_SIZE)

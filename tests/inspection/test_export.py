@@ -171,7 +171,8 @@ def test_where_nobody_may_write_is_one_line(run: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from dsbert import durable, export
+from dsbert.base import durable
+from dsbert.inspection import export
 count = [0]
 def dying(temporary, path, publish=durable.publish):
     if count[0] == int(sys.argv[3]):

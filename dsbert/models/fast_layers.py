@@ -1,4 +1,4 @@
-"""What of BERT is neither a sparse product nor a loss, so that it costs little beside those: dropout, attention, GELU,
+"""What of an encoder is neither a sparse product nor a loss, so that it costs little beside those: dropout, attention,
 and dense products in half precision.
 
 torch draws dropout masks on a CPU number by number, keeps them, and takes attention apart into a dozen passes as soon
@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, BertForPreTraining
-from transformers.activations import GELUActivation
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.bert.modeling_bert import BertIntermediate
 
-from dsbert.sparse import BlockSparseLinear
 from dsbert.sparse.kernels import cpu
 
 ATTENTION = "dsbert"
@@ -122,23 +119,14 @@ def attention(
     return torch.bmm(shares, v).view(sequences, heads, positions, size).transpose(1, 2), None
 
 
-def lighten_(model: BertForPreTraining) -> None:
-    """Have a BERT use what stands here, in place: names of modules and parameters stay."""
+def use_fast_layers_(model: PreTrainedModel) -> None:
+    """Have a model of transformers use what stands here, in place: names of modules and parameters stay."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Dropout(module.p))
         elif type(module) is nn.Linear:
             module.__class__ = Linear  # parameters, ties and hooks stay as they are
     model.set_attn_implementation(ATTENTION)
-
-
-def fuse_gelu_(model: nn.Module) -> None:
-    """Leave the activation of every FFN whose first layer is sparse to that layer's kernel, in place."""
-    for module in model.modules():
-        if isinstance(module, BertIntermediate) and isinstance(module.dense, BlockSparseLinear):
-            assert isinstance(module.intermediate_act_fn, GELUActivation)
-            module.dense.activation = "gelu"
-            module.intermediate_act_fn = nn.Identity()
 
 
 AttentionInterface.register(ATTENTION, attention)

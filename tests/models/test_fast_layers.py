@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import BertForPreTraining
 
-from dsbert.models import bert_layers
-from dsbert.models.bert import DeviceBatch, bert_config, build_model
-from dsbert.models.bert_layers import attention, drop, lighten_
+from dsbert.models import fast_layers
+from dsbert.models.bert import bert_config
+from dsbert.models.construction import build_model
+from dsbert.models.device_batch import DeviceBatch
+from dsbert.models.fast_layers import attention, drop, use_fast_layers_
 from tests import workbench as bench
 
 
 def multiplies_half(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     """As on a CPU that can, or cannot, multiply half precisions."""
-    monkeypatch.setattr(bert_layers, "_multiplies", lambda dtype: able or dtype == torch.float32)
+    monkeypatch.setattr(fast_layers, "_multiplies", lambda dtype: able or dtype == torch.float32)
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
@@ -38,7 +40,7 @@ def test_attention_with_dropout_is_attention(
     dtype: torch.dtype, slow: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiplies_half(monkeypatch, not slow)
-    monkeypatch.setattr(bert_layers, "drop", lambda x, p, training=True: x)  # nothing falls
+    monkeypatch.setattr(fast_layers, "drop", lambda x, p, training=True: x)  # nothing falls
     tensors, seen = operands(dtype)
     found, none = attention(torch.nn.Identity(), *tensors, seen, dropout=0.1, scaling=0.3)
     assert none is None
@@ -94,7 +96,7 @@ def test_without_the_kernels_torch_drops(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_dropout_of_everything_and_of_nonsense() -> None:
     x = torch.ones(100, requires_grad=True)
-    y = bert_layers.Dropout(1.0)(x)
+    y = fast_layers.Dropout(1.0)(x)
     y.sum().backward()
     assert not y.any()
     assert x.grad is not None
@@ -125,7 +127,7 @@ def test_dense_layers_where_half_precisions_are_slow(dtype: torch.dtype, monkeyp
     torch.manual_seed(0)
     model = OneLayer(dtype)
     kept = dict(model.named_parameters())
-    lighten_(cast(BertForPreTraining, model))
+    use_fast_layers_(cast(BertForPreTraining, model))
     layer = model.layer
     assert all(parameter is kept[name] for name, parameter in model.named_parameters())
     x, dy = torch.randn(2, 7, 300).to(dtype).requires_grad_(), torch.randn(2, 7, 40).to(dtype)
@@ -158,7 +160,7 @@ def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
     recipe = bench.recipe(sparsity={"pattern": pattern}, model={"dropout": 0.0})
     model, layers = build_model(recipe, bench.VOCAB_SIZE)
     assert any(layer.activation == "gelu" for layer in layers.values()) == (pattern == "static")
-    twin = BertForPreTraining(bert_config(recipe, bench.VOCAB_SIZE))
+    twin = BertForPreTraining(bert_config(recipe.model, bench.VOCAB_SIZE))
     weights = dict(model.state_dict())
     for name, layer in layers.items():
         weights[f"{name}.weight"] = layer.to_dense()

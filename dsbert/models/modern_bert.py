@@ -1,0 +1,116 @@
+"""ModernBERT for pre-training, from a transformers configuration: rotary positions, gated feed-forward layers, norms
+before the layers and not after, attention to near tokens only in two layers of three, no biases, masked tokens alone.
+
+Source: Warner et al. 2024, arXiv:2412.13663. Module and parameter names: those of transformers.ModernBertForMaskedLM.
+Shapes: b sequences, S positions, H hidden, V vocabulary, m masked positions in the whole micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import ModernBertConfig, ModernBertForMaskedLM
+from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
+
+from dsbert.config.architectures import ARCHITECTURES
+from dsbert.config.recipe import ModelConfig
+from dsbert.models.device_batch import DeviceBatch
+from dsbert.models.fast_layers import use_fast_layers_
+from dsbert.models.spec import ModelSpec, losses_and_hits
+
+# Matrices that add to the residual stream, or lead to the logits, begin smaller (`_init_weights` of transformers).
+_OUTPUTS = (".Wo", "head.dense")
+
+
+class _Rotary(ModernBertRotaryEmbedding):
+    """Rotary positions whose frequencies stay fp32 in a model of half precision, as transformers loads them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Rotary:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
+
+class SparseModernBert(nn.Module):
+    """ModernBertForMaskedLM; logits only where a token is masked. forward: see models/spec.py."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        whole = ModernBertForMaskedLM(config)
+        use_fast_layers_(whole)
+        self.config = config
+        self.model = whole.model
+        self.head = whole.head
+        self.decoder = whole.decoder
+
+    def forward(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        outputs = self.model(batch.input_ids, attention_mask=batch.attention_mask)
+        hidden = outputs.last_hidden_state.flatten(0, 1)  # [b S, H]
+        logits = self.decoder(self.head(hidden.index_select(0, batch.mlm_positions))).float()  # [m, V]
+        return losses_and_hits([(logits, batch.mlm_labels)], self.training)
+
+
+def modern_bert_config(model: ModelConfig, vocab_size: int, pad_token_id: int = 0) -> ModernBertConfig:
+    """The transformers configuration of the recipe's model. Special tokens but for [PAD] get their ids on export."""
+    return ModernBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.intermediate_size,
+        max_position_embeddings=model.max_positions,
+        attention_dropout=model.dropout,
+        embedding_dropout=model.dropout,
+        mlp_dropout=model.dropout,
+        initializer_range=model.initializer_std,
+        pad_token_id=pad_token_id,
+        bos_token_id=None,
+        cls_token_id=None,
+        eos_token_id=None,
+        sep_token_id=None,
+    )
+
+
+def _build(model: ModelConfig, vocab_size: int, pad_token_id: int) -> SparseModernBert:
+    return SparseModernBert(modern_bert_config(model, vocab_size, pad_token_id))
+
+
+def _fill_buffers(model: SparseModernBert, device: torch.device) -> None:
+    """The frequencies of rotary positions, which are no parameters."""
+    model.model.rotary_emb = _Rotary(model.config).to(device)
+
+
+def _initial_std(name: str, model: ModelConfig) -> float:
+    layer = name.rpartition(".")[0]
+    return model.initializer_std / (math.sqrt(2 * model.num_layers) if layer.endswith(_OUTPUTS) else 1.0)
+
+
+def _attention_pairs(model: ModelConfig, seq_len: int) -> int:
+    """Layers of local attention see `sliding_window` tokens to each side."""
+    config = modern_bert_config(model, vocab_size=1)
+    reach = min(config.sliding_window, seq_len - 1)
+    pairs = {"full_attention": seq_len**2, "sliding_attention": seq_len * (2 * reach + 1) - reach * (reach + 1)}
+    return sum(pairs[kind] for kind in config.layer_types)
+
+
+SPEC = ModelSpec(
+    architecture=ARCHITECTURES["modernbert"],
+    build=_build,
+    fill_buffers=_fill_buffers,
+    initial_std=_initial_std,
+    fuse_activations=lambda model: None,  # its GELU acts on half of what the first layer returns
+    attention_pairs=_attention_pairs,
+    exported=ModernBertForMaskedLM,
+    special_tokens={
+        "pad_token_id": "pad",
+        "bos_token_id": "cls",
+        "cls_token_id": "cls",
+        "eos_token_id": "sep",
+        "sep_token_id": "sep",
+    },
+)
