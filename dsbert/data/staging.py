@@ -24,11 +24,11 @@ def staged(data_dir: Path, stage_to: Path | None) -> Path:
     return data_dir if stage_to is None else stage_to / load_manifest(data_dir).digest
 
 
-def stage(data_dir: Path, stage_to: Path | None, share: tuple[int, int] | None = None) -> Path:
+def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = None) -> Path:
     """Copy prepared data, with its sample indices, into a directory of `stage_to` named by its digest.
 
     Any number of processes of a node may call at once: one copies, the others wait. What is there already is verified
-    by sizes, and of a share = (k, n) every n-th shard from the k-th on by its checksum; what is not as it was prepared
+    by sizes, and of a part = (k, n) every n-th shard from the k-th on by its checksum; what is not as it was prepared
     is copied anew. A copy is verified by checksums as it is written and read back.
 
     Returns:
@@ -52,7 +52,7 @@ def stage(data_dir: Path, stage_to: Path | None, share: tuple[int, int] | None =
                 path = target / shard.file
                 if wrong_file(path, shard.bytes):
                     _copy(data_dir / shard.file, path, shard)
-            for shard in list(shards.values())[share[0] :: share[1]] if share else []:
+            for shard in list(shards.values())[part[0] :: part[1]] if part else []:
                 if checksum(target / shard.file) != shard.xxh3:
                     _copy(data_dir / shard.file, target / shard.file, shard)
             for folder in (

@@ -8,7 +8,7 @@ import pytest
 from dsbert.base.durable import sealed, unsealed
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import ShardEntry, load_manifest
-from dsbert.data.preparing.done_markers import read_mark
+from dsbert.data.preparing.done_markers import read_marker
 from dsbert.data.preparing.merging import merge_shard, plan_shards
 from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import Shard, TokenStore, checksum, token_dtype
@@ -29,7 +29,7 @@ def write(directory: Path, shard_tokens: int = 1000, vocab_size: int = 100) -> l
         file = directory / f"train-{number:05d}.arrow"
         task = {"segments": segments, "file": str(file), "tokenizer": "abc", "vocab_size": vocab_size, "to": str(to)}
         merge_shard(task)
-        entries.append(ShardEntry(**read_mark(task)["entry"]))
+        entries.append(ShardEntry(**read_marker(task)["entry"]))
     return entries
 
 

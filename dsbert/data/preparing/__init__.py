@@ -11,12 +11,13 @@ In the order of the work:
     corpus            documents; which are held out; sentences.py their sentences, whatever the text is
     prepare           `dsbert prepare`: four passes over pieces, and what rank 0 decides between them
     options           how a preparation is to be made
-    work_queue        the ranks and their queue; workers.py, worker.py the processes of one rank
+    work_queue        the queue of tasks that all ranks take from; tasks.py tasks and how they fail
+    worker_pool       the processes of one rank; worker.py what each of them does
     plan              pieces by names that follow from their content; done_markers.py what was done and is whole
     spool             cleaned documents between the passes
     folding           what copies have in common, and texts that must not be parted
     scripts           words of scripts without spaces
-    decisions         copies and splits; near_duplicates.py MinHash
+    split_assignment  copies and splits; near_duplicates.py MinHash
     learning          the tokenizer of a preparation; wordpiece.py trains a vocabulary whose ids are always the same;
                       alphabet.py the characters that it spells
     encoding          text to ids, word by word; tokenizer_check.py that transformers gives the same ones

@@ -14,10 +14,10 @@ from dsbert.base.durable import checksum as checksum_128
 from dsbert.base.durable import copy_tree, replace_durably, sync_directory
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import MANIFEST, TOKENIZER, UNIGRAM, Manifest, Request, ShardEntry, SplitEntry, load_manifest
-from dsbert.data.preparing.done_markers import read_mark
+from dsbert.data.preparing.done_markers import read_marker
 from dsbert.data.preparing.folders import NO_TEXT, LeftOut
 from dsbert.data.preparing.spool import save_array
-from dsbert.data.preparing.workers import Task
+from dsbert.data.preparing.tasks import Task
 from dsbert.data.shards import checksum
 
 
@@ -71,7 +71,7 @@ def files_without_text(names: Sequence[str], read: list[Task], counts: list[dict
 
 def split_entry(tasks: list[Task]) -> SplitEntry:
     """A split's part of the manifest, from what `merge_shard` wrote."""
-    found = [read_mark(task) for task in tasks]
+    found = [read_marker(task) for task in tasks]
     entries = tuple(ShardEntry(**one["entry"]) for one in found)
     return SplitEntry(
         documents=sum(entry.documents for entry in entries),
