@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
 
 import xxhash
+from filelock import UnixFileLock
 
 from dsbert.base.durable import copy_tree, differences, remove_tree
 from dsbert.base.errors import DataError, UserError
@@ -45,8 +45,7 @@ def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = 
     shards = {shard.file: shard for split in SPLITS for shard in manifest.splits[split].shards}
     try:
         stage_to.mkdir(parents=True, exist_ok=True)
-        with (stage_to / f".{manifest.digest}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with UnixFileLock(stage_to / f".{manifest.digest}.lock", fallback_to_soft=False):
             target.mkdir(exist_ok=True)
             for shard in shards.values():
                 path = target / shard.file

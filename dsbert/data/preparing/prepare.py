@@ -9,7 +9,6 @@ of processes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout, UnixFileLock
 
 from dsbert.base.durable import sync_directory
 from dsbert.base.errors import UserError
@@ -247,20 +248,22 @@ class _Preparation:
             yield
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"expected no other preparation of {self.target} at work, found one: wait for it, or stop it"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+        # A lock of the kernel's, which ends with the process: never a file that a killed one would leave behind.
+        lock = UnixFileLock(self.directory / "lock", blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"expected no other preparation of {self.target} at work, found one: wait for it, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
             self.queue.publish("directory", b"there")
-            try:
-                yield
-            finally:
-                if self.directory.exists() and not any(
-                    path.name not in ("lock", SECRET_FILE) for path in self.directory.iterdir()
-                ):
-                    shutil.rmtree(self.directory, ignore_errors=True)
+            yield
+        finally:
+            if self.directory.exists() and not any(
+                path.name not in ("lock", SECRET_FILE) for path in self.directory.iterdir()
+            ):
+                shutil.rmtree(self.directory, ignore_errors=True)
+            lock.release()
