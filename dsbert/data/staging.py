@@ -13,7 +13,7 @@ from dsbert.base.durable import copy_tree, differences, remove_tree
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, Manifest, ShardEntry, load_manifest
-from dsbert.data.shards import checksum
+from dsbert.data.shards import shard_checksum
 from dsbert.data.verification import wrong_file
 
 _CHUNK_BYTES = 1 << 22
@@ -52,7 +52,7 @@ def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = 
                 if wrong_file(path, shard.bytes):
                     _copy(data_dir / shard.file, path, shard)
             for shard in list(shards.values())[part[0] :: part[1]] if part else []:
-                if checksum(target / shard.file) != shard.xxh3:
+                if shard_checksum(target / shard.file) != shard.xxh3:
                     _copy(data_dir / shard.file, target / shard.file, shard)
             for folder in (
                 TOKENIZER,
@@ -97,7 +97,7 @@ def _copy(source: Path, target: Path, entry: ShardEntry) -> None:
             os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or the page cache would answer
         if digest.hexdigest() != entry.xxh3:
             raise DataError(f"expected {source} as it was prepared, found it changed: prepare the data again")
-        if checksum(temporary) != entry.xxh3:
+        if shard_checksum(temporary) != entry.xxh3:
             raise UserError(f"{temporary} does not read back as it was written: see to that disk")
         os.replace(temporary, target)
     finally:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsbert.base.durable import checksum as checksum_128
+from dsbert.base.durable import checksum
 from dsbert.base.errors import DataError
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import SPLITS, load_manifest
 from dsbert.data.pairs import pair_index_name
-from dsbert.data.shards import checksum
+from dsbert.data.shards import shard_checksum
 from dsbert.data.spans import span_index_name
 
 _MAX_FILE_BYTES = 1 << 30  # of a tokenizer, or of counts
@@ -42,9 +42,9 @@ def verify_data(
                 suspect.append(name)
             continue
         if name in shards:
-            whole = not wrong_file(path, shards[name].bytes) and checksum(path) == shards[name].xxh3
+            whole = not wrong_file(path, shards[name].bytes) and shard_checksum(path) == shards[name].xxh3
         else:
-            whole = not wrong_file(path) and checksum_128(path) == manifest.files[name]
+            whole = not wrong_file(path) and checksum(path) == manifest.files[name]
         if not whole:
             raise DataError(f"expected {path} as it was prepared, found it missing or changed: prepare the data again")
     return suspect

@@ -11,7 +11,7 @@ from dsbert.data.manifest import ShardEntry, load_manifest
 from dsbert.data.preparing.done_markers import read_marker
 from dsbert.data.preparing.merging import merge_shard, plan_shards
 from dsbert.data.preparing.prepare import prepare
-from dsbert.data.shards import Shard, TokenStore, checksum, token_dtype
+from dsbert.data.shards import Shard, TokenStore, shard_checksum, token_dtype
 from tests.data.conftest import VOCAB_SIZE
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14, 15], [16, 17]]]
@@ -48,7 +48,7 @@ def test_shards_are_cut_between_documents(tmp_path, shard_tokens, shards):
     assert np.array_equal(counts, np.bincount(np.arange(5, 18), minlength=100))
     for shard in entries:
         assert (tmp_path / shard.file).stat().st_size == shard.bytes
-        assert checksum(tmp_path / shard.file) == shard.xxh3
+        assert shard_checksum(tmp_path / shard.file) == shard.xxh3
     store = TokenStore([Shard.open(tmp_path / shard.file, shard.bytes, "abc") for shard in entries])
     memory = TokenStore.from_documents(DOCUMENTS)
     assert (store.num_documents, store.num_sentences, store.num_tokens) == (3, 5, 13)

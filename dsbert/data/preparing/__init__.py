@@ -8,7 +8,7 @@ In the order of the work:
     lines             lines of plain and packed text from any offset; unpacking.py
     parsing           the text in rows of JSON lines and CSV; tables.py of parquet and data sets
     pieces            what one worker reads in about a second
-    corpus            documents; which are held out; sentences.py their sentences, whatever the text is
+    corpus            documents; sentences.py their sentences, whatever the text is
     prepare           `dsbert prepare`: four passes over pieces, and what rank 0 decides between them
     options           how a preparation is to be made
     work_queue        the queue of tasks that all ranks take from; tasks.py tasks and how they fail
@@ -22,7 +22,7 @@ In the order of the work:
                       alphabet.py the characters that it spells
     encoding          text to ids, word by word; tokenizer_check.py that transformers gives the same ones
     merging           encoded pieces, and shards out of them; assembly.py the directory
-    streaming         batches from a source that was not prepared
+    streaming         samples of texts that were not prepared
 
 Nothing outside of here but `evaluate --text` and the command line needs any of it.
 """

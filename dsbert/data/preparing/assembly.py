@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dsbert.base.durable import checksum as checksum_128
-from dsbert.base.durable import copy_tree, replace_durably, sync_directory
+from dsbert.base.durable import checksum, copy_tree, replace_durably, sync_directory
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import MANIFEST, TOKENIZER, UNIGRAM, Manifest, Request, ShardEntry, SplitEntry, load_manifest
 from dsbert.data.preparing.done_markers import read_marker
 from dsbert.data.preparing.folders import NO_TEXT, LeftOut
 from dsbert.data.preparing.spool import save_array
 from dsbert.data.preparing.tasks import Task
-from dsbert.data.shards import checksum
+from dsbert.data.shards import shard_checksum
 
 
 def find_existing(target: Path, request: Request) -> Manifest | None:
@@ -36,7 +35,7 @@ def find_existing(target: Path, request: Request) -> Manifest | None:
         raise UserError(f"{target} was prepared with {'; '.join(differing)}; choose another directory with --to")
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         path = target / shard.file
-        if not path.is_file() or checksum(path) != shard.xxh3:
+        if not path.is_file() or shard_checksum(path) != shard.xxh3:
             raise DataError(f"{path} is missing or damaged; remove {target} and prepare again")
     return manifest
 
@@ -101,7 +100,7 @@ def assemble(made: Path, tokenizer: Path, shards: dict[str, list[Task]], vocab_s
     for file in added:
         replace_durably(file, file.read_bytes())
     sync_directory(made / TOKENIZER)
-    return {str(file.relative_to(made)): checksum_128(file) for file in added}
+    return {str(file.relative_to(made)): checksum(file) for file in added}
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:
