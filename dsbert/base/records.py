@@ -87,6 +87,7 @@ class BeatRecord(Record):
     progress: Count
     phase: str
     ended: EndRecord | None
+    started_s: float | None = None
 
 
 class FileRecord(Record):

@@ -63,15 +63,18 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     from dsbert.data.preparing.folders import left_out_lines
     from dsbert.data.preparing.prepare import prepare as run
     from dsbert.data.preparing.prepare import work_directory
-    from dsbert.data.preparing.work_queue import PeerFailedError, meet
+    from dsbert.data.preparing.work_queue import PeerFailedError, join_work_queue
 
     ranks = ranks_from_environment()
     try:
-        with meet(ranks, work_directory(to)) as crew, overall_bar(_SHARES, show=crew.is_main) as progress:
-            summary = run(source, to, progress=progress, nproc=nproc or _processes(ranks), crew=crew, **options)
+        with (
+            join_work_queue(ranks, work_directory(to)) as queue,
+            overall_bar(_STAGE_WEIGHTS, show=queue.is_main) as progress,
+        ):
+            summary = run(source, to, progress=progress, nproc=nproc or _processes(ranks), queue=queue, **options)
     except PeerFailedError as error:  # that rank has said it
         raise SystemExit(error.exit_code) from None
-    if crew.is_main:
+    if queue.is_main:
         for_people = {
             "left_out": left_out_lines(summary["left_out"]) or "no file",
             "unknown": f"{summary['unknown']:.2%} of the tokens are [UNK]",
@@ -107,7 +110,7 @@ def _say_smaller_vocabulary(asked: int | None, to: Path) -> None:
 
 
 # What each stage of a preparation takes of the whole, roughly, for the estimate of the time that is left.
-_SHARES = {"look": 1, "read": 30, "decide": 1, "train tokenizer": 25, "encode": 38, "shards": 5}
+_STAGE_WEIGHTS = {"look": 1, "read": 30, "decide": 1, "train tokenizer": 25, "encode": 38, "shards": 5}
 
 
 def _processes(ranks: object) -> int:

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from dsbert.base.awake import AwakeClock
-from dsbert.cluster.heartbeats import POLL_S, Culprit, culprit_of, failure_of, gone, own_place, read_beat
+from dsbert.cluster.heartbeats import POLL_S, Culprit, culprit_of, failure_of, gone, own_place, own_start_s, read_beat
 
 # Beyond the time limit of a collective: then something else hangs.
 _BEYOND_S = 8.0
@@ -49,6 +49,7 @@ class Heartbeat:
             "rank": rank,
             "host": hosts[rank],
             "pid": os.getpid(),
+            "started_s": own_start_s(),
             "place": own_place(),
             "beat": 0,
             "step": 0,

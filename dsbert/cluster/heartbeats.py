@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dsbert.base.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
 from dsbert.base.records import BeatRecord, read_record
 
 POLL_S = 0.05
 # Whose file is older than that has no beat to wait for: clocks of machines differ by less.
 _SILENT_S = 120.0
+# A process began in hundredths of a second, the machine in whole ones, which old kernels round either way.
+_SAME_START_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,33 @@ def gone(record: dict[str, Any]) -> Culprit | None:
     if record["ended"] or record["place"] is None or record["place"] != own_place():
         return None
     try:
-        state = Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        state = "X"
-    if state in "ZXx":
+        process = psutil.Process(record["pid"])
+        state, started_s = process.status(), _started_s(process)
+    except psutil.AccessDenied:
+        return None
+    except (psutil.Error, ValueError, OverflowError):  # the last two: no number that a process could have
         return culprit_of(record, "died")
-    if state in "Tt":
+    known_s = record.get("started_s")  # files of older versions lack it
+    if state in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) or (
+        known_s is not None and abs(known_s - started_s) > _SAME_START_S
+    ):
+        return culprit_of(record, "died")
+    if state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
         return culprit_of(record, "was stopped")
     return None
+
+
+def own_start_s() -> float | None:
+    """When this process began, in seconds after the machine did: tells it from a later one with its number."""
+    try:
+        return _started_s(psutil.Process())
+    except (psutil.Error, OSError, RuntimeError):
+        return None
+
+
+def _started_s(process: psutil.Process) -> float:
+    """Both times are by the system's clock, so whoever sets it moves both."""
+    return process.create_time() - psutil.boot_time()
 
 
 def own_place() -> str | None:

@@ -10,15 +10,16 @@ Legend: T tokens, D documents and E sentences of one shard; n pieces of text.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from dsbert.base.durable import publish
+from dsbert.base.durable import checksum, publish
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import ShardEntry, load_manifest
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 DEFAULT_SHARD_TOKENS = 64 * 1024 * 1024
-_READ_BYTES = 1 << 22
 _TOKENIZER_KEY = b"dsbert.tokenizer"
 INDEX_LEAVES_DATA = (
     "expected samples inside the data, found an index that leaves it: remove the spans-* and pairs-* folders of the "
@@ -169,7 +169,7 @@ class Shard:
         try:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
                 writer.write_batch(batch)
-            size, digest = temporary.stat().st_size, checksum_64(temporary)
+            size, digest = temporary.stat().st_size, shard_checksum(temporary)
             if durable:
                 publish(temporary, path)
             else:
@@ -247,15 +247,9 @@ class TokenStore:
             row[column : column + length] = self.shards[owner].tokens[start : start + length]
 
 
-def checksum_64(path: Path) -> str:
-    """Hex xxh3_64 of a file's bytes."""
-    import xxhash
-
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def shard_checksum(path: Path, count: Callable[[int], object] = lambda nbytes: None) -> str:
+    """As `durable.checksum`, but with half the bits: `ShardEntry.xxh3`, of which the digest of all data is made."""
+    return checksum(path, count, xxhash.xxh3_64)
 
 
 def _view(array: Any) -> NDArray[Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
 
 import xxhash
+from filelock import UnixFileLock
 
 from dsbert.base.durable import copy_tree, differences, remove_tree
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, Manifest, ShardEntry, load_manifest
-from dsbert.data.shards import checksum_64
+from dsbert.data.shards import shard_checksum
 from dsbert.data.verification import wrong_file
 
 _CHUNK_BYTES = 1 << 22
@@ -24,11 +24,11 @@ def staged(data_dir: Path, stage_to: Path | None) -> Path:
     return data_dir if stage_to is None else stage_to / load_manifest(data_dir).digest
 
 
-def stage(data_dir: Path, stage_to: Path | None, share: tuple[int, int] | None = None) -> Path:
+def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = None) -> Path:
     """Copy prepared data, with its sample indices, into a directory of `stage_to` named by its digest.
 
     Any number of processes of a node may call at once: one copies, the others wait. What is there already is verified
-    by sizes, and of a share = (k, n) every n-th shard from the k-th on by its checksum; what is not as it was prepared
+    by sizes, and of a part = (k, n) every n-th shard from the k-th on by its checksum; what is not as it was prepared
     is copied anew. A copy is verified by checksums as it is written and read back.
 
     Returns:
@@ -45,15 +45,14 @@ def stage(data_dir: Path, stage_to: Path | None, share: tuple[int, int] | None =
     shards = {shard.file: shard for split in SPLITS for shard in manifest.splits[split].shards}
     try:
         stage_to.mkdir(parents=True, exist_ok=True)
-        with (stage_to / f".{manifest.digest}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with UnixFileLock(stage_to / f".{manifest.digest}.lock", fallback_to_soft=False):
             target.mkdir(exist_ok=True)
             for shard in shards.values():
                 path = target / shard.file
                 if wrong_file(path, shard.bytes):
                     _copy(data_dir / shard.file, path, shard)
-            for shard in list(shards.values())[share[0] :: share[1]] if share else []:
-                if checksum_64(target / shard.file) != shard.xxh3:
+            for shard in list(shards.values())[part[0] :: part[1]] if part else []:
+                if shard_checksum(target / shard.file) != shard.xxh3:
                     _copy(data_dir / shard.file, target / shard.file, shard)
             for folder in (
                 TOKENIZER,
@@ -98,7 +97,7 @@ def _copy(source: Path, target: Path, entry: ShardEntry) -> None:
             os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or the page cache would answer
         if digest.hexdigest() != entry.xxh3:
             raise DataError(f"expected {source} as it was prepared, found it changed: prepare the data again")
-        if checksum_64(temporary) != entry.xxh3:
+        if shard_checksum(temporary) != entry.xxh3:
             raise UserError(f"{temporary} does not read back as it was written: see to that disk")
         os.replace(temporary, target)
     finally:

@@ -11,18 +11,18 @@ from dsbert.base.errors import DataError
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import SPLITS, load_manifest
 from dsbert.data.pairs import pair_index_name
-from dsbert.data.shards import checksum_64
+from dsbert.data.shards import shard_checksum
 from dsbert.data.spans import span_index_name
 
 _MAX_FILE_BYTES = 1 << 30  # of a tokenizer, or of counts
 
 
 def verify_data(
-    data_dir: str | Path, seq_len: int, splits: Sequence[str] = SPLITS, share: tuple[int, int] = (0, 1)
+    data_dir: str | Path, seq_len: int, splits: Sequence[str] = SPLITS, part: tuple[int, int] = (0, 1)
 ) -> list[str]:
     """Read shards, tokenizer, counts and sample indices, and compare them with their checksums.
 
-    share = (k, n): every n-th of them from the k-th on.
+    part = (k, n): every n-th of them from the k-th on.
 
     Returns:
         Names of indices that are there and are not what was written: `suspect` for who opens them.
@@ -35,14 +35,14 @@ def verify_data(
     shards = {shard.file: shard for split in splits for shard in manifest.splits[split].shards}
     indices = [name(split, seq_len) for split in splits for name in (span_index_name, pair_index_name)]
     suspect = []
-    for name in [*shards, *manifest.files, *indices][share[0] :: share[1]]:
+    for name in [*shards, *manifest.files, *indices][part[0] :: part[1]]:
         path = root / name
         if name in indices:
             if os.path.lexists(path) and index_differences(path):
                 suspect.append(name)
             continue
         if name in shards:
-            whole = not wrong_file(path, shards[name].bytes) and checksum_64(path) == shards[name].xxh3
+            whole = not wrong_file(path, shards[name].bytes) and shard_checksum(path) == shards[name].xxh3
         else:
             whole = not wrong_file(path) and checksum(path) == manifest.files[name]
         if not whole:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from dsbert.base.durable import differences
 from dsbert.base.errors import DataError, DsbertError
@@ -25,7 +24,7 @@ from dsbert.data.manifest import (
     load_manifest,
     load_unigram_counts,
 )
-from dsbert.data.shards import Shard
+from dsbert.data.shards import Shard, shard_checksum
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
 from dsbert.data.verification import wrong_file
 from dsbert.inspection.audit_checkpoint import Audit
@@ -85,17 +84,16 @@ def _audit_shard(
 ) -> Shard | None:
     """The shard, if it can be read and is what was prepared."""
     file = path / entry.file
-    digest = xxhash.xxh3_64()
+
+    def read(nbytes: int) -> None:
+        count(nbytes)
+        audit.nbytes += nbytes
+
     try:
         if wrong := wrong_file(file, entry.bytes):
             audit.problems.append(Problem(entry.file, f"{wrong}: prepare the data again"))
             return None
-        with file.open("rb") as opened:
-            while chunk := opened.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                count(len(chunk))
-                audit.nbytes += len(chunk)
-        if digest.hexdigest() != entry.xxh3:
+        if shard_checksum(file, read) != entry.xxh3:
             audit.problems.append(Problem(entry.file, "the checksum differs: prepare the data again"))
             return None
         shard = Shard.open(file, entry.bytes, manifest.tokenizer.digest)

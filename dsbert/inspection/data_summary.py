@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dsbert.data.manifest import SPLITS, TOKENIZER, load_manifest
 from dsbert.data.preparing.folders import left_out_lines
-from dsbert.data.preparing.learning import unknown_share
+from dsbert.data.preparing.learning import unknown_fraction
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
 from dsbert.data.stream import SampleStream
@@ -26,10 +26,10 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
     """Describe a prepared data directory.
 
     Returns:
-        sources, tokenizer, dropped, mended, mended_in, left_out and digest as in the manifest; unknown: the share of
+        sources, tokenizer, dropped, mended, mended_in, left_out and digest as in the manifest; unknown: the fraction of
         [UNK] among the training tokens; splits: of each, documents, sentences, tokens, shards, bytes, quantiles (0, 10,
         50, 90, 100 %) of document_tokens and sentence_tokens, and of its spans of `seq_len`: number, dropped_tokens,
-        padding (the share of positions); examples: the first samples of epoch 0 in the train split as {text, nsp},
+        padding (the fraction of positions); examples: the first samples of epoch 0 in the train split as {text, nsp},
         where [token->seen] is one that is asked for, and what stands there instead.
 
     Raises:
@@ -50,7 +50,7 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
         "mended": manifest.mended,
         "mended_in": list(manifest.mended_in),
         "left_out": manifest.left_out,
-        "unknown": unknown_share(path),
+        "unknown": unknown_fraction(path),
         "seq_len": seq_len,
         "splits": splits,
         "examples": _examples(stream, vocabulary_of(load_tokenizer(path / TOKENIZER)), examples),

@@ -67,7 +67,7 @@ def export(path: Path, to: Path) -> dict[str, Any]:
 @contextmanager
 def _alone(to: Path) -> Iterator[None]:
     """No other export to the same place meanwhile; what killed ones have left is removed. Raises UserError."""
-    descriptor = os.open(to, os.O_RDONLY)
+    descriptor = os.open(to, os.O_RDONLY)  # of the directory itself: a lock file would go with what is handed on
     try:
         with suppress(OSError):  # a file system without locks
             try:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dsbert.base.durable import open_regular
-from dsbert.base.errors import CheckpointError, UserError, printable
+from dsbert.base.errors import CheckpointError, UserError
 from dsbert.checkpoint.loading import fragment_files, read_manifest, read_state, read_topology, resolve_checkpoint
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.inspection.audit_checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.inspection.audit_run import CHECKPOINTS, bytes_below, kind_of, read_latest
+from dsbert.inspection.text_table import table
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.config import density_of
 from dsbert.sparse.kernels.record import KernelRecord
 from dsbert.sparse.topology import combined_digest, unpack_bits
-
-_MAX_HEADER_BYTES = 100_000_000  # as the library has it
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -87,29 +84,23 @@ def inspect_lines(report: dict[str, Any]) -> Iterator[str]:
         own, dense = sizes[f"encoder_{what}"], sizes[f"encoder_{what}_dense"]
         yield f"encoder {what}: {own / 1e6:.2f} MB, dense they would be {dense / 1e6:.2f} MB"
     yield f"checkpoint: {sizes['checkpoint'] / 1e6:.2f} MB; topology digest {report['digest']}"
-    rows = [("layer", "shape", "active", "density", "target", "digest")]
+    rows = []
     for layer in report["layers"]:
         shape, active = "x".join(map(str, layer["shape"])), str(layer["num_active"])
         target = f"{layer['density_target']:.4f}"
         rows.append((layer["name"], shape, active, f"{layer['density']:.4f}", target, layer["digest"] or "-"))
-    yield from _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield table(("layer", "shape", "active", "density", "target", "digest"), rows)
 
 
 def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
     """What `inspect_kernels` returned, for people."""
     yield f"{report['tokens']} tokens, {report['dtype']}, {report['device']}"
-    rows = [("layer", "product", "backend", "ms", "times dense")]
+    rows = []
     for name, products in report["layers"].items():
         for product, row in products.items():
             ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
             rows.append((name, product, row["backend"], ms, "-" if row["ms"] is None else f"{row['speedup']:.1f}"))
-    yield from _aligned(rows)
+    yield table(("layer", "product", "backend", "ms", "times dense"), rows)
     if report["gain"] is not None:
         yield f"all sparse products together: {report['gain']:.1f} times the best dense ones"
 
@@ -136,29 +127,19 @@ def _measure(path: Path, names: list[str], dense_numel: int, topology: dict[str,
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of every tensor of a safetensors file, from its header. Raises CheckpointError if it is none."""
+    """Bytes of every tensor of a file of fragments, from its header. Raises CheckpointError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open_regular(path) as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        return {
-            name: int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        TypeError,
-        RecursionError,
-        struct.error,
-    ) as error:
+        open_regular(path).close()  # the library would wait for a pipe, and map a hole
+        with safe_open(path, framework="numpy") as file:
+            pieces = {name: file.get_slice(name) for name in list(file.keys())}
+            found = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in pieces.items()}
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"expected safetensors in {path}, found: {error}") from None
+    if other := next((name for name, (dtype, _) in found.items() if dtype != "F32"), None):
+        raise CheckpointError(f"expected fp32 in {path}, found {other} in {found[other][0]}")
+    return {name: 4 * math.prod(shape) for name, (_, shape) in found.items()}
 
 
 def list_checkpoints(
@@ -223,34 +204,13 @@ def _entry(path: Path, step: int, status: str, quick: bool) -> dict[str, Any]:
 
 
 def checkpoint_table(listing: dict[str, Any]) -> Iterator[str]:
-    """What `list_checkpoints` returned, for people: on a terminal a drawn table, else one of aligned words."""
+    """What `list_checkpoints` returned, for people."""
     heads = ("name", "age", "MB", "world", "stage", "verified", "status", "digest")
-    rows = [tuple(_cells(entry)) for entry in listing["checkpoints"]]
-    if sys.stdout.isatty():
-        yield _drawn(heads, rows)
-    else:
-        yield from _aligned([heads, *(tuple(map(printable, row)) for row in rows)])
+    yield table(heads, [tuple(_cells(entry)) for entry in listing["checkpoints"]])
     for entry in listing["checkpoints"]:
         if entry["problem"]:
             yield f"{entry['name']}/{entry['problem']}"
     yield f"latest: {listing['latest'] or 'none'}"
-
-
-def _drawn(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    # Without styles: who shows the lines escapes what could steer a terminal.
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-    for head in heads:
-        table.add_column(head, overflow="fold", no_wrap=head != "name")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # names are no markup
-    console = Console()
-    with console.capture() as drawn:
-        console.print(table)
-    return drawn.get().rstrip("\n")
 
 
 def _cells(entry: dict[str, Any]) -> Iterator[str]:

@@ -4,7 +4,7 @@
     convert          replaces a model's linear layers; linear.py is the layer
     topology         where the blocks of one weight stand; balance.py as many in every row
     draw             random choices without a generator
-    mask_manager     one collective decision per update: regrow.py which blocks go and come, schedule.py when and how many
+    mask_manager     one collective decision per update: regrow.py which blocks, schedule.py when and how many
     block_editor     how the manager reaches weights and moments; flat_blocks.py blocks in a slice of a flat parameter
     journal          the updates as JSON, to be replayed
     group_lasso      pulls whole blocks towards zero; flops.py counts as the paper does

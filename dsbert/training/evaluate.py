@@ -177,14 +177,12 @@ def _held_out_stream(restored: Any) -> SampleStream:
 def _text_stream(restored: Any, texts: Iterable[list[str]]) -> SampleStream:
     from dsbert.data.manifest import TOKENIZER
     from dsbert.data.preparing.encoding import Encoder
-    from dsbert.data.preparing.merging import pack_texts
-    from dsbert.data.shards import TokenStore
+    from dsbert.data.preparing.streaming import store_of
     from dsbert.data.spans import SpanIndex
     from dsbert.data.tokenizer import Vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(restored.path / TOKENIZER)
-    documents = ["\n".join(sentences) for sentences in texts]
-    store = TokenStore([pack_texts(Encoder(tokenizer), documents, np.dtype(np.int32))])
+    store = store_of(["\n".join(sentences) for sentences in texts], Encoder(tokenizer))
     data = restored.recipe.data
     index = SpanIndex.build(store, data.seq_len)
     vocab = Vocabulary.of(tokenizer)

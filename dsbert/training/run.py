@@ -84,7 +84,7 @@ class Run:
         """
         recipe, world = self.recipe, self.world
         data = recipe.data
-        damaged = raise_on_all_ranks(lambda: verify_data(data.path, data.seq_len, share=(world.rank, world.world_size)))
+        damaged = raise_on_all_ranks(lambda: verify_data(data.path, data.seq_len, part=(world.rank, world.world_size)))
         suspect = {name for names in gather_json(damaged) for name in names}
         # One rank builds the sample indices, the others then find them.
         run_with_keepalive(lambda: open_streams(recipe, data.path, suspect))

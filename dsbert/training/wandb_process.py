@@ -42,7 +42,9 @@ def main() -> int:
     try:
         send(Path(options.pop("metrics")), options, ended, out)
     except BaseException as error:  # wandb has been seen to raise SystemExit
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=out)
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print("wandb is not installed: pip install wandb" if absent else why, file=out)
         return 1
     return 0
 

@@ -8,10 +8,10 @@ import pytest
 from dsbert.base.durable import sealed, unsealed
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import ShardEntry, load_manifest
-from dsbert.data.preparing.done_markers import read_mark
+from dsbert.data.preparing.done_markers import read_marker
 from dsbert.data.preparing.merging import merge_shard, plan_shards
 from dsbert.data.preparing.prepare import prepare
-from dsbert.data.shards import Shard, TokenStore, checksum_64, token_dtype
+from dsbert.data.shards import Shard, TokenStore, shard_checksum, token_dtype
 from tests.data.conftest import VOCAB_SIZE
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14, 15], [16, 17]]]
@@ -29,7 +29,7 @@ def write(directory: Path, shard_tokens: int = 1000, vocab_size: int = 100) -> l
         file = directory / f"train-{number:05d}.arrow"
         task = {"segments": segments, "file": str(file), "tokenizer": "abc", "vocab_size": vocab_size, "to": str(to)}
         merge_shard(task)
-        entries.append(ShardEntry(**read_mark(task)["entry"]))
+        entries.append(ShardEntry(**read_marker(task)["entry"]))
     return entries
 
 
@@ -48,7 +48,7 @@ def test_shards_are_cut_between_documents(tmp_path, shard_tokens, shards):
     assert np.array_equal(counts, np.bincount(np.arange(5, 18), minlength=100))
     for shard in entries:
         assert (tmp_path / shard.file).stat().st_size == shard.bytes
-        assert checksum_64(tmp_path / shard.file) == shard.xxh3
+        assert shard_checksum(tmp_path / shard.file) == shard.xxh3
     store = TokenStore([Shard.open(tmp_path / shard.file, shard.bytes, "abc") for shard in entries])
     memory = TokenStore.from_documents(DOCUMENTS)
     assert (store.num_documents, store.num_sentences, store.num_tokens) == (3, 5, 13)

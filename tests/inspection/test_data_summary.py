@@ -168,14 +168,14 @@ def test_ranks_share_the_reading(copy):
         complaints = []
         for rank in range(3):
             try:
-                verify_data(copy, 32, share=(rank, 3))
+                verify_data(copy, 32, part=(rank, 3))
             except DataError as error:
                 complaints.append(str(error))
         assert len(complaints) == 1
         assert path.name in complaints[0]
         path.write_bytes(content)
     flip(copy / "spans-train-32" / "start.npy", 0.9)
-    assert [name for rank in range(3) for name in verify_data(copy, 32, share=(rank, 3))] == ["spans-train-32"]
+    assert [name for rank in range(3) for name in verify_data(copy, 32, part=(rank, 3))] == ["spans-train-32"]
 
 
 class TestOfAStranger:

@@ -35,6 +35,7 @@ def init(**options):
     return Run()
 """
 BROKEN = {
+    "not installed": "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')",
     "import fails": "raise RuntimeError('no\\nluck')",
     "import exits": "raise SystemExit(7)",
     "init fails": "def Settings(**_): pass\ndef init(**_):\n    print('chatter')\n    raise OSError('no server')",
@@ -131,6 +132,7 @@ def test_a_broken_wandb_is_one_warning(
     assert time.monotonic() - start < 10
     captured = capfd.readouterr()
     expected = {
+        "not installed": "W&B: wandb is not installed: pip install wandb. The run goes on; metrics.jsonl",
         "import fails": "RuntimeError: no luck. The run goes on; metrics.jsonl has everything",
         "import exits": "SystemExit: 7. The run goes on",
         "init fails": "OSError: no server. The run goes on",

@@ -13,11 +13,11 @@ import numpy as np
 from dsbert.base.durable import checksum, copy_tree, replace_durably, sync_directory
 from dsbert.base.errors import DataError, UserError
 from dsbert.data.manifest import MANIFEST, TOKENIZER, UNIGRAM, Manifest, Request, ShardEntry, SplitEntry, load_manifest
-from dsbert.data.preparing.done_markers import read_mark
+from dsbert.data.preparing.done_markers import read_marker
 from dsbert.data.preparing.folders import NO_TEXT, LeftOut
 from dsbert.data.preparing.spool import save_array
-from dsbert.data.preparing.workers import Task
-from dsbert.data.shards import checksum_64
+from dsbert.data.preparing.tasks import Task
+from dsbert.data.shards import shard_checksum
 
 
 def find_existing(target: Path, request: Request) -> Manifest | None:
@@ -35,7 +35,7 @@ def find_existing(target: Path, request: Request) -> Manifest | None:
         raise UserError(f"{target} was prepared with {'; '.join(differing)}; choose another directory with --to")
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         path = target / shard.file
-        if not path.is_file() or checksum_64(path) != shard.xxh3:
+        if not path.is_file() or shard_checksum(path) != shard.xxh3:
             raise DataError(f"{path} is missing or damaged; remove {target} and prepare again")
     return manifest
 
@@ -70,7 +70,7 @@ def files_without_text(names: Sequence[str], read: list[Task], counts: list[dict
 
 def split_entry(tasks: list[Task]) -> SplitEntry:
     """A split's part of the manifest, from what `merge_shard` wrote."""
-    found = [read_mark(task) for task in tasks]
+    found = [read_marker(task) for task in tasks]
     entries = tuple(ShardEntry(**one["entry"]) for one in found)
     return SplitEntry(
         documents=sum(entry.documents for entry in entries),

@@ -1,4 +1,4 @@
-"""Documents: lists of sentences, out of the lines of a source; which are worth keeping, and which are held out."""
+"""Documents: lists of sentences, out of the lines of a source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from itertools import chain
 
 from dsbert.base.errors import UserError
 from dsbert.data.preparing.folders import EMPTY, NO_TEXT, LeftOut
-from dsbert.data.preparing.folding import Folder
 from dsbert.data.preparing.pieces import cut, read
 from dsbert.data.preparing.sentences import split_sentences
 from dsbert.data.preparing.sources import resolve
@@ -17,7 +16,6 @@ Document = list[str]
 TEXT_COLUMN = "text"
 # Below this a document is a heading or a redirect: no two halves of a sample come from it.
 MIN_WORDS = 3
-_HASH_RANGE = 1 << 64
 
 
 def read_documents(
@@ -57,17 +55,3 @@ def read_documents(
         if len(without) == len(source.files):
             raise UserError(f"the corpus is empty: no text in {source.name}; name a source with text")
         left_out += without
-
-
-def validation_limit(fraction: float) -> int:
-    """Documents with a hash below it are held out."""
-    return int(fraction * _HASH_RANGE)
-
-
-def is_validation(document: Document, fraction: float) -> bool:
-    """Whether the document is held out, by its text alone: no order, seed or other document can move it.
-
-    Texts that fold to the same letters and digits (folding.py) fall on the same side, so that none leaks into the
-    other. Of a tokenizer with a normaliser of its own, the text is what that makes of it.
-    """
-    return Folder(None).hashes("\n".join(document))[1] < validation_limit(fraction)

@@ -1,4 +1,5 @@
-"""Marks: a file <to>.json says that a task is done, what came of it, and which files it left, with their checksums.
+"""Done markers: a file <to>.json says that a task is done, what came of it, and which files it left, with
+their checksums.
 
 Files between the passes are not forced to the disk, which would take longer than to make them. What a power cut has
 torn is found by the checksums when a preparation goes on, and made again.
@@ -17,14 +18,14 @@ from dsbert.base.durable import checksum
 _FILES = "files"
 
 
-def mark_path(task: dict[str, Any]) -> Path:
-    """The mark of a task: task["to"] with .json appended."""
+def marker_path(task: dict[str, Any]) -> Path:
+    """The marker of a task: task["to"] with .json appended."""
     return Path(f"{task['to']}.json")
 
 
-def write_mark(task: dict[str, Any], found: dict[str, Any], files: Iterable[Path] = ()) -> dict[str, Any]:
+def write_marker(task: dict[str, Any], found: dict[str, Any], files: Iterable[Path] = ()) -> dict[str, Any]:
     """Say that the task is done; returns `found`, plain JSON values. Raises OSError."""
-    path = mark_path(task)
+    path = marker_path(task)
     document = {**found, _FILES: {str(file): checksum(file) for file in files}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,16 +36,16 @@ def write_mark(task: dict[str, Any], found: dict[str, Any], files: Iterable[Path
     return found
 
 
-def read_mark(task: dict[str, Any]) -> dict[str, Any]:
+def read_marker(task: dict[str, Any]) -> dict[str, Any]:
     """What came of a task that is done. Raises OSError, ValueError."""
-    document: dict[str, Any] = json.loads(mark_path(task).read_text())
+    document: dict[str, Any] = json.loads(marker_path(task).read_text())
     del document[_FILES]
     return document
 
 
-def drop_torn_marks(tasks: Sequence[dict[str, Any]]) -> None:
-    """Remove the marks whose files are not what they were, or which are torn themselves."""
-    for path in {mark_path(task) for task in tasks}:
+def drop_torn_markers(tasks: Sequence[dict[str, Any]]) -> None:
+    """Remove the markers whose files are not what they were, or which are torn themselves."""
+    for path in {marker_path(task) for task in tasks}:
         if not path.exists():
             continue
         try:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbert.data.manifest import TOKENIZER, TokenizerEntry, load_unigram_counts
-from dsbert.data.preparing.decisions import TRAIN, Decisions
 from dsbert.data.preparing.options import Options
+from dsbert.data.preparing.split_assignment import TRAIN, SplitAssignment
 from dsbert.data.preparing.spool import FACTS_BYTES, FACTS_LOW, key_of, load_facts, texts_of
 from dsbert.data.preparing.tokenizer_check import check_saved
 from dsbert.data.preparing.wordpiece import train_tokenizer
@@ -35,7 +35,7 @@ TRAIN_BYTES = 256 << 20
 def make_tokenizer(
     directory: Path,
     pieces: Sequence[Path],
-    decisions: Decisions,
+    assignment: SplitAssignment,
     options: Options,
     key: str,
     progress: Progress,
@@ -53,7 +53,7 @@ def make_tokenizer(
         if name == "train":
             # The validation documents train no part of the model, so not the tokenizer either.
             tokenizer = train_tokenizer(
-                _Sample(pieces, decisions), vocab_size, lowercase=not options.cased,
+                _Sample(pieces, assignment), vocab_size, lowercase=not options.cased,
                 strip_accents=not (options.cased or options.keep_accents),
             )  # fmt: skip
         else:
@@ -62,15 +62,15 @@ def make_tokenizer(
         shutil.rmtree(temporary, ignore_errors=True)
         save_tokenizer(tokenizer, temporary)
         if not is_plain_bert(tokenizer):
-            check_saved(temporary, islice(_Sample(pieces, decisions), _CHECKED_SENTENCES), name)
+            check_saved(temporary, islice(_Sample(pieces, assignment), _CHECKED_SENTENCES), name)
         temporary.rename(folder)
     progress(stage, 1, 1)
     made = load_tokenizer(folder)
     return folder, TokenizerEntry(tokenizer_digest(made), made.get_vocab_size(), is_lowercase(made))
 
 
-def unknown_share(data: Path) -> float:
-    """The share of [UNK] among the tokens of a data directory's training documents. Raises UserError if damaged."""
+def unknown_fraction(data: Path) -> float:
+    """The fraction of [UNK] among the tokens of a data directory's training documents. Raises UserError if damaged."""
     counts = load_unigram_counts(data)
     unknown = load_tokenizer(data / TOKENIZER).token_to_id("[UNK]")
     return float(counts[unknown] / max(1, counts.sum()))
@@ -79,8 +79,8 @@ def unknown_share(data: Path) -> float:
 class _Sample:
     """The sentences of the training documents; of more text than `TRAIN_BYTES`, of a sample by their hashes."""
 
-    def __init__(self, pieces: Sequence[Path], decisions: Decisions, max_bytes: int | None = None) -> None:
-        self._pieces, self._decisions = pieces, decisions
+    def __init__(self, pieces: Sequence[Path], assignment: SplitAssignment, max_bytes: int | None = None) -> None:
+        self._pieces, self._assignment = pieces, assignment
         total = sum(int(facts[mine, FACTS_BYTES].sum()) for facts, mine in map(self._of, range(len(pieces))))
         limit = max_bytes or TRAIN_BYTES
         self._limit = np.uint64(min((1 << 64) - 1, (1 << 64) * limit // max(total, 1)))
@@ -98,5 +98,5 @@ class _Sample:
 
     def _of(self, index: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         facts = load_facts(self._pieces[index])
-        first = int(self._decisions.offsets[index])
-        return facts, self._decisions.fate[first : first + len(facts)] == TRAIN
+        first = int(self._assignment.offsets[index])
+        return facts, self._assignment.splits[first : first + len(facts)] == TRAIN

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.preparing.decisions import TRAIN, VALIDATION
-from dsbert.data.preparing.done_markers import write_mark
+from dsbert.data.preparing.done_markers import write_marker
 from dsbert.data.preparing.encoding import Encoded, Encoder
 from dsbert.data.preparing.sentences import is_panic
+from dsbert.data.preparing.split_assignment import TRAIN, VALIDATION
 from dsbert.data.preparing.spool import save_array, texts_of
 from dsbert.data.shards import Shard, token_dtype
 from dsbert.data.tokenizer import load_tokenizer
 
-FATES = {"train": TRAIN, "validation": VALIDATION}
+SPLIT_CODES = {"train": TRAIN, "validation": VALIDATION}
 
 Segment = tuple[str, int, int]
 """(encoded piece, first document, last document): part of a shard."""
@@ -32,19 +32,20 @@ Segment = tuple[str, int, int]
 def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
     """Encode the documents of a spooled piece that are kept.
 
-    task: piece (path of the spool), tokenizer (directory), fate (file) and first (the piece's place in it), to.
+    task: piece (path of the spool), tokenizer (directory), splits (file of `SplitAssignment.splits`) and first (the
+    piece's place in it), to.
     Writes <to>.<split>.arrow, and last <to>.json: {split: [documents, sentences, tokens], tokenless: documents that the
     tokenizer makes nothing of, or fails on}.
     """
     encoder, dtype, digest = _encoder(task["tokenizer"])
-    fate = np.load(task["fate"], mmap_mode="r")
-    parts: dict[str, list[Shard]] = {split: [] for split in FATES}
+    splits = np.load(task["splits"], mmap_mode="r")
+    parts: dict[str, list[Shard]] = {split: [] for split in SPLIT_CODES}
     at, wanted_documents = task["first"], 0
     for texts in texts_of(Path(task["piece"])):
-        fates = np.asarray(fate[at : at + len(texts)])
+        assigned = np.asarray(splits[at : at + len(texts)])
         at += len(texts)
-        for split, wanted in FATES.items():
-            kept = [texts[index] for index in np.flatnonzero(fates == wanted).tolist()]
+        for split, wanted in SPLIT_CODES.items():
+            kept = [texts[index] for index in np.flatnonzero(assigned == wanted).tolist()]
             if kept:
                 wanted_documents += len(kept)
                 parts[split].append(pack_texts(encoder, kept, dtype))
@@ -57,7 +58,7 @@ def encode_piece(task: dict[str, Any]) -> dict[str, Any]:
             files.append(Path(f"{task['to']}.{split}.arrow"))
             shard.write(files[-1], digest, durable=False)
     counts["tokenless"] = wanted_documents - sum(count[0] for count in counts.values())
-    return write_mark(task, counts, files)
+    return write_marker(task, counts, files)
 
 
 def _encoded(encoder: Encoder, texts: list[str]) -> Encoded:
@@ -111,7 +112,7 @@ def merge_shard(task: dict[str, Any]) -> dict[str, Any]:
     counts = Path(f"{task['to']}.counts.npy")
     save_array(counts, np.bincount(shard.tokens, minlength=task["vocab_size"]))
     found = {"entry": asdict(entry), "sentences": len(shard.sentence_lengths)}
-    return write_mark(task, found, [counts, Path(task["file"])])
+    return write_marker(task, found, [counts, Path(task["file"])])
 
 
 @lru_cache(maxsize=1)

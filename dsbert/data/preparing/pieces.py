@@ -27,7 +27,7 @@ _LINE_BYTES = 64  # what a line of a source of sentences takes, for cutting it b
 class Piece:
     """The documents of `file` that begin at [first, last): bytes of unpacked text, or rows; last None: to the end.
 
-    weight: its share of the work, in bytes of text, roughly.
+    weight: how much work it is: bytes of text, roughly.
     """
 
     file: SourceFile

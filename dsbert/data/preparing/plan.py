@@ -13,7 +13,7 @@ import xxhash
 from dsbert.base.durable import checksum
 from dsbert.base.errors import UserError
 from dsbert.data.preparing import pieces
-from dsbert.data.preparing.done_markers import read_mark, write_mark
+from dsbert.data.preparing.done_markers import read_marker, write_marker
 from dsbert.data.preparing.folders import EMPTY, LeftOut
 from dsbert.data.preparing.kinds import separators_of
 from dsbert.data.preparing.sources import SourceFile, TextSource
@@ -28,10 +28,10 @@ _LOOK_BYTES, _FILES = 64 << 20, 256
 def cut_files(task: dict[str, Any]) -> dict[str, Any]:
     """Fingerprint files and cut them into pieces. task: files, documents, column, to.
 
-    Its mark holds {found: of each file, in their order, {path, fingerprint, pieces}}. Raises UserError for a file that
-    cannot be read.
+    Its marker holds {found: of each file, in their order, {path, fingerprint, pieces}}. Raises UserError for a file
+    that cannot be read.
     """
-    return write_mark(task, {"found": [_cut_file(file, task["documents"], task["column"]) for file in task["files"]]})
+    return write_marker(task, {"found": [_cut_file(file, task["documents"], task["column"]) for file in task["files"]]})
 
 
 def _cut_file(values: dict[str, Any], documents: str, column: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def files_by_source(tasks: Sequence[dict[str, Any]], count: int) -> list[list[di
     """What `cut_files` has found, by the number of the source: its files, in their order."""
     found: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     for task in tasks:
-        found[task["source"]] += read_mark(task)["found"]
+        found[task["source"]] += read_marker(task)["found"]
     return found
 
 

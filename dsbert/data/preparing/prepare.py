@@ -9,7 +9,6 @@ of processes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,23 +18,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout, UnixFileLock
+
 from dsbert.base.durable import sync_directory
 from dsbert.base.errors import UserError
 from dsbert.cluster.ranks import Ranks
 from dsbert.cluster.secret import SECRET_FILE
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.preparing.assembly import assemble, files_without_text, find_existing, split_entry, summarize
-from dsbert.data.preparing.decisions import decide
-from dsbert.data.preparing.done_markers import drop_torn_marks, read_mark
+from dsbert.data.preparing.done_markers import drop_torn_markers, read_marker
 from dsbert.data.preparing.folders import NO_TEXT, LeftOut, summarized
-from dsbert.data.preparing.learning import make_tokenizer, unknown_share
+from dsbert.data.preparing.learning import make_tokenizer, unknown_fraction
 from dsbert.data.preparing.merging import plan_shards
 from dsbert.data.preparing.options import Options, chosen_normalizer, make_request
 from dsbert.data.preparing.plan import cut_tasks, empty_files, files_by_source, read_tasks
 from dsbert.data.preparing.sources import TextSource, resolve
+from dsbert.data.preparing.split_assignment import assign_splits
 from dsbert.data.preparing.spool import MAX_EXAMPLES, key_of, save_array
-from dsbert.data.preparing.work_queue import Crew, Progress, do_all
-from dsbert.data.preparing.workers import Task, Workers, disk_trouble
+from dsbert.data.preparing.tasks import Task, disk_trouble
+from dsbert.data.preparing.work_queue import Progress, WorkQueue, do_all
+from dsbert.data.preparing.worker_pool import WorkerPool
 
 
 def prepare(
@@ -45,10 +47,10 @@ def prepare(
     *,
     progress: Progress | None = None,
     nproc: int = 1,
-    crew: Crew | None = None,
+    queue: WorkQueue | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Make the data directory `to`, or find that it is already there. Collective over the crew's ranks.
+    """Make the data directory `to`, or find that it is already there. Collective over the ranks of the queue.
 
     Args:
         sources: SOURCES, as sources.py says.
@@ -56,14 +58,14 @@ def prepare(
         vocab_size: this and `options` are the fields of `Options`.
         progress: told how far each stage is, on rank 0.
         nproc: processes of this rank.
-        crew: this rank and its peers.
+        queue: that of this rank and its peers; None: this process is alone.
 
     Returns:
         documents, sentences, tokens (both splits together), duplicates (exact copies dropped), shards, digest,
         seconds; up_to_date: whether nothing had to be done; dropped: documents by cause; mended, mended_in: documents
         whose sentences were found another way, and where; left_out: files by reason, as `folders.summarized` gives
-        them; unknown: the share of [UNK] among the tokens; sources: the grouping of each; resumed: pieces of work that
-        an interrupted call had done.
+        them; unknown: the fraction of [UNK] among the tokens; sources: the grouping of each; resumed: pieces of work
+        that an interrupted call had done.
 
     Raises:
         UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
@@ -73,11 +75,11 @@ def prepare(
     began = time.monotonic()
     chosen = Options(vocab_size, **options)
     chosen.check()
-    crew = crew or Crew(Ranks(0, 1, 0))
-    workers = Workers(nproc)
-    report = progress if progress and crew.is_main else lambda stage, done, total: None
+    queue = queue or WorkQueue(Ranks(0, 1, 0))
+    workers = WorkerPool(nproc)
+    report = progress if progress and queue.is_main else lambda stage, done, total: None
     try:
-        summary = _Preparation(crew, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
+        summary = _Preparation(queue, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
     except OSError as error:
         raise UserError(disk_trouble(error)) from error
     finally:
@@ -93,10 +95,12 @@ def work_directory(to: str | Path) -> Path:
 
 
 class _Preparation:
-    """One call, on one rank. What rank 0 works out between the passes it tells the others."""
+    """One call, on one rank. What rank 0 works out between the passes it publishes to the others."""
 
-    def __init__(self, crew: Crew, workers: Workers, target: Path, progress: Progress, options: Options) -> None:
-        self.crew, self.workers, self.target, self.progress = crew, workers, target, progress
+    def __init__(
+        self, queue: WorkQueue, workers: WorkerPool, target: Path, progress: Progress, options: Options
+    ) -> None:
+        self.queue, self.workers, self.target, self.progress = queue, workers, target, progress
         self.options = options
         self.directory = work_directory(target)
         self.resumed = 0
@@ -128,53 +132,53 @@ class _Preparation:
 
             cut = self._pass("look", look, count=False)
             read = self._pass("read", request)
-            if self.crew.is_main and existing is None:
+            if self.queue.is_main and existing is None:
                 assert goal is not None
                 self._encode(goal, read)
-            else:  # the others hear what to do; of data that is there already, nothing
+            else:  # the others are told what to do; of data that is there already, nothing
                 self._pass("encode", list)
                 self._pass("shards", list)
             return self._finish(goal, existing)
 
     def _pass(self, stage: str, make: Callable[[], list[Task]], count: bool = True) -> list[Task]:
         """Have the tasks done that rank 0 makes."""
-        if self.crew.is_main:
+        if self.queue.is_main:
             tasks = make()
-            drop_torn_marks(tasks)
-            self.crew.tell(stage, json.dumps(tasks).encode())
+            drop_torn_markers(tasks)
+            self.queue.publish(stage, json.dumps(tasks).encode())
         else:
-            tasks = json.loads(self.crew.hear(stage))
-        done = do_all(self.crew, self.workers, stage, tasks, self.progress) if tasks else 0
+            tasks = json.loads(self.queue.wait_for(stage))
+        done = do_all(self.queue, self.workers, stage, tasks, self.progress) if tasks else 0
         self.resumed += done if count else 0
         return tasks
 
     def _encode(self, goal: Request, read: list[Task]) -> None:
         """Rank 0, from spooled pieces to a directory that only needs its name."""
         pieces = [Path(task["to"]) for task in read]
-        counts = [read_mark(task) for task in read]
+        counts = [read_marker(task) for task in read]
         self.left_out += files_without_text([source.name for source in self.sources], read, counts)
         self.progress("decide", 0, 0)
-        decisions = decide(
+        assignment = assign_splits(
             pieces, [count["documents"] for count in counts], goal.validation, bool(goal.near_duplicates)
         )
         key = key_of([piece.name for piece in pieces], goal.validation, goal.near_duplicates)
-        fate = self.directory / f"fate-{key}.npy"
-        save_array(fate, decisions.fate)
+        split_file = self.directory / f"splits-{key}.npy"
+        save_array(split_file, assignment.splits)
         # By its digest as well: since an interrupted call, the directory that is given may hold another one.
         named = key_of(key, goal.tokenizer)
-        folder, entry = make_tokenizer(self.directory, pieces, decisions, self.options, named, self.progress)
+        folder, entry = make_tokenizer(self.directory, pieces, assignment, self.options, named, self.progress)
         tasks = [
             {
                 "do": "encode",
                 "piece": str(piece),
                 "tokenizer": str(folder),
-                "fate": str(fate),
+                "splits": str(split_file),
                 "first": int(first),
                 # By its place as well: of two equal pieces the second holds nothing but copies.
                 "to": str(self.directory / key_of("encode", key, piece.name, int(first), entry.digest)),
                 "weight": count["bytes"] + 1,
             }
-            for piece, first, count in zip(pieces, decisions.offsets, counts, strict=False)
+            for piece, first, count in zip(pieces, assignment.offsets, counts, strict=False)
         ]
         self._pass("encode", lambda: tasks)
         made = self.directory / "data"
@@ -183,10 +187,10 @@ class _Preparation:
         self._pass("shards", lambda: [task for split in SPLITS for task in shards[split]])
         splits = {split: split_entry(shards[split]) for split in SPLITS}
         dropped = {
-            "duplicates": decisions.duplicates,
-            "near_duplicates": decisions.near_duplicates,
+            "duplicates": assignment.duplicates,
+            "near_duplicates": assignment.near_duplicates,
             **{cause: sum(count[cause] for count in counts) for cause in ("empty", "tiny")},
-            "tokenless": sum(read_mark(task)["tokenless"] for task in tasks),
+            "tokenless": sum(read_marker(task)["tokenless"] for task in tasks),
         }
         mended = sum(count["mended"] for count in counts)
         examples = tuple([example for count in counts for example in count["examples"]][:MAX_EXAMPLES])
@@ -213,21 +217,21 @@ class _Preparation:
 
     def _finish(self, goal: Request | None, existing: Manifest | None) -> dict[str, Any]:
         """Put the directory in its place; the summary, on all ranks."""
-        if self.crew.is_main:
+        if self.queue.is_main:
             assert goal is not None
             if existing is None:
                 self._rename()
             manifest = load_manifest(self.target)
-            summary = summarize(manifest) | {"unknown": unknown_share(self.target)}
+            summary = summarize(manifest) | {"unknown": unknown_fraction(self.target)}
             summary |= {"up_to_date": existing is not None, "resumed": self.resumed}
             if existing is not None:  # what is in the folders now, and what was found when they were read
                 without = {reason: entry for reason, entry in manifest.left_out.items() if reason == NO_TEXT}
                 summary["left_out"] = dict(sorted((summarized(self.left_out) | without).items()))
-            self.crew.tell("summary", json.dumps(summary).encode())
+            self.queue.publish("summary", json.dumps(summary).encode())
             shutil.rmtree(self.directory, ignore_errors=True)
             return summary
-        told: dict[str, Any] = json.loads(self.crew.hear("summary"))
-        return told
+        published: dict[str, Any] = json.loads(self.queue.wait_for("summary"))
+        return published
 
     def _rename(self) -> None:
         try:
@@ -239,25 +243,27 @@ class _Preparation:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """The work directory, there for all ranks, and no other preparation at work in it."""
-        if not self.crew.is_main:
-            self.crew.hear("directory")
+        if not self.queue.is_main:
+            self.queue.wait_for("directory")
             yield
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"expected no other preparation of {self.target} at work, found one: wait for it, or stop it"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            self.crew.tell("directory", b"there")
-            try:
-                yield
-            finally:
-                if self.directory.exists() and not any(
-                    path.name not in ("lock", SECRET_FILE) for path in self.directory.iterdir()
-                ):
-                    shutil.rmtree(self.directory, ignore_errors=True)
+        # A lock of the kernel's, which ends with the process: never a file that a killed one would leave behind.
+        lock = UnixFileLock(self.directory / "lock", blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"expected no other preparation of {self.target} at work, found one: wait for it, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            self.queue.publish("directory", b"there")
+            yield
+        finally:
+            if self.directory.exists() and not any(
+                path.name not in ("lock", SECRET_FILE) for path in self.directory.iterdir()
+            ):
+                shutil.rmtree(self.directory, ignore_errors=True)
+            lock.release()

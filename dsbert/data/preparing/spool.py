@@ -3,7 +3,7 @@
     <key>.arrow     the documents' texts, sentences joined by line breaks, compressed
     <key>.facts.npy uint64 [D, 4]: the 128-bit hash (high, low) of copies, the 64-bit one of the split, the text's bytes
     <key>.near.npy  uint64 [D, bands]: near_duplicates.py, where they are asked for
-    <key>.json      how many documents there are, were dropped and mended: marks that it is done (done_markers.py)
+    <key>.json      how many documents there are, were dropped and mended: the done marker (done_markers.py)
 
 A key names the content: the file's fingerprint, the range, and all that decides what becomes of it.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dsbert.data.preparing.done_markers import write_mark
+from dsbert.data.preparing.done_markers import write_marker
 from dsbert.data.preparing.folding import Folder, folder_of
 from dsbert.data.preparing.near_duplicates import BANDS
 from dsbert.data.preparing.pieces import Piece, read
@@ -81,7 +81,7 @@ def spool_piece(task: dict[str, Any]) -> dict[str, Any]:
     if near:
         files.append(to.with_name(f"{to.name}.near.npy"))
         save_array(files[-1], np.array(signatures, dtype=np.uint64).reshape(-1, BANDS))
-    return write_mark(task, {**counts, "each": each}, files)
+    return write_marker(task, {**counts, "each": each}, files)
 
 
 def texts_of(path: Path) -> Iterator[list[str]]:

@@ -1,9 +1,13 @@
-"""Batches from a data set that was not prepared: text is read, split and encoded as training goes.
+"""Samples of texts that were not prepared: of a few, for `dsbert evaluate --text`, or of sources as they are read.
 
-The guarantees are those that a source without an index allows. As long as its rows are what they were: the sample at a
-position is always the same, on any rank of any world size, and each span of an epoch comes once. The order is the
-source's own, shuffled in windows; every rank reads all of the text, and one that begins at a later position reads up to
-it first. Nothing is cleaned, held out or verified, and how many samples an epoch has is known only when it has passed.
+It stands with the preparation because it is one, in memory: sources, pieces, sentences and the encoder are those that
+`dsbert prepare` has.
+
+`StreamingSamples` is for programs; `dsbert pretrain` wants prepared data. Its guarantees are those that a source
+without an index allows. As long as its rows are what they were: the sample at a position is always the same, on any
+rank of any world size, and each span of an epoch comes once. The order is the source's own, shuffled in windows; every
+rank reads all of the text, and one that begins at a later position reads up to it first. Nothing is cleaned, held out
+or verified, and how many samples an epoch has is known only when it has passed.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import numpy as np
 from dsbert.base.errors import UserError
 from dsbert.data.preparing.corpus import TEXT_COLUMN
 from dsbert.data.preparing.encoding import Encoder
+from dsbert.data.preparing.merging import pack_texts
 from dsbert.data.preparing.pieces import cut, read
 from dsbert.data.preparing.sentences import split_sentences
 from dsbert.data.preparing.sources import resolve
@@ -25,6 +30,11 @@ from dsbert.data.tokenizer import Vocabulary, find_tokenizer
 
 # Documents whose samples are shuffled together, and lend each other text for next-sentence prediction.
 WINDOW_DOCUMENTS = 2048
+
+
+def store_of(texts: list[str], encoder: Encoder) -> TokenStore:
+    """The tokens of documents, whose sentences are lines; in memory."""
+    return TokenStore([pack_texts(encoder, texts, np.dtype(np.int32))])
 
 
 class StreamingSamples:
@@ -91,8 +101,8 @@ class StreamingSamples:
         while True:
             before = number
             for texts in self._text_windows():
-                index = SpanIndex.build(store := self._store(texts), self.seq_len)
-                if len(index):
+                store = store_of(texts, self._encoder)
+                if len(index := SpanIndex.build(store, self.seq_len)):
                     seed = (self._seed + (number << 32)) % (1 << 63)
                     yield SampleStream(
                         store, index, vocab=self.vocab, seq_len=self.seq_len, seed=seed, nsp=self._nsp,
@@ -116,8 +126,3 @@ class StreamingSamples:
                             window = []
         if window:
             yield window
-
-    def _store(self, texts: list[str]) -> TokenStore:
-        from dsbert.data.preparing.merging import pack_texts
-
-        return TokenStore([pack_texts(self._encoder, texts, np.dtype(np.int32))])

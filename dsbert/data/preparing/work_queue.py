@@ -1,4 +1,4 @@
-"""The ranks of a preparation, and how they share its work: a queue that every rank takes the next task from.
+"""How the ranks of a preparation divide its work: a queue that every rank takes the next task from.
 
 The queue is a counter in the store at which the ranks met (rendezvous.py: through mpi4py under mpiexec, SLURM's
 variables under srun). No rank waits while another has tasks left, rank 0 works like the others, and nobody needs to be
@@ -18,8 +18,9 @@ from typing import Any
 from dsbert.base.errors import DsbertError, PeerError
 from dsbert.cluster.ranks import Ranks
 from dsbert.cluster.secret import SECRET_FILE
-from dsbert.data.preparing.done_markers import mark_path
-from dsbert.data.preparing.workers import Task, Workers
+from dsbert.data.preparing.done_markers import marker_path
+from dsbert.data.preparing.tasks import Task
+from dsbert.data.preparing.worker_pool import WorkerPool
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); a total of 0 means that it is not known."""
@@ -37,8 +38,8 @@ class PeerFailedError(DsbertError):
     """Another rank says what went wrong; exit_code is that rank's."""
 
 
-class Crew:
-    """This rank among its peers. store: None for a world of one."""
+class WorkQueue:
+    """What this rank and its peers take their tasks from, and say to each other. store: None for a world of one."""
 
     def __init__(self, ranks: Ranks, store: Any = None) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
@@ -49,24 +50,27 @@ class Crew:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def claim(self, queue: str) -> int:
-        """The next number of a queue: 0, 1, ..., each to one rank alone."""
+    def claim(self, name: str) -> int:
+        """The next number of the queue `name`: 0, 1, ..., each to one rank alone."""
         if self._store is None:
-            self._counters[queue] = self._counters.get(queue, -1) + 1
-            return self._counters[queue]
-        return int(self._ask(lambda: self._store.add(f"queue/{queue}", 1))) - 1
+            self._counters[name] = self._counters.get(name, -1) + 1
+            return self._counters[name]
+        return int(self._ask(lambda: self._store.add(f"queue/{name}", 1))) - 1
 
-    def tell(self, name: str, value: bytes) -> None:
-        """Rank 0 says something that the others wait for."""
+    def publish(self, name: str, value: bytes) -> None:
+        """On rank 0: a value that the others `wait_for`."""
         if self._store is not None:
-            self._ask(lambda: self._store.set(f"told/{name}", value))
+            self._ask(lambda: self._store.set(f"published/{name}", value))
 
-    def hear(self, name: str) -> bytes:
-        """What rank 0 told, however long it takes. Raises PeerFailedError, PeerError if rank 0 is gone."""
-        while not self._ask(lambda: self._store.check([f"told/{name}"])):
+    def wait_for(self, name: str) -> bytes:
+        """What rank 0 publishes under `name`, however long it takes.
+
+        Raises PeerFailedError, PeerError if rank 0 is gone.
+        """
+        while not self._ask(lambda: self._store.check([f"published/{name}"])):
             self.check()
             time.sleep(POLL_S)
-        value: bytes = self._ask(lambda: self._store.get(f"told/{name}"))
+        value: bytes = self._ask(lambda: self._store.get(f"published/{name}"))
         return value
 
     def fail(self, error: Exception) -> None:
@@ -108,31 +112,33 @@ class Crew:
 
 
 @contextmanager
-def meet(ranks: Ranks | None, directory: Path | None = None, timeout_s: float = 300.0) -> Iterator[Crew]:
-    """The crew that the launcher started; a crew of one without a launcher. A failure inside is told to all ranks.
+def join_work_queue(
+    ranks: Ranks | None, directory: Path | None = None, timeout_s: float = 300.0
+) -> Iterator[WorkQueue]:
+    """The queue of the ranks that the launcher started; of one rank without a launcher. All are told if it fails.
 
     directory: where the ranks keep their secret, as `rendezvous.meet` says.
 
     Raises UserError or PeerError if the ranks do not find each other.
     """
     if ranks is None or ranks.world_size == 1:
-        yield Crew(ranks or Ranks(0, 1, 0))
+        yield WorkQueue(ranks or Ranks(0, 1, 0))
         return
-    from dsbert.cluster.rendezvous import meet as meet_at_store
+    from dsbert.cluster.rendezvous import meet
 
-    crew = Crew(ranks, meet_at_store(ranks, timeout_s, directory).store)
+    queue = WorkQueue(ranks, meet(ranks, timeout_s, directory).store)
     try:
-        yield crew
+        yield queue
     except BaseException as error:
-        crew.fail(
-            error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} on rank {crew.rank}")
+        queue.fail(
+            error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__} on rank {queue.rank}")
         )
-        crew.leave(5.0)
+        queue.leave(5.0)
         raise
     else:
-        crew.leave(LEAVE_S)
+        queue.leave(LEAVE_S)
     finally:
-        if crew.is_main and directory is not None:
+        if queue.is_main and directory is not None:
             _tidy(directory)
 
 
@@ -144,30 +150,30 @@ def _tidy(directory: Path) -> None:
             os.rmdir(directory)
 
 
-def do_all(crew: Crew, workers: Workers, stage: str, tasks: Sequence[Task], progress: Progress) -> int:
-    """Have all tasks of a stage done, by all ranks together. Each leaves its mark.
+def do_all(queue: WorkQueue, workers: WorkerPool, stage: str, tasks: Sequence[Task], progress: Progress) -> int:
+    """Have all tasks of a stage done, by all ranks together. Each leaves its marker.
 
     Returns how many were done before. Raises what a task raises, on the rank that it ran on; PeerFailedError elsewhere.
     """
     total = sum(task["weight"] for task in tasks)
     seen = _Seen(tasks)
     before = seen.look()
-    queue = f"{stage}/{len(tasks)}"
+    name = f"{stage}/{len(tasks)}"
     exhausted, ours = False, set[str]()
     last_news, news = time.monotonic(), seen.weight
     while seen.missing:
         progress(stage, seen.weight, total)
         while workers.free and not exhausted:
-            number = crew.claim(queue)
+            number = queue.claim(name)
             if number >= len(tasks):
                 exhausted = True
-            elif _mark(tasks[number]) in seen.missing.keys() - ours:
+            elif _marker(tasks[number]) in seen.missing.keys() - ours:
                 workers.submit(tasks[number])
-                ours.add(_mark(tasks[number]))
-        for task, _ in workers.results(POLL_S if crew.world_size > 1 else 1.0):
-            seen.note(_mark(task))
-            ours.discard(_mark(task))
-        crew.check()
+                ours.add(_marker(tasks[number]))
+        for task, _ in workers.results(POLL_S if queue.world_size > 1 else 1.0):
+            seen.note(_marker(task))
+            ours.discard(_marker(task))
+        queue.check()
         if exhausted and not workers.running:
             time.sleep(POLL_S)
             seen.look()
@@ -176,30 +182,30 @@ def do_all(crew: Crew, workers: Workers, stage: str, tasks: Sequence[Task], prog
             if seen.weight != news:
                 last_news, news = time.monotonic(), seen.weight
             elif time.monotonic() > last_news + PATIENCE_S:
-                left = [task for task in tasks if _mark(task) in seen.missing]
-                workers.submit(left[crew.rank % len(left)])
+                left = [task for task in tasks if _marker(task) in seen.missing]
+                workers.submit(left[queue.rank % len(left)])
         else:
             last_news = time.monotonic()
-            if crew.world_size > 1 and crew.is_main:
+            if queue.world_size > 1 and queue.is_main:
                 seen.look()
     progress(stage, total, total)
     return before
 
 
-def _mark(task: Task) -> str:
-    return str(mark_path(task))
+def _marker(task: Task) -> str:
+    return str(marker_path(task))
 
 
 class _Seen:
-    """Which tasks are done, by the file system. missing: the marks of the others; weight: of those done."""
+    """Which tasks are done, by the file system. missing: the markers of the others; weight: of those done."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.missing: dict[str, int] = {}
         for task in tasks:  # equal pieces are one task
-            self.missing[_mark(task)] = self.missing.get(_mark(task), 0) + task["weight"]
+            self.missing[_marker(task)] = self.missing.get(_marker(task), 0) + task["weight"]
         self.weight = 0
         self._next_look = 0.0
-        self._directories = {str(Path(mark).parent) for mark in self.missing}
+        self._directories = {str(Path(marker).parent) for marker in self.missing}
 
     def look(self) -> int:
         """List the directories (a listing is fresh where a look at one file may not be); how many are new."""
@@ -210,11 +216,11 @@ class _Seen:
             names = {f"{directory}/{name}" for directory in self._directories for name in os.listdir(directory)}
         except FileNotFoundError:  # rank 0 has finished, and tidied up
             names = set(self.missing)
-        found = [mark for mark in self.missing if mark in names]
-        for mark in found:
-            self.note(mark)
+        found = [marker for marker in self.missing if marker in names]
+        for marker in found:
+            self.note(marker)
         return len(found)
 
-    def note(self, mark: str) -> None:
+    def note(self, marker: str) -> None:
         """One that is done."""
-        self.weight += self.missing.pop(mark, 0)
+        self.weight += self.missing.pop(marker, 0)

@@ -1,4 +1,4 @@
-"""What a worker process does: it takes tasks as JSON lines (workers.py)."""
+"""What a worker process does: it takes tasks as JSON lines (worker_pool.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from dsbert.cluster.launcher import die_with_parent
 from dsbert.data.preparing.sentences import is_panic
-from dsbert.data.preparing.workers import Task, failure_of
+from dsbert.data.preparing.tasks import Task, failure_of
 
 
 def perform(task: Task) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 
 from dsbert.base.errors import UserError
 from dsbert.data.preparing import sources
-from dsbert.data.preparing.corpus import is_validation, read_documents
+from dsbert.data.preparing.corpus import read_documents
 
 TEXT = "One  sentence. Another\tone!\nA line.\n\n\n  \nSecond document.\n"
 DOCUMENTS = [["One sentence.", "Another one!", "A line."], ["Second document."]]
@@ -68,20 +68,3 @@ def test_sotu():
     assert first[0] == "Fellow-Citizens of the Senate and House of Representatives:"
     assert len(first) > 20
     assert sum(1 for _ in documents) > 200
-
-
-# Which of the first hundred documents below are held out: must never change.
-GOLDEN_HELD_OUT = [10, 23, 49, 84, 89]
-
-
-def test_validation_share_and_golden():
-    documents = [[f"Sentence {number}.", "The end."] for number in range(10_000)]
-    share = sum(is_validation(document, 0.05) for document in documents) / len(documents)
-    assert abs(share - 0.05) < 4 * (0.05 * 0.95 / len(documents)) ** 0.5
-    assert [number for number in range(100) if is_validation(documents[number], 0.05)] == GOLDEN_HELD_OUT
-    assert not any(is_validation(document, 0.0) for document in documents)
-
-
-def test_a_larger_fraction_keeps_what_was_held_out():
-    documents = [[str(number)] for number in range(2000)]
-    assert all(is_validation(document, 0.2) for document in documents if is_validation(document, 0.1))

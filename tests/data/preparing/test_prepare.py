@@ -12,11 +12,12 @@ from dsbert.base.errors import DataError, UserError
 from dsbert.base.progress import stage_bars
 from dsbert.data.manifest import Manifest, load_manifest, load_unigram_counts
 from dsbert.data.preparing import learning, merging, spool
-from dsbert.data.preparing.corpus import is_validation, read_documents
+from dsbert.data.preparing.corpus import read_documents
 from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
 from tests.data.conftest import VOCAB_SIZE, make_text
+from tests.data.preparing.test_split_assignment import is_held_out
 
 
 def texts(data_dir, split: str) -> set[str]:
@@ -53,7 +54,7 @@ def test_validation_documents_are_never_in_train(data_dir, corpus_file):
     expected = {True: set(), False: set()}
     for document in read_documents([str(corpus_file)]):
         ids = [number for sentence in document for number in tokenizer.encode(sentence, add_special_tokens=False).ids]
-        expected[is_validation(document, 0.2)].add(tokenizer.decode(ids))
+        expected[is_held_out(document, 0.2)].add(tokenizer.decode(ids))
     assert texts(data_dir, "validation") == expected[True]
     assert texts(data_dir, "train") == expected[False]
     assert expected[True]
@@ -61,8 +62,8 @@ def test_validation_documents_are_never_in_train(data_dir, corpus_file):
 
 
 def test_the_tokenizer_never_sees_the_validation_documents(tmp_path):
-    common = [document for n in range(40) if not is_validation([document := f"common words {n}"], 0.1)]
-    held_out = next(document for n in count() if is_validation([document := f"zebra {n}"], 0.1))
+    common = [document for n in range(40) if not is_held_out([document := f"common words {n}"], 0.1)]
+    held_out = next(document for n in count() if is_held_out([document := f"zebra {n}"], 0.1))
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join([*common, held_out]))
     prepare([str(path)], tmp_path / "data", 200, validation=0.1)

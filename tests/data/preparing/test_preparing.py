@@ -110,7 +110,7 @@ def test_killed_in_the_middle_and_run_again(corpus, digest, tmp_path, stage):
     def pieces_done() -> list[Path]:
         if stage == "encode":
             return list(work.glob("*.train.arrow"))
-        # The mark comes last: without it a piece is not done.
+        # The marker comes last: without it a piece is not done.
         return [path for path in work.glob("*.facts.npy") if Path(str(path).replace("facts.npy", "json")).exists()]
 
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

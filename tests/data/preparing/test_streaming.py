@@ -8,7 +8,7 @@ import pytest
 
 from dsbert.base.errors import UserError
 from dsbert.data.preparing import streaming
-from dsbert.data.preparing.streaming import StreamingSamples
+from dsbert.data.preparing.streaming import StreamingSamples, store_of
 from dsbert.data.stream import Batch
 from tests.data.preparing.test_sources import hub
 
@@ -53,7 +53,7 @@ def test_an_epoch_has_each_span_once(make):
 def _epoch(stream: StreamingSamples) -> int:
     from dsbert.data.spans import SpanIndex
 
-    return sum(len(SpanIndex.build(stream._store(texts), 32)) for texts in stream._text_windows())
+    return sum(len(SpanIndex.build(store_of(texts, stream._encoder), 32)) for texts in stream._text_windows())
 
 
 def test_filler_and_errors(make, tmp_path, data_dir):

@@ -13,30 +13,16 @@ import selectors
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
-from dsbert.base.errors import DsbertError, PeerError, UserError
+from dsbert.base.errors import PeerError
 from dsbert.cluster.launcher import PARENT_PID_ENV, module_command
+from dsbert.data.preparing.tasks import Failure, Task
 
 _MAX_DEATHS = 3
 
-Task = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Failure:
-    """What a task ended with that is no result. user: whether it is the user's to mend, in one line."""
-
-    message: str
-    user: bool
-
-    def error(self) -> Exception:
-        """To be raised where the failure is to be shown."""
-        return UserError(self.message) if self.user else RuntimeError(self.message)
-
-
-class Workers:
+class WorkerPool:
     """`count` places for tasks. count 1: the task runs in this very process, when its result is asked for."""
 
     def __init__(self, count: int) -> None:
@@ -90,7 +76,7 @@ class Workers:
             assert worker.stdout is not None
             line = worker.stdout.readline()
             if not line.endswith(b"\n"):
-                self._mourn(worker, task)
+                self._replace_dead_worker(worker, task)
                 continue
             self._idle.append(worker)
             answer = json.loads(line)
@@ -122,7 +108,8 @@ class Workers:
             start_new_session=True,
         )
 
-    def _mourn(self, worker: subprocess.Popen[bytes], task: Task) -> None:
+    def _replace_dead_worker(self, worker: subprocess.Popen[bytes], task: Task) -> None:
+        """Give its task to a new worker. Raises PeerError for a task that has killed several."""
         worker.kill()
         code = worker.wait()
         for stream in (worker.stdin, worker.stdout):
@@ -141,22 +128,3 @@ class Workers:
 def _close(close: Callable[[], None]) -> None:
     with suppress(OSError):
         close()
-
-
-def failure_of(error: Exception) -> Failure:
-    """What to tell of an exception that a task has raised."""
-    if isinstance(error, DsbertError):
-        return Failure(str(error), user=True)
-    if isinstance(error, OSError):
-        return Failure(disk_trouble(error), user=True)
-    return Failure(f"{type(error).__name__}: {error}", user=False)
-
-
-def disk_trouble(error: OSError) -> str:
-    """One line for a disk that is full, or cannot be written."""
-    what = error.strerror or str(error) or type(error).__name__
-    where = f" {error.filename}" if error.filename else ""
-    return (
-        f"expected to write to the disk, found: {what}{where}: make room or check it, and run the same command again: "
-        "it goes on where it stopped"
-    )
