@@ -29,8 +29,6 @@ from dsbert.data.tokenizer import load_tokenizer, tokenizer_digest
 from dsbert.data.verification import wrong_file
 from dsbert.inspection.audit_checkpoint import Audit
 
-_CHUNK_BYTES = 1 << 22
-
 
 def audit_data(path: Path, count: Callable[[int], object] = lambda nbytes: None) -> Audit:
     """Of the manifest, the tokenizer, every shard, and the unigram counts. count: told the bytes of every piece."""
