@@ -30,7 +30,7 @@ class SealedStore(dist.Store):
 
     def __init__(self, inner: dist.Store, key: bytes) -> None:
         super().__init__()
-        self._inner: Any = inner
+        self._inner: Any = inner  # torch's stubs know neither `clone` nor values of bytes
         self._key = key
         self._cipher, self._tag = derive(key, "cipher"), derive(key, "tag")
         # C++ holds what `clone` returns, and that does not keep a Python object alive.
@@ -60,20 +60,20 @@ class SealedStore(dist.Store):
             return None
 
     def add(self, key: str, value: int) -> int:
-        return self._inner.add(self._name(key), value)
+        return int(self._inner.add(self._name(key), value))
 
     def check(self, keys: list[str]) -> bool:
-        return self._inner.check([self._name(key) for key in keys])
+        return bool(self._inner.check([self._name(key) for key in keys]))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         names = [self._name(key) for key in keys]
         self._inner.wait(names) if timeout is None else self._inner.wait(names, timeout)
 
     def delete_key(self, key: str) -> bool:
-        return self._inner.delete_key(self._name(key))
+        return bool(self._inner.delete_key(self._name(key)))
 
     def num_keys(self) -> int:
-        return self._inner.num_keys()
+        return int(self._inner.num_keys())
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._inner.set_timeout(timeout)

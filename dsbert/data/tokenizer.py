@@ -52,7 +52,8 @@ class Vocabulary:
     @property
     def is_text(self) -> NDArray[np.bool_]:
         """bool [V]: False for special tokens, [UNK] among them, of which there is nothing to learn."""
-        return self.kinds != SPECIAL
+        is_text: NDArray[np.bool_] = self.kinds != SPECIAL
+        return is_text
 
     @property
     def ordinary_ids(self) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
     from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = process_group.initit(60)
+    world = process_group.init(60)
     recipe = bench.recipe(optim={"total_steps": 80}, sparsity={"num_updates": 20})
     source = bench.stream()
     engine, masks = bench.engine_and_masks(recipe, world)
@@ -240,7 +240,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
     from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = process_group.initit(60)
+    world = process_group.init(60)
     engine, masks = bench.engine_and_masks(bench.recipe(), world)
     companions = Path(directory) / "companions"
     companions.mkdir(exist_ok=True)
