@@ -133,7 +133,7 @@ def _flip_an_entry(engine: Any) -> None:
 
 def _spoil_the_loss(engine: Any) -> None:
     module = engine.deepspeed_engine.module
-    handle = module.register_forward_hook(
+    handle: Any = module.register_forward_hook(
         lambda _module, _args, output: (handle.remove(), (output[0] * float("nan"), output[1]))[1]
     )
 

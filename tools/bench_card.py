@@ -68,7 +68,9 @@ def parity(blocks: list[int], device: Any) -> list[dict[str, Any]]:
         for size in blocks:
             for topology in AWKWARD if device.type == "cuda" else AWKWARD[:1]:
                 problem = awkward_problem(topology, size, dtype, device)
-                errors = {name: relative_error(problem.call(name), exact(name, problem)) for name in PRODUCTS}
+                errors: dict[str, float] = {
+                    name: relative_error(problem.call(name), exact(name, problem)) for name in PRODUCTS
+                }
                 activated, y = forward_gelu(problem.x, problem.blocks, problem.index, None)
                 errors["gelu"] = relative_error(activated, functional.gelu(y.double()))
                 for name, error in errors.items():
@@ -86,7 +88,7 @@ def tuned(blocks: list[int], shapes: list[Shape], options: argparse.Namespace, t
     from dsbert.sparse.kernels.triton_gpu.configs import set_config
     from dsbert.sparse.kernels.triton_gpu.tuning import candidates, tune
 
-    rows = []
+    rows: list[Any] = []
     for size in blocks:
         problems = [problem_of(shape, options.tokens, size, options.density, torch.bfloat16, timer.device)
                     for shape in shapes]  # fmt: skip

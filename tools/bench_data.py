@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from on_ranks import markdown
 
@@ -163,8 +163,11 @@ def collator(data: list[str]) -> list[dict[str, Any]]:
         for index in range(len(texts)):  # the collator finds words by the gaps between offsets
             examples.append({name: encoded[name][index] for name in ("input_ids", "attention_mask", "offset_mapping")})
     collate = DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True, mlm_probability=0.15)
-    theirs, ours = [], []
-    for batch in _endless(lambda: DataLoader(examples, batch_size=32, shuffle=True, collate_fn=collate), theirs, 40):
+    theirs: list[float] = []
+    ours: list[float] = []
+    for batch in _endless(
+        lambda: DataLoader(cast(Any, examples), batch_size=32, shuffle=True, collate_fn=collate), theirs, 40
+    ):
         del batch
         start = time.perf_counter()
         stream.batch(len(ours) * 32, 32)

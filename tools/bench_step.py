@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from on_ranks import markdown
@@ -64,7 +64,7 @@ def breakdown(step: Any, vocab_size: int) -> dict[str, float]:
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start
-    parts: Counter[str] = Counter()
+    parts: defaultdict[str, float] = defaultdict(float)
     for event in profiler.events():
         parts[part_of(event, vocab_size)] += event.self_cpu_time_total / 1e6
     parts["python"] = max(0.0, seconds - sum(parts.values()))

@@ -42,8 +42,10 @@ def test_help_is_quick_and_imports_nothing_slow(command: list[str]) -> None:
         "try:\n    main()\n"
         f"finally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", listing], env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
+    listed = subprocess.run(
+        [sys.executable, "-c", listing], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert listed.stderr.strip() == "[]"
 
 
 def test_a_run_leaves_what_the_contract_says(run: Path) -> None:

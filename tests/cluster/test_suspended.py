@@ -51,7 +51,7 @@ def test_the_watchdog_does_not_count_time_that_was_slept_away(monkeypatch: pytes
     from dsbert.base import awake
 
     now = 100.0
-    monkeypatch.setattr(awake.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     clock = awake.AwakeClock(longest_s=2.0)
     for elapsed, expected in ((1.5, 1.5), (1000.0, 3.5), (2.0, 5.5), (0.0, 5.5)):
         now += elapsed

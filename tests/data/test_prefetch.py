@@ -1,13 +1,19 @@
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from dsbert.data.prefetch import Prefetcher
 
 
+def numbers(*values: int) -> list[Any]:
+    """In place of batches, which the thread does not look at."""
+    return list(values)
+
+
 def test_steps_come_in_order():
-    prefetcher = Prefetcher(lambda step: [step, step * 10], start=5)
+    prefetcher = Prefetcher(lambda step: numbers(step, step * 10), start=5)
     assert [prefetcher.next() for _ in range(20)] == [[step, step * 10] for step in range(5, 25)]
     prefetcher.close()
 
@@ -41,7 +47,7 @@ def test_an_error_reaches_the_caller_at_its_step():
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_close_ends_the_thread(taken):
     before = threading.active_count()
-    prefetcher = Prefetcher(lambda step: [step], start=0)
+    prefetcher = Prefetcher(lambda step: numbers(step), start=0)
     for _ in range(taken):
         prefetcher.next()
     prefetcher.close()

@@ -1,4 +1,5 @@
 import shutil
+import tempfile
 import threading
 
 import numpy as np
@@ -7,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsbert.base.errors import UserError
-from dsbert.data import indices
 from dsbert.data.preparing.prepare import prepare
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import NUM_SPECIAL, SpanIndex
@@ -130,6 +130,6 @@ class TestCache:
         def refuse(*args, **kwargs):
             raise PermissionError("read-only")
 
-        monkeypatch.setattr(indices.tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
         assert len(self.open(directory))
         assert not (directory / "spans-train-32").exists()

@@ -77,7 +77,7 @@ class TestDeterminism:
     def test_masks_of_one_sample_differ_between_epochs(self):
         stream = numbered_stream(long_documents(2, 4), nsp=False)  # one span per document
         assert stream.num_samples == 2
-        rows = {}
+        rows: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
         for batch in (stream.batch(2 * epoch, 2) for epoch in range(8)):
             for row in range(2):
                 text = tuple(original(batch)[row].tolist())

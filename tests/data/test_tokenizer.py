@@ -47,7 +47,7 @@ def test_training_is_deterministic_across_processes():
 def test_ids_are_special_tokens_then_sorted():
     tokenizer = train_tokenizer(TIES, 100)
     vocab = tokenizer.get_vocab()
-    tokens = sorted(vocab, key=vocab.get)
+    tokens = sorted(vocab, key=vocab.__getitem__)
     assert tokens[:5] == list(SPECIAL_TOKENS)
     assert tokens[5:] == sorted(tokens[5:])
     assert len(tokens) == 100

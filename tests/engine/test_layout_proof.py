@@ -135,7 +135,7 @@ QUICK = [
     ),
 ]
 
-PARTITIONED = [
+PARTITIONED: list[dict[str, Any]] = [
     {"round_robin_gradients": True},
     {"parameter_alignment": True},
     {"contiguous_gradients": False},
@@ -150,7 +150,7 @@ PARTITIONED = [
     {"zero_quantized_weights": True},  # of stage 3 only, as the next
     {"zero_quantized_gradients": True},
 ]
-GATHERED = [
+GATHERED: list[dict[str, Any]] = [
     {"stage3_param_persistence_threshold": 10**6},
     {"stage3_model_persistence_threshold": 100},
     {"sub_group_size": 5000},

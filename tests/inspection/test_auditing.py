@@ -19,6 +19,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dsbert.checkpoint import loading
 from dsbert.checkpoint.loading import checkpoint_problems
 from tests.commands import ENVIRONMENT, complaint, dsbert, dsbert_process
 
@@ -490,7 +491,7 @@ def test_what_a_crash_may_leave_is_a_note(harm: Callable[[Path], object], file: 
 def test_a_checkpoint_that_retention_removes_meanwhile_is_no_damage(copy: Path) -> None:
     from dsbert.inspection import audit_checkpoint as checkpoint_audit
 
-    old, read_state = copy / "checkpoints" / "step_00000006", checkpoint_audit.read_state
+    old, read_state = copy / "checkpoints" / "step_00000006", loading.read_state
 
     def remove(path: Path) -> dict[str, Any]:
         if path == old:
@@ -564,7 +565,7 @@ def test_a_list_survives_any_damage(copy: Path) -> None:
 # diff
 
 
-def diff(a: Path, b: Path, *options: str) -> dict[str, Any]:
+def diff(a: str | Path, b: str | Path, *options: str) -> dict[str, Any]:
     done = dsbert("diff", str(a), str(b), "--json", *options)
     report: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == (1 if options and not report["identical"] else 0), done.stderr
@@ -584,7 +585,7 @@ def test_a_checkpoint_is_identical_with_itself(run: Path) -> None:
 
 
 def test_two_steps_of_a_run(run: Path) -> None:
-    paths = [run / "checkpoints" / f"step_{step:08d}" for step in (6, 12)]
+    paths = run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000012"
     report = diff(*paths, "--exit-code")
     assert not report["identical"]
     assert report["counters"] == {"step": {"a": 6, "b": 12}, "adam_step": {"a": 6, "b": 12}}
@@ -665,7 +666,7 @@ def test_the_cut_into_files_does_not_matter(run: Path, checkpoint: Path) -> None
     whole = whole_parameters(checkpoint)
     for name in FRAGMENTS:
         (checkpoint / name).unlink()
-        edit_manifest(checkpoint, lambda manifest, name=name: manifest["files"].pop(name))
+    edit_manifest(checkpoint, lambda manifest: [manifest["files"].pop(name) for name in FRAGMENTS])
     for rank in range(3):
         tensors, index = {}, {}
         for key, tensor in whole.items():
@@ -686,7 +687,7 @@ def test_the_cut_into_files_does_not_matter(run: Path, checkpoint: Path) -> None
 def test_pieces_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsbert.inspection import comparison
 
-    paths = [run / "checkpoints" / f"step_{step:08d}" for step in (6, 12)]
+    paths = run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000012"
     expected = diff(*paths)
     monkeypatch.setattr(comparison, "_CHUNK", 100)
     found = diff(*paths)

@@ -55,9 +55,9 @@ def test_an_update_keeps_every_rows_number(rows, cols, density, seed, rule, ties
     assert not new & set(before.positions().tolist())
     # By brute force: the smallest (norm, slot) go, unless their row has no empty block left for what it lost already.
     room = [cols - count for count in per_row(before)]
-    expected = []
+    expected: list[int] = []
     for slot in sorted(range(before.num_active), key=lambda slot: (norms[slot].item(), slot)):
-        row = before.rows[slot].item()
+        row = int(before.rows[slot])
         if len(expected) < asked and room[row]:
             room[row] -= 1
             expected.append(slot)

@@ -32,6 +32,8 @@ def test_replaces_what_fits_and_keeps_its_weights():
     assert model.encoder["down"].bias is None
     assert model.head is head
     layer = layers["encoder.up"]
+    assert isinstance(up, nn.Linear)
+    assert layer.bias is not None
     expected = BlockTopology.random((64, 16), 4, 0.25, DrawKey(5, "init", 0, "encoder.up"))
     assert layer.topology.digest() == expected.digest()
     mask = expected.mask().repeat_interleave(4, 0).repeat_interleave(4, 1)

@@ -60,6 +60,7 @@ def check_products(shape: tuple[int, int], size: int, dtype: torch.dtype, tokens
         weight = densify(shape, blocks.double(), rows, cols)
         y = x.double() @ weight.t() + bias.double()
         dense_gradient = (dy.double().t() @ x.double()).view(shape[0] // size, size, shape[1] // size, size)
+        assert cpu.BACKEND.forward_gelu is not None
         activated, before = cpu.BACKEND.forward_gelu(x, blocks, index, bias)
         found = {
             "forward": (cpu.BACKEND.forward(x, blocks, index, bias), y),
@@ -170,10 +171,12 @@ def test_gelu_and_its_derivative_everywhere() -> None:
     exact = x.double().requires_grad_()
     functional.gelu(exact).sum().backward()
     found = cpu.gelu_gradient(torch.ones_like(x), x)
+    assert exact.grad is not None
     assert (found.double() - exact.grad).abs().max() < 4e-7
     index = KernelIndex.of((16, 16), 16, torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     padded = torch.zeros(-(-len(x) // 16) * 16)
     padded[: len(x)] = x
+    assert cpu.BACKEND.forward_gelu is not None
     activated, before = cpu.BACKEND.forward_gelu(padded.view(-1, 16), torch.eye(16)[None], index, None)
     assert torch.equal(before.flatten()[: len(x)], x)
     error = (activated.flatten()[: len(x)].double() - functional.gelu(x.double())).abs()

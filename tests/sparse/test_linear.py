@@ -147,6 +147,7 @@ def test_inputs_and_gradients_that_are_not_contiguous(backend):
 def test_empty_block_rows_and_columns(backend):
     rows, cols = torch.tensor([2, 0, 2], dtype=torch.int32), torch.tensor([1, 3, 3], dtype=torch.int32)
     layer = BlockSparseLinear(BlockTopology((16, 16), 4, rows, cols), kernels=backend)
+    assert layer.bias is not None
     nn.init.normal_(layer.bias)
     x, dy = inputs(layer, 5)
     check(layer, x, dy)
@@ -243,12 +244,13 @@ def test_set_topology_keeps_every_identity():
 
 
 @pytest.mark.parametrize(
-    "other", [((16, 48), 4, 0.3), ((48, 16), 4, 0.5), ((48, 16), 8, 0.3), ((48, 32), 4, 0.15)], ids=str
+    ("shape", "block_size", "density"),
+    [((16, 48), 4, 0.3), ((48, 16), 4, 0.5), ((48, 16), 8, 0.3), ((48, 32), 4, 0.15)],
 )
-def test_set_topology_refuses_another_shape(other):
+def test_set_topology_refuses_another_shape(shape, block_size, density):
     layer = make((48, 16), 4)
     with pytest.raises(ValueError, match=r"expected shape, B, K = \(\(48, 16\), 4, 14\), found"):
-        layer.set_topology(BlockTopology.random(*other, DrawKey(0, "init", 0, "x")))
+        layer.set_topology(BlockTopology.random(shape, block_size, density, DrawKey(0, "init", 0, "x")))
 
 
 def test_topology_is_a_copy():
@@ -283,6 +285,7 @@ def test_from_linear_keeps_the_active_blocks(dtype):
     layer = BlockSparseLinear.from_linear(linear, topology)
     mask = topology.mask().repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert torch.equal(layer.to_dense(), linear.weight * mask)
+    assert layer.bias is not None
     assert torch.equal(layer.bias, linear.bias)
     assert layer.blocks.dtype == dtype
     assert BlockSparseLinear.from_linear(nn.Linear(16, 48, bias=False), topology).bias is None

@@ -30,7 +30,7 @@ def copies(tensors):
 
 def snapshot(toy):
     """Everything that training changes, by name."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, layer in toy.layers.items():
         found |= {f"{name}.{key}": value.clone() for key, value in moments(toy, layer).items()}
         found |= {f"{name}.rows": layer.rows.clone(), f"{name}.cols": layer.cols.clone()}
@@ -71,7 +71,9 @@ def test_survivors_stay_and_moved_slots_are_zero(prune_score, regrow):
                 assert torch.equal(after[kept], before[name][kind][kept]), kind
                 assert not after[slots].any(), kind
                 assert before[name][kind][slots].any(), kind
-            assert not layer.blocks.grad[slots].any()
+            gradient = layer.blocks.grad
+            assert gradient is not None
+            assert not gradient[slots].any()
             assert layer.digest() == toy.masks.topologies[name].digest()
         assert update.digest == toy.masks.digest()
         assert update.num_pruned == sum(change.slots.numel() for change in update.layers.values())

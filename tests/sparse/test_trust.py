@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def test_a_library_that_is_exchanged_after_it_was_looked_at_is_not_loaded(
     monkeypatch.setenv(TRACE, str(shared / "trace"))
     library = cache_directory() / own.name
     shutil.copy(own, library)
-    opened = build.open_trusted
+    opened = trust.open_trusted
 
     def exchange(path: Path) -> int:
         descriptor = opened(path)
@@ -230,7 +231,7 @@ def test_two_users_share_a_cache(shared: Path, fresh: None) -> None:
     """Each has a folder of its own there, which the other cannot look into."""
     build.load()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": "/nonexistent"}
-    who = {"user": NOBODY, "group": NOBODY, "extra_groups": ()}
+    who: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": ()}
     try:
         subprocess.run([sys.executable, "-c", "import dsbert"], env=environment, check=True, capture_output=True, **who)
     except (PermissionError, subprocess.CalledProcessError):

@@ -151,8 +151,7 @@ def cases() -> Iterator[tuple[str, dict[str, float]]]:
     index, (x, dy, blocks, bias) = inputs("scattered", 16, torch.float32, 20)
     yield "fp32 gelu", gelu_errors(index, x, blocks, bias)
     yield "fp32 rows apart", errors(index, surrounded(x), surrounded(dy), blocks, bias)
-    transposed = [tensor.t().contiguous().t() for tensor in (x, dy)]
-    yield "fp32 transposed", errors(index, *transposed, blocks, bias)
+    yield "fp32 transposed", errors(index, x.t().contiguous().t(), dy.t().contiguous().t(), blocks, bias)
     yield "fp32 one row for all tokens", errors(index, x[:1].expand(20, -1), dy[:1].expand(20, -1), blocks, bias)
     # Launches that only measurement would choose: several lines in a program, with a group that is not full; one part.
     for block_size in (16, 128):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_any_field_of_a_checkpoint_may_be_anything(file: str, share: int, copy: 
             again = tmp_path / "again" / original.name
             shutil.copytree(original, again)
             edit = edit_state if file == "state.json" else edit_manifest
-            edit(again, lambda record, place=place, value=value: put(record, place, value))
+            edit(again, partial(put, place=place, value=value))
             says_one_line("verify", str(again))
             if checkpoint_problems(again):
                 if number % 5 == 0 or share > 1:

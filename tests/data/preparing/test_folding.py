@@ -3,6 +3,7 @@
 import random
 import unicodedata
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from dsbert.data.tokenizer import load_tokenizer, save_tokenizer
 from tests.data.conftest import make_text
 
 BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
-KINDS = {
+KINDS: dict[str, dict[str, Any] | None] = {
     "lower": BERT | {"lowercase": True, "strip_accents": True},
     "accents": BERT | {"lowercase": True, "strip_accents": False},
     "cased": BERT | {"lowercase": False, "strip_accents": False},

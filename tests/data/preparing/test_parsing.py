@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -19,9 +20,13 @@ from hypothesis import strategies as st
 from dsbert.base.errors import UserError
 from dsbert.data.preparing import lines, pieces
 from dsbert.data.preparing.prepare import prepare
-from dsbert.data.preparing.unpacking import zstd
 from tests.data.conftest import make_text
 from tests.data.preparing.test_sources import documents_of
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 ROWS = [
     ["0", 'She said "no, never".\nThen she left.', "x"],

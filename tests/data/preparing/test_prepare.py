@@ -51,7 +51,7 @@ def test_what_a_data_directory_says(data_dir, corpus_file):
 
 def test_validation_documents_are_never_in_train(data_dir, corpus_file):
     tokenizer = load_tokenizer(data_dir / "tokenizer")
-    expected = {True: set(), False: set()}
+    expected: dict[bool, set[str]] = {True: set(), False: set()}
     for document in read_documents([str(corpus_file)]):
         ids = [number for sentence in document for number in tokenizer.encode(sentence, add_special_tokens=False).ids]
         expected[is_held_out(document, 0.2)].add(tokenizer.decode(ids))

@@ -166,9 +166,9 @@ def test_a_killed_rank_loses_nothing(corpus, digest, tmp_path):
         ranks[1].kill()
         out, err = ranks[0].communicate(timeout=200)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+        for process in ranks:
+            process.kill()
+            process.communicate()
     assert ranks[0].returncode == 0, err
     assert json.loads(out)["digest"] == digest
 

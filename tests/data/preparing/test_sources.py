@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,12 @@ from dsbert.data.preparing.grouping import Grouping
 from dsbert.data.preparing.pieces import cut, read
 from dsbert.data.preparing.sources import SourceFile, resolve
 
-PACKERS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": lambda d: _zstd(d)}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda data: _zstd(data),
+}
 
 
 def _zstd(data: bytes) -> bytes:
