@@ -231,9 +231,10 @@ def read_topology(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path / TOPOLOGY)
+        tensors: dict[str, torch.Tensor] = load_file(path / TOPOLOGY)
     except Exception as error:  # safetensors raises its own type, which is not an OSError
         raise CheckpointError(f"expected safetensors in {path / TOPOLOGY}, found: {error}") from None
+    return tensors
 
 
 def fragment_files(path: Path) -> list[Path]:

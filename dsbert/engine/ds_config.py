@@ -161,7 +161,7 @@ def _is_off(dotted: str, value: Any) -> bool:
         return value["device"] in (None, "none")
     if isinstance(value, dict):
         return not value.get("enabled", any(not _is_off("", entry) for entry in value.values()))
-    return value == []
+    return bool(value == [])
 
 
 def _keep_inside(config: dict[str, Any], run_dir: Path | None) -> Iterator[str]:

@@ -185,7 +185,8 @@ class TrainEngine:
     def evaluate_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(losses, hits) of this rank's batch: see models/spec.py. At ZeRO stage 3 collective."""
         self._engine.eval()
-        return self._engine(DeviceBatch.of(batch, self.world.device))
+        found: tuple[Tensor, Tensor] = self._engine(DeviceBatch.of(batch, self.world.device))
+        return found
 
     def learning_rate(self, step: int) -> float:
         """Rate of optimizer step `step` = 1..total_steps: linear warm-up to the peak, then linear decay (paper).

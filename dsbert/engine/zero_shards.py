@@ -52,7 +52,8 @@ def full_shape(param: nn.Parameter) -> torch.Size:
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's wrapper, whose state is alive."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return inner
 
 
 def param_shard(engine: Any, param: Any) -> ParamShard:

@@ -56,7 +56,8 @@ def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
     if not training or not 0.0 < p < 1.0 or cpu.BACKEND.why_not(x.device, x.dtype, 1) is not None:
         return functional.dropout(x, p, training)
     seed = torch.empty((), dtype=torch.int64).random_()
-    return torch.ops.dsbert.dropout(x, seed, p)
+    dropped: Tensor = torch.ops.dsbert.dropout(x, seed, p)
+    return dropped
 
 
 class Dropout(nn.Dropout):
@@ -104,9 +105,10 @@ def attention(
         found, _ = attention(module, q, k, v, attention_mask, dropout, scaling, **options)
         return found.to(query.dtype), None
     if not dropout or query.device.type != "cpu":
-        return sdpa_attention_forward(
+        y, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+        return y, None
     sequences, heads, positions, size = query.shape
     q, k, v = (tensor.reshape(sequences * heads, -1, size) for tensor in (query, key, value))
     scores = torch.bmm(q * (size**-0.5 if scaling is None else scaling), k.transpose(1, 2))

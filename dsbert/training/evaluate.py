@@ -146,7 +146,8 @@ def evaluate_checkpoint(
     @torch.no_grad()
     def forward(batch: Batch) -> tuple[Tensor, Tensor]:
         with named_as_in_recipes():  # kernels are chosen with the first batch
-            return restored.model(DeviceBatch.of(batch, device))
+            found: tuple[Tensor, Tensor] = restored.model(DeviceBatch.of(batch, device))
+        return found
 
     counts = load_unigram_counts(restored.path)
     objectives = model_spec(restored.recipe.model).objectives
