@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 from on_ranks import markdown
 
 BIN = Path(sys.executable).parent
@@ -72,19 +74,13 @@ def _timed(name: str, command: list[str]) -> dict[str, Any]:
 
 def _largest_descendant(root: int) -> int:
     """Resident bytes of the largest process below `root`, itself included."""
-    parents, sizes = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(path.parent.name)] = int(fields[1])
-        sizes[int(path.parent.name)] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    below, grown = {root}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in below} - below
-        below, grown = below | more, bool(more)
-    return max((sizes.get(pid, 0) for pid in below), default=0)
+    sizes = [0]
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(root)
+        for process in [top, *top.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                sizes.append(process.memory_info().rss)
+    return max(sizes)
 
 
 def _alone(tokenizer: Path, files: list[str]) -> dict[str, Any]:

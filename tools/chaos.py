@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from dsbert.base.durable import checksum
 from dsbert.checkpoint.loading import LATEST
 from dsbert.inspection.audit_run import audit
@@ -67,9 +69,8 @@ class Launcher:
             return cls(subprocess.Popen(command, stdout=file, stderr=file, env=environment), log)
 
     def pids(self) -> list[int]:
-        with suppress(OSError):
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-            return [int(pid) for pid in children.split()]
+        with suppress(psutil.NoSuchProcess):
+            return [process.pid for process in psutil.Process(self.process.pid).children()]
         return []
 
     def poll(self) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dsbert.base.jsonl import JsonlFile
@@ -27,12 +28,9 @@ pytest.importorskip("wandb", reason="wandb is not installed")
 def processes(roots: list[int]) -> list[int]:
     """These and all that descends from them: what SLURM signals, down to helpers of helpers."""
     found = list(roots)
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    for process in found:  # grows meanwhile
-        found += [child for child, parent in parents.items() if parent == process]
+    for root in roots:
+        with suppress(psutil.NoSuchProcess):
+            found += [process.pid for process in psutil.Process(root).children(recursive=True)]
     return found
 
 

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -80,15 +82,13 @@ def test_under_mpiexec(corpus, digest, tmp_path):
     assert json.loads(done.stdout)["up_to_date"]
 
 
-def processes_of(group: int) -> list[int]:
+def processes_of(parent: int) -> list[int]:
+    """Its living children."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == group and fields[0] != "Z":
-            found.append(int(path.parent.name))
+    for process in psutil.Process(parent).children():
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
     return found
 
 
