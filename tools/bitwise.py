@@ -23,8 +23,9 @@ import xxhash
 import yaml
 from rich.progress import track
 
-# Times, what a start draws anew, and where it stands.
-_PASSING = {"nonce", "started", "git_revision"}
+# Besides times, whose names end in _s: what a start draws anew, and where it stands. state.json is compared itself;
+# what a manifest says of it follows from the path of the data.
+_PASSING = {"nonce", "started", "created", "attempt", "git_revision", "state.json"}
 _STARTED_ANEW = ("heartbeats", "wandb", "rendezvous.key", "wandb_id")
 _OVERRIDES = (
     *("sparsity.num_updates=6", "eval.every_steps=30", "eval.sequences=64", "checkpoint.every_steps=30"),
@@ -66,24 +67,32 @@ def contents(directory: Path) -> dict[str, Any]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         if path.is_file() and not set(name.parts) & set(_STARTED_ANEW):
-            found[str(name)] = _content(path)
+            found[str(name)] = _content(path, str(directory))
     return found
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path, root: str) -> Any:
     if path.suffix == ".jsonl":
-        return [_lasting(json.loads(line)) for line in path.read_text().splitlines()]
+        return [_lasting(json.loads(line), root) for line in path.read_text().splitlines()]
     if path.suffix == ".json" and path.name != "tokenizer.json":
-        return _lasting(json.loads(path.read_text()))
+        return _lasting(json.loads(path.read_text()), root)
     if path.suffix == ".yaml":
-        return _lasting(yaml.safe_load(path.read_text()))
+        return _lasting(yaml.safe_load(path.read_text()), root)
+    if path.name == "latest":  # and the checksum of a manifest, which has times
+        return path.read_text().split()[0]
     return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
-def _lasting(value: Any) -> Any:
+def _lasting(value: Any, root: str) -> Any:
     if isinstance(value, dict):
-        return {key: _lasting(one) for key, one in value.items() if key not in _PASSING}
-    return [_lasting(one) for one in value] if isinstance(value, list) else value
+        return {
+            key: _lasting(one, root)
+            for key, one in value.items()
+            if key not in _PASSING and not str(key).endswith("_s")
+        }
+    if isinstance(value, str):
+        return value.replace(root, "")
+    return [_lasting(one, root) for one in value] if isinstance(value, list) else value
 
 
 def differences(a: Any, b: Any, key: str = "") -> Iterator[str]:
