@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsbert.base.awake import AwakeClock
-from dsbert.base.collectives import all_reduce, gather_json, raise_on_all_ranks
+from dsbert.base.collectives import all_reduce, gather_json, on_main_rank, raise_on_all_ranks
 from dsbert.base.durable import sync_directory, write_and_read_back
-from dsbert.base.errors import DsbertError, PeerError
+from dsbert.base.errors import DsbertError, PeerError, StorageError
 from dsbert.checkpoint.fragments import FragmentBuffer, fragment_bytes, fragments_name
 from dsbert.checkpoint.loading import FORMAT, KIND, STATE, TOPOLOGY, step_name
 from dsbert.checkpoint.publisher import Publisher, Retention
@@ -99,7 +99,8 @@ class CheckpointWriter:
     def begin(self, engine: TrainEngine, masks: MaskManager, state: dict[str, Any]) -> None:
         """Snapshot the engine's present step and have it written. Collective; nothing else may be in flight.
 
-        state: what state.json holds beside the counters. Raises the same DsbertError on every rank if there is no room.
+        state: what state.json holds beside the counters. Raises the same StorageError on every rank where room
+        is lacking.
         """
         assert not self.in_flight
         world, shards = engine.world, engine.shards()
@@ -116,7 +117,7 @@ class CheckpointWriter:
         shared = _shared_files(engine, masks, state, self._companions) if world.is_main else {}
         own_bytes = fragment_bytes(shards) + sum(len(data) for data in shared.values())
         needed = int(all_reduce(torch.tensor([own_bytes])))
-        raise_on_all_ranks(lambda: self._publisher.make_room(job.temporary, needed), only_main=True)
+        on_main_rank(lambda: self._publisher.make_room(job.temporary, needed))
         job.files = {fragments_name(world.rank, world.world_size): self._buffer.fill(shards), **shared}
         self._job = job
         self._watch("writing")
@@ -139,7 +140,7 @@ class CheckpointWriter:
                     self._watch("publishing")
                     job.start(lambda: self._publish(job, entries))
                 return None
-            raise_on_all_ranks(job.result, only_main=True)
+            on_main_rank(job.result)
         except DsbertError:
             self._job = None
             self._watch(None)
@@ -241,7 +242,7 @@ class _Job:
             except DsbertError as error:
                 self._failure = error
             except OSError as error:
-                self._failure = DsbertError(
+                self._failure = StorageError(
                     f"could not write the checkpoint {self.target} on {self.host}: {error.strerror or error}; earlier "
                     "ones are intact"
                 )

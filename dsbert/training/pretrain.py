@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsbert.base.collectives import all_reduce, assert_replicas_agree, gather_json, raise_on_all_ranks
+from dsbert.base.collectives import all_reduce, assert_replicas_agree, gather_json, on_main_rank
 from dsbert.base.errors import EXIT_OK, EXIT_REQUEUE, DsbertError
 from dsbert.checkpoint.writer import Saved
 from dsbert.cluster import process_group
@@ -119,7 +119,7 @@ def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) 
         except OSError as error:  # the checkpoint is there, and the exit code says the same
             run.reporter.say(f"status.json could not be written: {error}")
 
-    raise_on_all_ranks(record, only_main=True)
+    on_main_rank(record)
     run.heartbeat.end(code)
     run.writer.close()
     run.reporter.close(patient=code == EXIT_OK)
@@ -134,7 +134,7 @@ def _save(run: Run) -> None:
         run.masks.verify_replicas()
         assert_replicas_agree("the weights", run.engine.replica_digests())
         _assert_finite(run)
-        raise_on_all_ranks(lambda: run.directory.assert_owner(run.attempt), only_main=True)
+        on_main_rank(lambda: run.directory.assert_owner(run.attempt))
         if run.world.is_main:
             run.directory.journal.sync()
             run.directory.metrics.sync()

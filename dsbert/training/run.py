@@ -12,9 +12,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dsbert.base.collectives import gather_json, raise_on_all_ranks, run_with_keepalive
-from dsbert.base.durable import refusal
-from dsbert.base.errors import EXIT_INTERNAL, EXIT_PEER, DsbertError, LostPeerError, PeerError, UserError, printable
+from dsbert.base.collectives import gather_json, on_main_rank, raise_on_all_ranks, run_with_keepalive
+from dsbert.base.errors import (
+    EXIT_INTERNAL,
+    EXIT_PEER,
+    DsbertError,
+    LostPeerError,
+    PeerError,
+    StorageError,
+    UserError,
+    is_storage_failure,
+    printable,
+)
 from dsbert.checkpoint.loading import load_checkpoint
 from dsbert.checkpoint.publisher import Retention
 from dsbert.checkpoint.writer import CheckpointWriter
@@ -24,7 +33,7 @@ from dsbert.cluster.heartbeats import Culprit
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import load_manifest
-from dsbert.data.staging import stage, staged
+from dsbert.data.staging import stage
 from dsbert.data.stream import SAMPLES, SampleStream
 from dsbert.data.verification import verify_data
 from dsbert.engine.ds_config import what_holds, without_batches
@@ -64,9 +73,7 @@ class Run:
         self.recipe, self.world, self.timeout_s = recipe, world, timeout_s
         self._last_resort = threading.Timer(0, lambda: None)
         self.directory = RunDirectory(run_dir)
-        manifest = raise_on_all_ranks(lambda: load_manifest(recipe.data.path))
-        assert manifest is not None
-        self._manifest = manifest
+        manifest = self._manifest = raise_on_all_ranks(lambda: load_manifest(recipe.data.path))
         assert_same_everywhere(recipe, manifest.digest, run_dir)
         everybody = gather_json([secrets.token_hex(8), world.host])
         self.nonce: str = everybody[0][0]
@@ -87,18 +94,15 @@ class Run:
         damaged = raise_on_all_ranks(lambda: verify_data(data.path, data.seq_len, part=(world.rank, world.world_size)))
         suspect = {name for names in gather_json(damaged) for name in names}
         # One rank builds the sample indices, the others then find them.
-        run_with_keepalive(lambda: open_streams(recipe, data.path, suspect))
-        run_with_keepalive(lambda: stage(data.path, data.stage_to), everywhere=True)
+        built_here = on_main_rank(lambda: open_streams(recipe, data.path, suspect), keepalive=True)
+        run_with_keepalive(lambda: stage(data.path, data.stage_to))
         neighbours = [rank for rank, host in enumerate(self.hosts) if host == world.host]
         share = (neighbours.index(world.rank), len(neighbours))
-        run_with_keepalive(lambda: stage(data.path, data.stage_to, share), everywhere=True)
-        streams = raise_on_all_ranks(lambda: open_streams(recipe, staged(data.path, data.stage_to), suspect))
+        path = run_with_keepalive(lambda: stage(data.path, data.stage_to, share))
+        kept = built_here if path == data.path else None
+        self.train, self.held_out = raise_on_all_ranks(lambda: kept or open_streams(recipe, path, suspect))
         vocab_size = self._manifest.tokenizer.vocab_size
-        assert streams is not None
-        self.train, self.held_out = streams
-        built = raise_on_all_ranks(lambda: build_model(recipe, vocab_size, world.device, self.train.vocab.pad))
-        assert built is not None
-        model, layers = built
+        model, layers = raise_on_all_ranks(lambda: build_model(recipe, vocab_size, world.device, self.train.vocab.pad))
         shapes = layer_shapes(model, model_spec(recipe.model))
         self.engine = TrainEngine(recipe, model, layers, world, self.directory.path)
         process_group.unlimit()  # DeepSpeed's groups
@@ -193,9 +197,10 @@ class Run:
             self._leave_at_last(EXIT_PEER)
             if hasattr(self, "attempt") and self.directory.owns(self.attempt) is False:
                 self.directory.assert_owner(self.attempt)
-            if isinstance(error, DsbertError) or not (found := refusal(error)):
+            if isinstance(error, DsbertError) or not is_storage_failure(error):
                 raise
-            plain = DsbertError(f"could not read or write on {self.world.host}, found {found}; checkpoints are intact")
+            found = f"{error.filename or 'a file'}: {error.strerror}"
+            plain = StorageError(f"could not read or write on {self.world.host}, found {found}; checkpoints are intact")
             plain.ranks = (self.world.rank,)
             raise plain from error
 
@@ -252,7 +257,7 @@ class Run:
 
     def _assert_shared(self, run_dir: Path) -> None:
         """Raise UserError on every rank unless all see the directory that rank 0 makes."""
-        raise_on_all_ranks(lambda: self.directory.share(self.nonce), only_main=True)
+        on_main_rank(lambda: self.directory.share(self.nonce))
         patience_s = min(5.0, self.timeout_s / 2)
         seen = gather_json([self.directory.sees(self.nonce, patience_s), str(run_dir.resolve())])
         for rank, (sees, path) in enumerate(seen):
@@ -267,11 +272,10 @@ class Run:
         directory, world = self.directory, self.world
         checkpoint = directory.find_checkpoint(resume, world.rank, world.world_size)
         shown = {name: self.state[name] for name in ("deepspeed", "numerics")}
-        found = raise_on_all_ranks(
+        found = on_main_rank(
             lambda: directory.open_attempt(
                 self.recipe, self.state["identity"], checkpoint, self.nonce, world.world_size, shown
-            ),
-            only_main=True,
+            )
         )
         self.attempt = gather_json(found)[0]
         if gather_json(directory.has_changed())[0]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from dsbert.base.collectives import raise_on_all_ranks
+from dsbert.base.collectives import on_main_rank
 from dsbert.base.durable import copy_tree, remove_tree, replace_durably
 from dsbert.base.errors import CheckpointError, PeerError, UserError, printable
 from dsbert.base.jsonl import JsonlFile, first_difference, to_json
@@ -88,8 +88,8 @@ class RunDirectory:
         Raises on every rank UserError if the directory holds a run and resume is "never", CheckpointError if resume is
         "must" and nothing valid is there, or if checkpoints are there and none is valid.
         """
-        has_some = raise_on_all_ranks(lambda: self._has_checkpoints(resume), only_main=True)
-        told = raise_on_all_ranks(lambda: saved_before(self.path), only_main=True)
+        has_some = on_main_rank(lambda: self._has_checkpoints(resume))
+        told = on_main_rank(lambda: saved_before(self.path))
         newest, skipped = newest_checkpoint(self.checkpoints, rank, world_size)
 
         def judge() -> None:
@@ -104,7 +104,7 @@ class RunDirectory:
             if newest is None and self._has_steps():
                 print(f"dsbert: no checkpoint was saved before in {self.path}: starts at step 0", file=sys.stderr)
 
-        raise_on_all_ranks(judge, only_main=True)
+        on_main_rank(judge)
         return newest
 
     def open_attempt(

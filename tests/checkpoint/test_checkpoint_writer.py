@@ -14,7 +14,7 @@ import pytest
 
 from dsbert.base.collectives import raise_on_all_ranks
 from dsbert.base.durable import checksum, replace_durably, write_and_read_back
-from dsbert.base.errors import DsbertError, UserError
+from dsbert.base.errors import DsbertError, StorageError
 from dsbert.checkpoint.loading import newest_checkpoint, verify_checkpoint
 from dsbert.checkpoint.publisher import Publisher, Retention
 from tests.helpers import run_distributed
@@ -29,7 +29,7 @@ def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
     from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = process_group.initit(60)
+    world = process_group.init(60)
     recipe = bench.recipe(optim={"total_steps": 80}, sparsity={"num_updates": 20})
     source = bench.stream()
     engine, masks = bench.engine_and_masks(recipe, world)
@@ -187,7 +187,7 @@ def test_what_is_seen_is_whole_and_on_disk_at_every_moment_of_a_publication(tmp_
 def test_a_disk_that_is_full_is_named_by_the_file_that_it_has_no_room_for(tmp_path: Path) -> None:
     """What a write raises knows no file."""
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
-    with full, pytest.raises(UserError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
+    with full, pytest.raises(StorageError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
         raise_on_all_ranks(lambda: replace_durably(tmp_path / "status.json", b"{}"))
 
 
@@ -240,7 +240,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
     from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = process_group.initit(60)
+    world = process_group.init(60)
     engine, masks = bench.engine_and_masks(bench.recipe(), world)
     companions = Path(directory) / "companions"
     companions.mkdir(exist_ok=True)

@@ -126,7 +126,7 @@ def skip_and_go_on(stage: int, dtype: str, faults: dict[str, str], sections: dic
     from dsbert.cluster import process_group
     from tests import workbench as bench
 
-    world = process_group.inititit(60)
+    world = process_group.init(60)
     steps = {int(step): kind for step, kind in faults.items()}
     deepspeed = bench.zero_config(stage, dtype)
     deepspeed["overrides"] |= sections.pop("deepspeed", {})
@@ -185,7 +185,7 @@ def overflow_in_fp16(stage: int) -> float:
 
     # Slow on a CPU, but right.
     type(get_accelerator()).is_fp16_supported = lambda self: True
-    world = process_group.inititit(60)
+    world = process_group.init(60)
     deepspeed = bench.zero_config(stage, "fp16")
     deepspeed["overrides"]["fp16"] |= {"initial_scale_power": 8, "hysteresis": 1}
     recipe = bench.recipe(deepspeed=deepspeed, sparsity={"group_lasso": 0.1})

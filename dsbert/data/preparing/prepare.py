@@ -21,7 +21,7 @@ from typing import Any
 from filelock import Timeout, UnixFileLock
 
 from dsbert.base.durable import sync_directory
-from dsbert.base.errors import UserError
+from dsbert.base.errors import UserError, disk_error
 from dsbert.cluster.ranks import Ranks
 from dsbert.cluster.secret import SECRET_FILE
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
@@ -68,7 +68,8 @@ def prepare(
         that an interrupted call had done.
 
     Raises:
-        UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
+        UserError: a source cannot be read, a number is out of bounds, or `to` holds something else.
+        StorageError: the disk is full, or fails.
         DataError: `to` holds this data, damaged.
         PeerError: a rank or a worker was lost.
     """
@@ -81,7 +82,7 @@ def prepare(
     try:
         summary = _Preparation(queue, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
     except OSError as error:
-        raise UserError(disk_trouble(error)) from error
+        raise disk_error(error, disk_trouble(error)) from error
     finally:
         workers.close()
     return summary | {"seconds": time.monotonic() - began}
