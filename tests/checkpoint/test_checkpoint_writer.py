@@ -236,7 +236,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
     import time
 
     from dsbert.base.errors import PeerError
-    from dsbert.checkpoint import writer
+    from dsbert.checkpoint import writer as module
     from dsbert.cluster import process_group
     from tests import workbench as bench
 
@@ -245,11 +245,11 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
     companions = Path(directory) / "companions"
     companions.mkdir(exist_ok=True)
     alive: list[float] = []
-    writer = writer.CheckpointWriter(
+    writer = module.CheckpointWriter(
         Path(directory) / "checkpoints", companions, attempt="1-test", retention=Retention(2), timeout_s=1.0,
         alive=lambda: alive.append(time.monotonic()),
     )  # fmt: skip
-    original = writer.write_and_read_back
+    original = module.write_and_read_back
 
     def slow(path: Path, data: Any, count: Any, *more: Any) -> str:
         for _ in range(10 if world.rank == 1 else 0):
@@ -257,7 +257,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
             count(1)
         return original(path, data, count, *more)
 
-    with mock.patch.object(writer, "write_and_read_back", slow):
+    with mock.patch.object(module, "write_and_read_back", slow):
         start = time.monotonic()
         assert writer.save(engine, masks, {"totals": {}}).step == 0
         took = time.monotonic() - start
@@ -268,7 +268,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
         time.sleep(1000)
         return ""
 
-    with mock.patch.object(writer, "write_and_read_back", stuck):
+    with mock.patch.object(module, "write_and_read_back", stuck):
         engine.step = 1
         start = time.monotonic()
         with pytest.raises(PeerError, match="write nothing for 1 s"):
