@@ -370,7 +370,7 @@ def test_damaged_records_do_not_hold_up_the_next_attempt(damage: bytes, data: Pa
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() * (name == "attempts.jsonl") + damage)
     directory.share("third")
     third = directory.open_attempt(small, {}, None, "third", 1)
-    assert (third["number"], third["previous"]) == (3, None)
+    assert (third.number, third.previous) == (3, None)
     assert directory.owns(third)
     assert not directory.has_ended(third)
     directory.set_status(third, "failed", 5)

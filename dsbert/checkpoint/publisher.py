@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from dsbert.base.durable import read_regular, sync_directory, write_durably
 from dsbert.base.errors import DsbertError, StorageError, printable
-from dsbert.checkpoint.loading import LATEST, MANIFEST, published, verify_checkpoint
+from dsbert.checkpoint.loading import LATEST, published, verify_checkpoint
+from dsbert.checkpoint.state import MANIFEST, FileRecord, Manifest
 
 _SPARE_BYTES = 1 << 20  # for state, manifest, directories
 
@@ -63,26 +63,24 @@ class Publisher:
         self,
         temporary: Path,
         target: Path,
-        manifest: dict[str, Any],
-        entries: list[dict[str, Any]],
+        manifest: Manifest,
         count: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
         """Publish what the ranks say they have written. Raises DsbertError or OSError.
 
-        entries: (file, bytes, xxh3) of every file, each read back by the rank that wrote it. count: told the bytes of
+        manifest: with every file, each read back by the rank that wrote it. count: told the bytes of
         every piece that was read.
         """
         self._assert_owner()
-        files = {entry["file"]: {"bytes": entry["bytes"], "xxh3": entry["xxh3"]} for entry in entries}
-        text = (json.dumps(manifest | {"files": files}, indent=1) + "\n").encode()
+        text = (json.dumps(manifest.to_json(), indent=1) + "\n").encode()
         write_durably(temporary / MANIFEST, text)
         sync_directory(temporary)
-        _assert_sizes(temporary, files)
+        _assert_sizes(temporary, manifest.files)
         self._assert_owner()
         _move_aside(target, self._attempt, count)
         os.replace(temporary, target)
         sync_directory(self._root)
-        _assert_sizes(target, files)  # once more: nobody can have touched them under this name
+        _assert_sizes(target, manifest.files)  # once more: nobody can have touched them under this name
         if (target / MANIFEST).read_bytes() != text:
             raise StorageError(f"expected {target / MANIFEST} as it was written, found something else")
         self._assert_owner()
@@ -126,12 +124,12 @@ class Publisher:
         return path.name in self._verified
 
 
-def _assert_sizes(directory: Path, files: dict[str, Any]) -> None:
+def _assert_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
     """As rank 0 sees what the others wrote."""
     for name, entry in files.items():
         found = (directory / name).stat().st_size
-        if found != entry["bytes"]:
-            raise StorageError(f"expected {entry['bytes']} bytes in {directory / name}, found {found}")
+        if found != entry.bytes:
+            raise StorageError(f"expected {entry.bytes} bytes in {directory / name}, found {found}")
 
 
 def _move_aside(target: Path, attempt: str, count: Callable[[int], object]) -> None:

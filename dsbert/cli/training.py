@@ -88,7 +88,7 @@ def pretrain(
                     f"{found[0]} is set: where no launcher is at work, as in `srun --pty bash`, unset {' '.join(found)}"
                 )
         if ranks is None:
-            if stop.wanted:
+            if stop.requested:
                 raise SystemExit(EXIT_REQUEUE)
             if count > 1:
                 less = f"lower batch.micro_batch (now {batch.micro_batch}) or --nproc (now {count})"

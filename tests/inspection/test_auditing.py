@@ -490,14 +490,14 @@ def test_what_a_crash_may_leave_is_a_note(harm: Callable[[Path], object], file: 
 def test_a_checkpoint_that_retention_removes_meanwhile_is_no_damage(copy: Path) -> None:
     from dsbert.inspection import audit_checkpoint as checkpoint_audit
 
-    old, read_state = copy / "checkpoints" / "step_00000006", checkpoint_audit.read_state
+    old, state_object = copy / "checkpoints" / "step_00000006", checkpoint_audit.state_object
 
     def remove(path: Path) -> dict[str, Any]:
         if path == old:
             shutil.rmtree(old)
-        return read_state(path)
+        return state_object(path)
 
-    with mock.patch.object(checkpoint_audit, "read_state", remove):
+    with mock.patch.object(checkpoint_audit, "state_object", remove):
         report = verify(copy)
     assert report["checkpoints"] == [{"name": "step_00000012", "ok": True}]
 
