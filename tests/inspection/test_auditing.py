@@ -742,7 +742,7 @@ def test_a_damaged_side_is_refused_by_name(run: Path, checkpoint: Path) -> None:
 
 def test_help_imports_nothing_slow() -> None:
     listing = (
-        "import sys\nfrom dsbert.cli import run\n"
+        "import sys\nfrom dsbert.cli.app import run\n"
         "for name in ('verify', 'checkpoints', 'diff'):\n    assert run([name, '--help']) == 0\n"
         "print([name for name in ('torch', 'numpy', 'rich', 'pydantic') if name in sys.modules], file=sys.stderr)\n"
     )
