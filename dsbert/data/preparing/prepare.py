@@ -22,7 +22,7 @@ from filelock import Timeout, UnixFileLock
 
 from dsbert.base.durable import sync_directory
 from dsbert.base.errors import UserError, disk_error
-from dsbert.cluster.ranks import Ranks
+from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.secret import SECRET_FILE
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.preparing.assembly import assemble, files_without_text, find_existing, split_entry, summarize
@@ -76,7 +76,7 @@ def prepare(
     began = time.monotonic()
     chosen = Options(vocab_size, **options)
     chosen.check()
-    queue = queue or WorkQueue(Ranks(0, 1, 0))
+    queue = queue or WorkQueue(RankInfo(0, 1, 0))
     workers = WorkerPool(nproc)
     report = progress if progress and queue.is_main else lambda stage, done, total: None
     try:
