@@ -4,6 +4,7 @@
 #   time almost up, or `scancel --batch --signal=USR2 JOB`   the ranks save, the job is requeued and resumes
 #   preemption (SLURM sends TERM to the ranks)               the same, within the partition's grace time
 #   a rank was killed, lost a peer or hangs                  requeued: resumes from the newest checkpoint
+#   a disk is full or fails (exit 74)                        the same: there may be room when it starts again
 #   a node failed                                            SLURM requeues the job itself
 #   three restarts without a newer checkpoint                given up
 #   a mistake, a bug, no valid checkpoint (exit 2, 1, 4)     not requeued: it would only happen again
@@ -185,4 +186,5 @@ if ((fruitless >= MAX_FRUITLESS)) && [[ ! $(newest_checkpoint) > $newest ]]; the
     finish "given up: exit code $rc, and $fruitless restarts brought no checkpoint newer than $newest" "$((rc ? rc : 1))"
 fi
 ((rc == 137)) && say "KILL, which the kernel sends where memory runs out: lower batch.micro_batch, or ask for more --mem"
+((rc == 74)) && requeue "a file system is full or fails, exit code 74" 0
 requeue "a rank or a node failed, exit code $rc" 0

@@ -123,7 +123,7 @@ LIFE = [
         "10, 12",
         "`latest` missing; then a full disk on one rank",
         (fault("step", "full", rank=1, step=8),),
-        (1, 1),
+        (74, 74),
         6,
         1,
         says="could not write the checkpoint",
@@ -133,7 +133,7 @@ LIFE = [
         "12",
         "a full disk under metrics.jsonl",
         (fault("step", "no room", rank=0, step=7),),
-        (1, 3),
+        (74, 3),
         6,
         0,
         says="metrics.jsonl: File too large; checkpoints are intact",
@@ -172,7 +172,7 @@ def test_a_life_full_of_faults_ends_like_an_undisturbed_one(
         assert tuple(rank.code for rank in ended) == one.codes, label
         everything = "".join(rank.stderr for rank in ended)
         assert one.says in everything, label
-        if one.codes != (1, 1):
+        if one.codes != (74, 74):
             assert "Traceback" not in everything.replace("MemoryError", "") or "no more memory" in everything, label
         history = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
         starts = history[-1]["checkpoint"]
@@ -370,7 +370,7 @@ def test_damaged_records_do_not_hold_up_the_next_attempt(damage: bytes, data: Pa
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() * (name == "attempts.jsonl") + damage)
     directory.share("third")
     third = directory.open_attempt(small, {}, None, "third", 1)
-    assert (third["number"], third["previous"]) == (3, None)
+    assert (third.number, third.previous) == (3, None)
     assert directory.owns(third)
     assert not directory.has_ended(third)
     directory.set_status(third, "failed", 5)

@@ -13,6 +13,7 @@ from tests.helpers import run_distributed
 def train_on_the_card(stage: int, directory: str) -> dict[str, Any]:
     from dsbert.checkpoint.loading import load_checkpoint
     from dsbert.checkpoint.publisher import Retention
+    from dsbert.checkpoint.state import Totals
     from dsbert.checkpoint.writer import CheckpointWriter
     from dsbert.cluster import process_group
     from tests import workbench as bench
@@ -30,7 +31,7 @@ def train_on_the_card(stage: int, directory: str) -> dict[str, Any]:
             bench.check_update(engine, before, update)
     (Path(directory) / "companions").mkdir()
     writer = CheckpointWriter(Path(directory), Path(directory) / "companions", attempt="1-test", retention=Retention(1))
-    path = writer.save(engine, masks, {"totals": {}}).path
+    path = writer.save(engine, masks, bench.run_record(engine.recipe), Totals()).path
     digest = masks.digest()
     engine, masks = bench.engine_and_masks(engine.recipe, world)
     load_checkpoint(path, engine, masks)

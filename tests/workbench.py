@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsbert.checkpoint.state import IdentityRecord, RecipeRecord, RunRecord
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.data.shards import TokenStore
@@ -82,6 +83,13 @@ def engine_and_masks(recipe: Recipe, world: World) -> tuple[TrainEngine, MaskMan
     engine = TrainEngine(recipe, model, layers, world)
     total_steps = recipe.optim.total_steps
     return engine, MaskManager(layers, recipe.sparsity, total_steps=total_steps, editor=engine, seed=recipe.seed)
+
+
+def run_record(recipe: Recipe) -> RunRecord:
+    """What a checkpoint says of a run, of which nothing but the recipe is read."""
+    whole = recipe.model_dump(mode="json")
+    identity = IdentityRecord.from_json({"data_digest": "none"})
+    return RunRecord(recipe=RecipeRecord.from_json(whole), identity=identity, vocab_size=1, layers={}, params={})
 
 
 def held_elements(engine: TrainEngine) -> dict[str, dict[str, tuple[int, Tensor]]]:

@@ -34,11 +34,13 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     from dsbert.base.collectives import assert_replicas_agree
     from dsbert.checkpoint.loading import load_checkpoint, newest_checkpoint
     from dsbert.checkpoint.publisher import Retention
+    from dsbert.checkpoint.state import IdentityRecord, LayerRecord, RecipeRecord, RunRecord, Totals
     from dsbert.checkpoint.writer import CheckpointWriter
     from dsbert.cluster import process_group
     from dsbert.engine.train_engine import TrainEngine
     from dsbert.engine.zero_shards import set_adam_step
-    from dsbert.models.construction import build_model
+    from dsbert.models.construction import build_model, layer_shapes
+    from dsbert.models.spec import model_spec
     from dsbert.sparse import MaskManager
 
     world = process_group.init(300)
@@ -47,6 +49,15 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     engine = TrainEngine(recipe, model, layers, world)
     set_adam_step(engine.deepspeed_engine, 1)
     masks = MaskManager(layers, recipe.sparsity, total_steps=1000, editor=engine, seed=recipe.seed)
+    run = RunRecord(
+        recipe=RecipeRecord.from_json(recipe.model_dump(mode="json")),
+        identity=IdentityRecord.from_json({"data_digest": "none"}),
+        vocab_size=arguments["vocab_size"],
+        layers={
+            name: LayerRecord.from_json(shape) for name, shape in layer_shapes(model, model_spec(recipe.model)).items()
+        },
+        params={name: list(getattr(param, "ds_shape", param.shape)) for name, param in engine.parameters.items()},
+    )
     folder = Path(arguments["folder"])
     root, companions = folder / "checkpoints", folder / "companions"
     companions.mkdir(exist_ok=True)
@@ -63,7 +74,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     def begin() -> None:
         masks.verify_replicas()
         assert_replicas_agree("the weights", engine.replica_digests())
-        writer.begin(engine, masks, {"totals": {}})
+        writer.begin(engine, masks, run, Totals())
 
     saved = None
     for _ in range(_SAVES):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsbert.base.errors import DsbertError, PeerError, UserError
+from dsbert.base.errors import DsbertError, PeerError, disk_error
 
 T = TypeVar("T")
 
@@ -47,50 +47,71 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def raise_on_all_ranks(work: Callable[[], T], *, only_main: bool = False) -> T | None:
-    """Run `work` on every rank (or on rank 0 alone) and raise its DsbertError on EVERY rank if it failed on any.
+def raise_on_all_ranks(work: Callable[[], T]) -> T:
+    """Run `work` on every rank, and raise its DsbertError on EVERY rank if it failed on any.
 
-    Keeps a mistake that only one rank can see from leaving the others in a collective.
+    Keeps a mistake that only one rank can see from leaving the others in a collective. Raises StorageError or UserError
+    for an OSError of `work`. Returns this rank's result.
     """
-    result, failure = None, None
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank == 0 or not only_main:
-        try:
-            result = work()
-        except DsbertError as error:
-            failure = [type(error).__name__, str(error)]
-        except OSError as error:
-            failure = [
-                UserError.__name__,
-                f"expected to read and write {error.filename or 'a file'}, found: {error.strerror or error}",
-            ]
+    result, failure = _attempt(work)
     failures = gather_json(failure)
-    first = next((index for index, found in enumerate(failures) if found), None)
-    if first is not None:
-        name, message = failures[first]
-        kind = next((kind for kind in DsbertError.__subclasses__() if kind.__name__ == name), DsbertError)
+    if (first := next((rank for rank, found in enumerate(failures) if found), None)) is not None:
         everywhere = all(found == failures[first] for found in failures)
-        raised = kind(message if everywhere or only_main else f"rank {first}: {message}")
-        raised.ranks = () if everywhere or only_main else (first,)
+        name, message = failures[first]
+        raised = DsbertError.named(name)(message if everywhere else f"rank {first}: {message}")
+        raised.ranks = () if everywhere else (first,)
         raise raised.for_all()
+    return result  # type: ignore[return-value]  # where nobody failed, there is one
+
+
+def on_main_rank(work: Callable[[], T], *, keepalive: bool = False) -> T | None:
+    """Run `work` on rank 0 alone, and raise its DsbertError on EVERY rank if it failed. Returns its result there, None
+    elsewhere. keepalive: as in `run_with_keepalive`.
+
+    Raises StorageError or UserError for an OSError of `work`.
+    """
+    own: Callable[[], T | None] = work if _rank() == 0 else _nothing
+    result, failure = _attempt(_kept_alive(own) if keepalive else own)
+    if (failed := gather_json(failure)[0]) is not None:
+        name, message = failed
+        raise DsbertError.named(name)(message).for_all()
     return result
 
 
-def run_with_keepalive(work: Callable[[], object], *, everywhere: bool = False) -> None:
-    """Run `work` on rank 0, or on all ranks, however long it takes: who has done asks again and again, so that no
-    collective waits long.
+def run_with_keepalive(work: Callable[[], T]) -> T:
+    """`raise_on_all_ranks` for work that takes long on some rank: who has done asks again and again whether all have,
+    so that no collective waits long."""
+    return raise_on_all_ranks(_kept_alive(work))
 
-    Raises its DsbertError on every rank.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
+
+def _kept_alive(work: Callable[[], T]) -> Callable[[], T]:
+    """Run `work` in a thread until all ranks have done theirs; what is returned gives its result, or raises."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work) if rank == 0 or everywhere else None
+        future = pool.submit(work)
         busy = True
         while busy:
-            if future is not None:
-                wait([future], timeout=0.5)
-            busy = bool(all_reduce(torch.tensor([int(future is not None and not future.done())])))
-    raise_on_all_ranks(lambda: future and future.result(), only_main=not everywhere)
+            wait([future], timeout=0.5)
+            busy = bool(all_reduce(torch.tensor([int(not future.done())])))
+    return future.result
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, tuple[str, str] | None]:
+    """The result, or name and message of the DsbertError that was raised."""
+    try:
+        return work(), None
+    except DsbertError as error:
+        return None, (type(error).__name__, str(error))
+    except OSError as error:
+        message = f"expected to read and write {error.filename or 'a file'}, found: {error.strerror or error}"
+        return None, (type(disk_error(error, message)).__name__, message)
+
+
+def _nothing() -> None:
+    """What a rank does that only waits."""
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def assert_replicas_agree(what: str, values: dict[str, int], group: dist.ProcessGroup | None = None) -> None:

@@ -24,12 +24,6 @@ _GAP_BYTES = 1 << 30
 _MAX_GAPS = 1000
 # JSON, YAML and pointers: far above what any of them holds.
 SMALL_BYTES = 1 << 26
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-
-
-def refusal(error: OSError) -> str | None:
-    """What the file system says where it is full or broken, in words; None for an error that may as well be a bug."""
-    return f"{error.filename or 'a file'}: {error.strerror}" if error.errno in _REFUSALS else None
 
 
 def open_regular(path: Path) -> IO[bytes]:

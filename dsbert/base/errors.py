@@ -4,18 +4,23 @@ A `DsbertError` is shown to the user as one line and never as a traceback; anyth
 ours and exits with 1.
 """
 
+import errno
 import unicodedata
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USER = 2
 EXIT_PEER = 3
 EXIT_NO_CHECKPOINT = 4
+EXIT_STORAGE = 74  # EX_IOERR of sysexits.h, as 75 is its EX_TEMPFAIL
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 # Where ranks end differently, the cause outranks its consequences: a rank whose peer failed reports EXIT_PEER.
-PRIORITY = (EXIT_USER, EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED, EXIT_PEER, EXIT_REQUEUE)
+PRIORITY = (EXIT_USER, EXIT_INTERNAL, EXIT_NO_CHECKPOINT, EXIT_INTERRUPTED, EXIT_STORAGE, EXIT_PEER, EXIT_REQUEUE)
+# What a file system answers that is full or broken.
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 class DsbertError(Exception):
@@ -27,6 +32,18 @@ class DsbertError(Exception):
     exit_code = EXIT_INTERNAL
     ranks: tuple[int, ...] = ()
     shared = False
+    _by_name: ClassVar[dict[str, type["DsbertError"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Every class of this family can cross from one process to another, by its name."""
+        super().__init_subclass__(**kwargs)
+        assert cls.__name__ not in DsbertError._by_name, f"two errors are called {cls.__name__}"
+        DsbertError._by_name[cls.__name__] = cls
+
+    @staticmethod
+    def named(name: str) -> type["DsbertError"]:
+        """The class of that name, at any depth of the family; DsbertError for a name that nobody has here."""
+        return DsbertError._by_name.get(name, DsbertError)
 
     def for_all(self) -> "DsbertError":
         """This error, which all ranks have agreed to raise."""
@@ -60,6 +77,22 @@ class DataError(DsbertError):
     """Prepared data is damaged: a shard is not what the manifest says."""
 
     exit_code = EXIT_NO_CHECKPOINT
+
+
+class StorageError(DsbertError):
+    """A file system is full or broken: nobody's mistake, and it may have room, or answer, at the next start."""
+
+    exit_code = EXIT_STORAGE
+
+
+def is_storage_failure(error: OSError) -> bool:
+    """Whether the file system is full or broken; else a path is wrong, or closed to us, or it is a bug."""
+    return error.errno in _STORAGE_ERRNOS
+
+
+def disk_error(error: OSError, message: str) -> StorageError | UserError:
+    """The error to raise with this message where a path that the user has chosen could not be read or written."""
+    return StorageError(message) if is_storage_failure(error) else UserError(message)
 
 
 def printable(text: object, *, lines: bool = False) -> str:

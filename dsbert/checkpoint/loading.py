@@ -14,32 +14,29 @@ Names with a dot in front belong to a writer at work, or to one that was killed.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsbert.base.collectives import gather_json
-from dsbert.base.durable import checksum, read_regular
+from dsbert.base.durable import checksum
 from dsbert.base.errors import CheckpointError, UserError, printable
-from dsbert.base.records import ManifestRecord, StateRecord, checked
 from dsbert.checkpoint.fragments import FragmentReader, fragments_name
+from dsbert.checkpoint.state import MANIFEST, STATE, CheckpointState, manifest_object, read_manifest, read_state
 from dsbert.engine.zero_shards import forward_copies, set_adam_step
 from dsbert.sparse import BlockTopology, MaskManager
-from dsbert.sparse.kernels.record import KernelRecord
 from dsbert.sparse.topology import combined_digest
 
 if TYPE_CHECKING:
     from dsbert.engine.train_engine import TrainEngine
 
-MANIFEST, STATE, TOPOLOGY, LATEST = "manifest.json", "state.json", "topology.safetensors", "latest"
-KIND, FORMAT = "dsbert-checkpoint", 1
+TOPOLOGY, LATEST = "topology.safetensors", "latest"
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def verify_checkpoint(
     count: told the bytes of every piece that was read.
     """
     try:
-        manifest = read_manifest(path)
+        manifest = manifest_object(path)
         entries = [(str(name), int(entry["bytes"]), str(entry["xxh3"])) for name, entry in manifest["files"].items()]
         world_size = manifest["world_size"]
         if not 0 < world_size <= len(entries):
@@ -153,42 +150,45 @@ def checkpoint_problems(path: Path) -> list[Problem]:
 def _contradictions(path: Path) -> list[Problem]:
     """Whether manifest, state and topology are of one checkpoint, whatever their checksums say."""
     try:
-        manifest = checked(read_manifest(path), ManifestRecord)
-    except (CheckpointError, ValueError) as error:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
         return [Problem(MANIFEST, str(error))]
     try:
-        state = checked(read_state(path), StateRecord)
-        if re.fullmatch("step_[0-9]{8}", path.name) and path.name != step_name(state["step"]):
-            raise ValueError(f"expected the step of {path.name}, found {state['step']}")
-        for key in ("step", "world_size"):
-            if state[key] != manifest[key]:
-                raise ValueError(f"expected {key} = {manifest[key]} as in {MANIFEST}, found {state[key]}")
-        if state["adam_step"] > state["step"]:
-            raise ValueError(f"expected at most {state['step']} as adam_step, found {state['adam_step']}")
+        state = read_state(path)
+        if re.fullmatch("step_[0-9]{8}", path.name) and path.name != step_name(state.step):
+            raise ValueError(f"expected the step of {path.name}, found {state.step}")
+        for key, own, expected in (
+            ("step", state.step, manifest.step),
+            ("world_size", state.world_size, manifest.world_size),
+        ):
+            if own != expected:
+                raise ValueError(f"expected {key} = {expected} as in {MANIFEST}, found {own}")
+        if state.adam_step > state.step:
+            raise ValueError(f"expected at most {state.step} as adam_step, found {state.adam_step}")
     except (CheckpointError, ValueError) as error:
         return [Problem(STATE, str(error))]
     try:
         found = _topology_digest(path, state)
     except (CheckpointError, ValueError) as error:
         return [Problem(TOPOLOGY, str(error))]
-    if found != manifest["topology_digest"]:
-        message = f"expected the topology {manifest['topology_digest']} as in {MANIFEST}, found {found}"
+    if found != manifest.topology_digest:
+        message = f"expected the topology {manifest.topology_digest} as in {MANIFEST}, found {found}"
         return [Problem(TOPOLOGY, message)]
     return []
 
 
-def _topology_digest(path: Path, state: dict[str, Any]) -> str:
+def _topology_digest(path: Path, state: CheckpointState) -> str:
     """Of the topology in the file. Raises CheckpointError, or ValueError if it does not fit the layers."""
     tensors, digests = read_topology(path), {}
-    for name, layer in state["layers"].items():
-        if layer["block_size"] is None:
+    for name, layer in state.layers.items():
+        if layer.block_size is None:
             continue
         parts = [f"{name}.{part}" for part in ("rows", "cols", "born", "explored")]
         if missing := [part for part in parts if part not in tensors]:
             raise ValueError(f"expected {missing[0]}, found nothing of that name")
         rows, cols = tensors[parts[0]], tensors[parts[1]]
-        topology = BlockTopology((layer["shape"][0], layer["shape"][1]), layer["block_size"], rows, cols)
-        if state["params"].get(f"{name}.blocks") != [topology.num_active, layer["block_size"], layer["block_size"]]:
+        topology = BlockTopology(layer.out_in, layer.block_size, rows, cols)
+        if state.params.get(f"{name}.blocks") != [topology.num_active, layer.block_size, layer.block_size]:
             raise ValueError(f"expected {name} with the blocks of {STATE}, found {topology.num_active}")
         digests[name] = topology.digest()
     return combined_digest(digests)
@@ -198,32 +198,6 @@ def lies_inside(name: str) -> bool:
     """Whether what a manifest calls a file can only be one of the checkpoint's own."""
     parts = PurePosixPath(name).parts
     return bool(parts) and ".." not in parts and not name.startswith("/")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint. Raises CheckpointError."""
-    try:
-        manifest: dict[str, Any] = json.loads(read_regular(path / MANIFEST))
-        kind, version = manifest["kind"], manifest["format"]
-    except FileNotFoundError:
-        raise CheckpointError("missing") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"unreadable: {' '.join(str(error).split())}") from None
-    if (kind, version) != (KIND, FORMAT):
-        raise CheckpointError(f"expected {KIND} {FORMAT}, found {kind} {version}")
-    return manifest
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError."""
-    try:
-        state: dict[str, Any] = json.loads(read_regular(path / STATE))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"expected {path / STATE}, found: {' '.join(str(error).split())}") from None
-    found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found != FORMAT:
-        raise CheckpointError(f"expected checkpoint format {FORMAT} in {path / STATE}, found {found!r}")
-    return state
 
 
 def read_topology(path: Path) -> dict[str, torch.Tensor]:
@@ -239,7 +213,7 @@ def read_topology(path: Path) -> dict[str, torch.Tensor]:
 
 def fragment_files(path: Path) -> list[Path]:
     """Those of a verified checkpoint, whatever else lies beside them. Raises CheckpointError."""
-    world_size = read_manifest(path)["world_size"]
+    world_size = read_manifest(path).world_size
     return [path / fragments_name(rank, world_size) for rank in range(world_size)]
 
 
@@ -249,32 +223,31 @@ def fragment_reader(path: Path) -> FragmentReader:
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> dict[str, Any]:
+def load_checkpoint(path: Path, engine: TrainEngine, masks: MaskManager) -> CheckpointState:
     """Restore weights, moments, topology and counters from a verified checkpoint, at any world size and ZeRO stage.
 
     Each rank reads the pieces that overlap its own shards. Returns state.json. Raises CheckpointError.
     """
     state, manifest = read_state(path), read_manifest(path)
-    if state["step"] > engine.recipe.optim.total_steps:
+    if state.step > engine.recipe.optim.total_steps:
         raise CheckpointError(f"expected {path} to be of the run's {engine.recipe.optim.total_steps} steps, found more")
     reader = fragment_reader(path)
-    masks.load_state_dict(read_topology(path), step=state["step"])
-    if masks.digest() != manifest["topology_digest"]:
-        found = f"{masks.digest()} instead of {manifest['topology_digest']}"
+    masks.load_state_dict(read_topology(path), step=state.step)
+    if masks.digest() != manifest.topology_digest:
+        found = f"{masks.digest()} instead of {manifest.topology_digest}"
         raise CheckpointError(f"expected the topology that {path} was saved with, found {found}: see `dsbert verify`")
-    stepped = state["adam_step"] > 0  # before Adam's first step there are no moments
+    stepped = state.adam_step > 0  # before Adam's first step there are no moments
     if stepped:
-        set_adam_step(engine.deepspeed_engine, state["adam_step"])
+        set_adam_step(engine.deepspeed_engine, state.adam_step)
     for name, param in engine.parameters.items():
         shard = engine.shard(name)
         for kind, tensor in {"master": shard.master, **(shard.moments if stepped else {})}.items():
             tensor.copy_(torch.from_numpy(reader.read(name, kind, shard.offset, shard.numel)))
         for tensor, offset in forward_copies(param):
             tensor.copy_(torch.from_numpy(reader.read(name, "master", offset, tensor.numel())))
-    kernels = state.get("kernels")  # None in what was written before there was a choice
-    engine.plan_kernels(KernelRecord.from_json(kernels) if kernels else None)
-    engine.step = state["step"]
-    engine.restore_counters(state["engine"])
+    engine.plan_kernels(state.kernels)
+    engine.step = state.step
+    engine.restore_counters(state.engine.to_json())
     masks.verify_replicas()
     return state
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from dsbert.base.durable import read_regular, sync_directory, write_durably
-from dsbert.base.errors import DsbertError, printable
-from dsbert.checkpoint.loading import LATEST, MANIFEST, published, verify_checkpoint
+from dsbert.base.errors import DsbertError, StorageError, printable
+from dsbert.checkpoint.loading import LATEST, published, verify_checkpoint
+from dsbert.checkpoint.state import MANIFEST, FileRecord, Manifest
 
 _SPARE_BYTES = 1 << 20  # for state, manifest, directories
 
@@ -42,17 +42,19 @@ class Publisher:
         self._verified: set[str] = set()  # by this process, which has read them
 
     def make_room(self, temporary: Path, needed_bytes: int) -> None:
-        """Make a directory for the ranks' files, on a disk that has room for them. Raises DsbertError."""
+        """Make a directory for the ranks' files, on a disk that has room for them. Raises StorageError."""
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             sync_directory(self._root.parent)
             free = shutil.disk_usage(temporary).free
         except OSError as error:
-            raise DsbertError(f"could not make {temporary}: {error.strerror}; earlier checkpoints are intact") from None
+            raise StorageError(
+                f"could not make {temporary}: {error.strerror}; earlier checkpoints are intact"
+            ) from None
         if free < needed_bytes + _SPARE_BYTES:
             temporary.rmdir()
-            raise DsbertError(
+            raise StorageError(
                 f"expected {needed_bytes + _SPARE_BYTES} bytes free in {self._root} for a checkpoint, found {free}: "
                 "make room and start again; earlier checkpoints are intact"
             )
@@ -61,28 +63,26 @@ class Publisher:
         self,
         temporary: Path,
         target: Path,
-        manifest: dict[str, Any],
-        entries: list[dict[str, Any]],
+        manifest: Manifest,
         count: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
         """Publish what the ranks say they have written. Raises DsbertError or OSError.
 
-        entries: (file, bytes, xxh3) of every file, each read back by the rank that wrote it. count: told the bytes of
+        manifest: with every file, each read back by the rank that wrote it. count: told the bytes of
         every piece that was read.
         """
         self._assert_owner()
-        files = {entry["file"]: {"bytes": entry["bytes"], "xxh3": entry["xxh3"]} for entry in entries}
-        text = (json.dumps(manifest | {"files": files}, indent=1) + "\n").encode()
+        text = (json.dumps(manifest.to_json(), indent=1) + "\n").encode()
         write_durably(temporary / MANIFEST, text)
         sync_directory(temporary)
-        _assert_sizes(temporary, files)
+        _assert_sizes(temporary, manifest.files)
         self._assert_owner()
         _move_aside(target, self._attempt, count)
         os.replace(temporary, target)
         sync_directory(self._root)
-        _assert_sizes(target, files)  # once more: nobody can have touched them under this name
+        _assert_sizes(target, manifest.files)  # once more: nobody can have touched them under this name
         if (target / MANIFEST).read_bytes() != text:
-            raise DsbertError(f"expected {target / MANIFEST} as it was written, found something else")
+            raise StorageError(f"expected {target / MANIFEST} as it was written, found something else")
         self._assert_owner()
         pointer = self._root / f".{LATEST}.{self._attempt}.tmp"
         write_durably(pointer, f"{target.name} {xxhash.xxh3_128_hexdigest(text)}\n".encode())
@@ -124,12 +124,12 @@ class Publisher:
         return path.name in self._verified
 
 
-def _assert_sizes(directory: Path, files: dict[str, Any]) -> None:
+def _assert_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
     """As rank 0 sees what the others wrote."""
     for name, entry in files.items():
         found = (directory / name).stat().st_size
-        if found != entry["bytes"]:
-            raise DsbertError(f"expected {entry['bytes']} bytes in {directory / name}, found {found}")
+        if found != entry.bytes:
+            raise StorageError(f"expected {entry.bytes} bytes in {directory / name}, found {found}")
 
 
 def _move_aside(target: Path, attempt: str, count: Callable[[int], object]) -> None:

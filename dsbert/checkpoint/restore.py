@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from dsbert.checkpoint.loading import fragment_reader, read_state, read_topology, resolve_checkpoint
+from dsbert.checkpoint.loading import fragment_reader, read_topology, resolve_checkpoint
+from dsbert.checkpoint.state import CheckpointState, read_state
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.models.construction import build_model
 from dsbert.sparse import BlockSparseLinear, BlockTopology
@@ -20,7 +20,7 @@ class Restored:
     """path: the checkpoint's directory; model: its fp32 master weights; layers: the sparse ones by name."""
 
     path: Path
-    state: dict[str, Any]
+    state: CheckpointState
     recipe: Recipe
     model: nn.Module
     layers: dict[str, BlockSparseLinear]
@@ -31,8 +31,8 @@ def restore_model(path: Path, device: torch.device | str = "cpu") -> Restored:
     """Load a checkpoint, or the newest valid one of a run. Raises UserError or CheckpointError."""
     path = resolve_checkpoint(path)
     state = read_state(path)
-    recipe = recipe_from_dict(state["recipe"])
-    model, layers = build_model(recipe, state["vocab_size"])
+    recipe = recipe_from_dict(state.recipe.whole)
+    model, layers = build_model(recipe, state.vocab_size)
     topology = read_topology(path)
     for name, layer in layers.items():
         rows, cols = topology[f"{name}.rows"], topology[f"{name}.cols"]

@@ -21,17 +21,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dsbert.base.awake import AwakeClock
-from dsbert.base.collectives import all_reduce, gather_json, raise_on_all_ranks
+from dsbert.base.collectives import all_reduce, gather_json, on_main_rank, raise_on_all_ranks
 from dsbert.base.durable import sync_directory, write_and_read_back
-from dsbert.base.errors import DsbertError, PeerError
+from dsbert.base.errors import DsbertError, PeerError, StorageError
 from dsbert.checkpoint.fragments import FragmentBuffer, fragment_bytes, fragments_name
-from dsbert.checkpoint.loading import FORMAT, KIND, STATE, TOPOLOGY, step_name
+from dsbert.checkpoint.loading import TOPOLOGY, step_name
 from dsbert.checkpoint.publisher import Publisher, Retention
+from dsbert.checkpoint.state import (
+    FORMAT,
+    KIND,
+    STATE,
+    CheckpointState,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    RunRecord,
+    Totals,
+)
 from dsbert.engine.zero_shards import adam_step
 from dsbert.sparse import MaskManager
 
@@ -52,7 +63,7 @@ class Saved:
 class CheckpointWriter:
     """Writes the checkpoints of a run; every rank has one, and calls its collective methods at the same step.
 
-    root: the run's `checkpoints` directory. companions: a directory whose files go into every checkpoint unchanged
+    root: the run's `checkpoints` directory. assets: a directory whose files go into every checkpoint unchanged
     (tokenizer, unigram counts). attempt: goes into the names of what is not yet, or no longer, a checkpoint.
     assert_owner: raises if this attempt may not write any more. max_bytes_per_s: how fast a rank may write in the
     background. timeout_s: how long `finish` waits while no rank writes or reads a byte. watch: told what the writer is
@@ -63,7 +74,7 @@ class CheckpointWriter:
     def __init__(
         self,
         root: Path,
-        companions: Path,
+        assets: Path,
         *,
         attempt: str,
         retention: Retention,
@@ -73,7 +84,7 @@ class CheckpointWriter:
         watch: Callable[[str | None], object] = lambda activity: None,
         alive: Callable[[], object] = lambda: None,
     ) -> None:
-        self._root, self._companions, self._attempt = root, companions, attempt
+        self._root, self._assets, self._attempt = root, assets, attempt
         self._publisher = Publisher(root, attempt, retention, assert_owner)
         self._watch, self._alive = watch, alive
         self._tidying: threading.Thread | None = None
@@ -96,27 +107,23 @@ class CheckpointWriter:
         """Memory that snapshots take on this rank."""
         return self._buffer.nbytes
 
-    def begin(self, engine: TrainEngine, masks: MaskManager, state: dict[str, Any]) -> None:
+    def begin(self, engine: TrainEngine, masks: MaskManager, run: RunRecord, totals: Totals) -> None:
         """Snapshot the engine's present step and have it written. Collective; nothing else may be in flight.
 
-        state: what state.json holds beside the counters. Raises the same DsbertError on every rank if there is no room.
+        run, totals: what state.json holds beside the counters. Raises the same StorageError on every rank where room
+        is lacking.
         """
         assert not self.in_flight
         world, shards = engine.world, engine.shards()
-        job = _Job(self._root, engine.step, world.rank, world.host, self._attempt)
-        job.manifest = {
-            "kind": KIND,
-            "format": FORMAT,
-            "step": engine.step,
-            "world_size": world.world_size,
-            "topology_digest": masks.digest(),
-            "attempt": self._attempt,
-            "created": time.time(),
-        }
-        shared = _shared_files(engine, masks, state, self._companions) if world.is_main else {}
+        manifest = Manifest(
+            kind=KIND, format=FORMAT, step=engine.step, world_size=world.world_size, topology_digest=masks.digest(),
+            attempt=self._attempt, created=time.time(), files={},
+        )  # fmt: skip
+        job = _Job(self._root, manifest, world.rank, world.host)
+        shared = _shared_files(engine, masks, run, totals, self._assets) if world.is_main else {}
         own_bytes = fragment_bytes(shards) + sum(len(data) for data in shared.values())
         needed = int(all_reduce(torch.tensor([own_bytes])))
-        raise_on_all_ranks(lambda: self._publisher.make_room(job.temporary, needed), only_main=True)
+        on_main_rank(lambda: self._publisher.make_room(job.temporary, needed))
         job.files = {fragments_name(world.rank, world.world_size): self._buffer.fill(shards), **shared}
         self._job = job
         self._watch("writing")
@@ -132,14 +139,17 @@ class CheckpointWriter:
             return None
         try:
             if not job.publishing:
-                entries = [entry for own in gather_json(raise_on_all_ranks(job.result)) for entry in own]
+                written = {name: entry.to_json() for name, entry in raise_on_all_ranks(job.result).items()}
+                files = {
+                    name: FileRecord.from_json(entry) for own in gather_json(written) for name, entry in own.items()
+                }
                 job.publishing = True
-                job.nbytes = sum(entry["bytes"] for entry in entries)
+                job.nbytes = sum(entry.bytes for entry in files.values())
                 if job.rank == 0:
                     self._watch("publishing")
-                    job.start(lambda: self._publish(job, entries))
+                    job.start(lambda: self._publish(job, files))
                 return None
-            raise_on_all_ranks(job.result, only_main=True)
+            on_main_rank(job.result)
         except DsbertError:
             self._job = None
             self._watch(None)
@@ -184,55 +194,55 @@ class CheckpointWriter:
         if self._tidying:
             self._tidying.join(patience_s)
 
-    def save(self, engine: TrainEngine, masks: MaskManager, state: dict[str, Any]) -> Saved:
+    def save(self, engine: TrainEngine, masks: MaskManager, run: RunRecord, totals: Totals) -> Saved:
         """`begin` and `finish`."""
-        self.begin(engine, masks, state)
+        self.begin(engine, masks, run, totals)
         saved = self.finish()
         assert saved is not None
         return saved
 
     # In a thread: files and checksums only
 
-    def _write_own(self, job: _Job) -> list[dict[str, Any]]:
-        """This rank's files, as (name, size, checksum) of what was read back."""
-        entries = []
+    def _write_own(self, job: _Job) -> dict[str, FileRecord]:
+        """This rank's files: size and checksum of what was read back, by name."""
+        written = {}
         for name, data in job.files.items():
             path = job.temporary / name
             path.parent.mkdir(exist_ok=True)
             xxh3 = write_and_read_back(path, data, job.count, self._max_bytes_per_s, job.hurry)
-            entries.append({"file": name, "bytes": len(data), "xxh3": xxh3})
+            written[name] = FileRecord(bytes=len(data), xxh3=xxh3)
             self._watch("written")
         for directory in {(job.temporary / name).parent for name in job.files}:
             sync_directory(directory)
-        return entries
+        return written
 
-    def _publish(self, job: _Job, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self._publisher.publish(job.temporary, job.target, job.manifest, entries, job.count)
-        return []
+    def _publish(self, job: _Job, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        manifest = job.manifest.model_copy(update={"files": files})
+        self._publisher.publish(job.temporary, job.target, manifest, job.count)
+        return files
 
 
 class _Job:
     """One checkpoint on its way, as one rank sees it."""
 
-    def __init__(self, root: Path, step: int, rank: int, host: str, attempt: str) -> None:
-        self.step, self.rank, self.host = step, rank, host
-        self.target = root / step_name(step)
-        self.temporary = root / f".{self.target.name}.{attempt}.tmp"
-        self.manifest: dict[str, Any] = {}
+    def __init__(self, root: Path, manifest: Manifest, rank: int, host: str) -> None:
+        self.manifest, self.step, self.rank, self.host = manifest, manifest.step, rank, host
+        self.target = root / step_name(manifest.step)
+        self.temporary = root / f".{self.target.name}.{manifest.attempt}.tmp"
         self.files: dict[str, bytes | memoryview] = {}
         self.thread: threading.Thread | None = None
         self.publishing = False
         self.hurry = threading.Event()  # somebody waits: write as fast as the disk can
         self.written = self.nbytes = 0
         self.started = time.perf_counter()
-        self._result: list[dict[str, Any]] = []
+        self._result: dict[str, FileRecord] = {}
         self._failure: Exception | None = None
 
     def count(self, nbytes: int) -> None:
         """So many more bytes were written or read."""
         self.written += nbytes
 
-    def start(self, work: Callable[[], list[dict[str, Any]]]) -> None:
+    def start(self, work: Callable[[], dict[str, FileRecord]]) -> None:
         """Run `work` in a thread; `result` gives what it returned or raised."""
 
         def run() -> None:
@@ -241,7 +251,7 @@ class _Job:
             except DsbertError as error:
                 self._failure = error
             except OSError as error:
-                self._failure = DsbertError(
+                self._failure = StorageError(
                     f"could not write the checkpoint {self.target} on {self.host}: {error.strerror or error}; earlier "
                     "ones are intact"
                 )
@@ -251,7 +261,7 @@ class _Job:
         self.thread = threading.Thread(target=run, name="dsbert-checkpoint", daemon=True)
         self.thread.start()
 
-    def result(self) -> list[dict[str, Any]]:
+    def result(self) -> dict[str, FileRecord]:
         """Of the thread, which has ended or is about to. Raises DsbertError."""
         if self.thread is not None:
             self.thread.join()
@@ -261,25 +271,27 @@ class _Job:
 
 
 def _shared_files(
-    engine: TrainEngine, masks: MaskManager, state: dict[str, Any], companions: Path
+    engine: TrainEngine, masks: MaskManager, run: RunRecord, totals: Totals, assets: Path
 ) -> dict[str, bytes | memoryview]:
     """What rank 0 writes beside its fragments."""
     from safetensors.torch import save
 
-    counters = {
-        "format": FORMAT,
-        "step": engine.step,
-        "adam_step": adam_step(engine.deepspeed_engine),
-        "engine": engine.counters(),
-        "world_size": engine.world.world_size,
-        "zero_stage": engine.zero_stage,
-        "precision": engine.precision,
-        "kernels": engine.kernels.record.to_json(),
-    }
+    state = CheckpointState(
+        format=FORMAT,
+        step=engine.step,
+        adam_step=adam_step(engine.deepspeed_engine),
+        engine=EngineRecord.from_json(engine.counters()),
+        world_size=engine.world.world_size,
+        zero_stage=engine.zero_stage,
+        precision=engine.precision,
+        kernels=engine.kernels.record,
+        totals=totals,
+        **dict(run),
+    )
     files: dict[str, bytes | memoryview] = {
         TOPOLOGY: save(masks.state_dict()),
-        STATE: (json.dumps(counters | state, indent=1) + "\n").encode(),
+        STATE: (json.dumps(state.to_json(), indent=1) + "\n").encode(),
     }
-    for source in sorted(path for path in companions.rglob("*") if path.is_file()):
-        files[source.relative_to(companions).as_posix()] = source.read_bytes()
+    for source in sorted(path for path in assets.rglob("*") if path.is_file()):
+        files[source.relative_to(assets).as_posix()] = source.read_bytes()
     return files

@@ -14,7 +14,7 @@ from dsbert.base.output import lose_output_too
 from dsbert.cli.parameters import PathName, Seconds, examples, local_rank_option
 
 if TYPE_CHECKING:
-    from dsbert.cluster.ranks import Ranks
+    from dsbert.cluster.ranks import RankInfo
     from dsbert.config.recipe import Recipe
 
 
@@ -88,7 +88,7 @@ def pretrain(
                     f"{found[0]} is set: where no launcher is at work, as in `srun --pty bash`, unset {' '.join(found)}"
                 )
         if ranks is None:
-            if stop.wanted:
+            if stop.requested:
                 raise SystemExit(EXIT_REQUEUE)
             if count > 1:
                 less = f"lower batch.micro_batch (now {batch.micro_batch}) or --nproc (now {count})"
@@ -99,7 +99,7 @@ def pretrain(
         raise SystemExit(train(loaded, run_dir, resume, timeout, stop))
 
 
-def _assert_startable(recipe: Recipe, run_dir: Path, ranks: Ranks | None, take_over: bool) -> None:
+def _assert_startable(recipe: Recipe, run_dir: Path, ranks: RankInfo | None, take_over: bool) -> None:
     """Raise UserError for what can be seen before ranks start: by their launcher, once, where that is us.
 
     Ranks whose launcher gives them no name (RANK and no more) may be the next start of the attempt that is at work.

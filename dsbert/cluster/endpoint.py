@@ -20,14 +20,14 @@ from dataclasses import dataclass
 
 from dsbert.base.errors import PeerError, UserError
 from dsbert.cluster.launcher import LISTEN_FD_ENV
-from dsbert.cluster.ranks import Ranks
+from dsbert.cluster.ranks import RankInfo
 
 POLL_S = 0.05
 _FIRST_PORT, _END_PORT, _NUM_PORTS = 10000, 30000, 5  # below the ports that systems give out by themselves
 
 
 @dataclass(frozen=True)
-class Place:
+class Endpoint:
     """Where to meet: one of `ports`, first come first served.
 
     identity: what the right store shows; None where the environment has nothing that tells one launch from another.
@@ -43,17 +43,17 @@ class Place:
         return f"{self.address}:{'|'.join(map(str, self.ports))}"
 
 
-def find_place(ranks: Ranks, deadline: float) -> Place:
-    """The place of this launch; rank 0 binds its port, unless torchrun's agent serves there already.
+def find_endpoint(ranks: RankInfo, deadline: float) -> Endpoint:
+    """The endpoint of this launch; rank 0 binds its port, unless torchrun's agent serves there already.
 
     Raises UserError for an incomplete environment and for ports that are taken, PeerError where rank 0 does not
     broadcast before the deadline (of `time.monotonic`).
     """
     given = [name for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
     if ranks.launcher == "slurm":
-        return _slurm_place(ranks)
+        return _slurm_endpoint(ranks)
     if ranks.launcher == "mpi" and len(given) < 2:
-        return _mpi_place(ranks, deadline)
+        return _mpi_endpoint(ranks, deadline)
     if len(given) < 2:
         raise UserError(
             f"expected MASTER_ADDR and MASTER_PORT in the environment of {ranks.world_size} ranks, found "
@@ -61,10 +61,10 @@ def find_place(ranks: Ranks, deadline: float) -> Place:
         )
     address, ports = os.environ["MASTER_ADDR"], (_given_port(),)
     if listen_fd := os.environ.pop(LISTEN_FD_ENV, None):
-        return Place(address, ports, listener=socket.socket(fileno=int(listen_fd)))
+        return Endpoint(address, ports, listener=socket.socket(fileno=int(listen_fd)))
     # torchrun's agent already serves a store at this address; then rank 0 is a client like everybody else.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Place(
+    return Endpoint(
         address, ports, listener=_listener(address, ports, given=True) if ranks.rank == 0 and not agent else None
     )
 
@@ -101,7 +101,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _slurm_place(ranks: Ranks) -> Place:
+def _slurm_endpoint(ranks: RankInfo) -> Endpoint:
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         raise UserError("expected SLURM_JOB_ID beside SLURM_PROCID in the environment, found none: start with srun")
@@ -119,10 +119,10 @@ def _slurm_place(ranks: Ranks) -> Place:
     ports = (_given_port(),) if env.get("MASTER_PORT") else candidate_ports(*attempt)
     identity = "/".join((env.get("SLURM_CLUSTER_NAME", ""), *attempt))
     given = bool(env.get("MASTER_ADDR"))
-    return Place(address, ports, identity, _listener(address, ports, given=given) if ranks.rank == 0 else None)
+    return Endpoint(address, ports, identity, _listener(address, ports, given=given) if ranks.rank == 0 else None)
 
 
-def _mpi_place(ranks: Ranks, deadline: float) -> Place:
+def _mpi_endpoint(ranks: RankInfo, deadline: float) -> Endpoint:
     """Rank 0 binds a port and tells it by an MPI broadcast, of bytes: mpi4py's broadcast of objects unpickles."""
     try:
         from mpi4py import MPI
@@ -149,7 +149,7 @@ def _mpi_place(ranks: Ranks, deadline: float) -> Place:
         raise UserError(
             "expected the name of rank 0's machine to resolve, found no address: export MASTER_ADDR and MASTER_PORT"
         )
-    return Place(words[0], (int(words[1]),), listener=listener)
+    return Endpoint(words[0], (int(words[1]),), listener=listener)
 
 
 def _given_port() -> int:

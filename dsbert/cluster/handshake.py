@@ -20,8 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from dsbert.base.errors import PeerError, UserError
-from dsbert.cluster.endpoint import Place, until
-from dsbert.cluster.ranks import Ranks
+from dsbert.cluster.endpoint import Endpoint, until
+from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.sealed_store import SealedStore
 from dsbert.cluster.secret import Secret, derive
 
@@ -36,17 +36,19 @@ _SHOWN_RANKS = 8
 class Party:
     """Who meets, where, how they know each other, and until when."""
 
-    ranks: Ranks
-    place: Place
+    ranks: RankInfo
+    endpoint: Endpoint
     secret: Secret
     deadline: float
     timeout_s: float
 
     @property
     def key(self) -> bytes:
-        """What opens the door: the same for all ranks of an attempt, before they have said anything."""
+        """What seals the first words: the same for all ranks of an attempt, before they have said anything."""
         # An agent's store outlives a restart of its ranks: keep attempts apart.
-        return self.secret.derive("meet", self.place.identity or "", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return self.secret.derive(
+            "meet", self.endpoint.identity or "", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        )
 
     def about(self) -> dict[str, str]:
         """What may be known to all."""
@@ -61,7 +63,7 @@ class Party:
         names = ", ".join(f"rank {rank}" for rank in missing[:_SHOWN_RANKS])
         more = f" and {len(missing) - _SHOWN_RANKS} more" if len(missing) > _SHOWN_RANKS else ""
         error = PeerError(
-            f"expected {self.ranks.world_size} ranks to meet at {where or self.place} within {self.timeout_s:g} s, "
+            f"expected {self.ranks.world_size} ranks to meet at {where or self.endpoint} within {self.timeout_s:g} s, "
             f"missing: {names}{more}{why}"
         )
         error.ranks = tuple(missing)
@@ -69,7 +71,7 @@ class Party:
 
     def apart(self, rank: int, theirs: dict[str, str], first: dict[str, str]) -> UserError:
         """A rank that has the secret of another directory than rank 0."""
-        port = "" if self.place.identity else ", and give each job a MASTER_PORT of its own"
+        port = "" if self.endpoint.identity else ", and give each job a MASTER_PORT of its own"
         return UserError(
             f"run directory is not shared: rank {rank} on {theirs['host']} does not see in {theirs['path']} what rank "
             f"0 on {first['host']} wrote to {first['path']}: choose a directory on a file system of all nodes, the "
@@ -86,27 +88,28 @@ def hint(store: dist.Store, key: str) -> dict[str, str] | None:
         return None
 
 
-def challenge_at(door: SealedStore, port: int) -> str | None:
+def challenge_at(by_secret: SealedStore, port: int) -> str | None:
     """Rank 0's, if it stands there for this port: one that was carried over from another is not meant for us."""
-    said = json.loads(door.peek("challenge") or "{}")
+    said = json.loads(by_secret.peek("challenge") or "{}")
     return said.get("challenge") if said.get("port") == port else None
 
 
-def receive(party: Party, store: dist.TCPStore, door: SealedStore) -> bytes:
-    """Rank 0 waits for all, and says who has come. Returns the key of the session."""
+def gather_ranks(party: Party, store: dist.TCPStore, by_secret: SealedStore) -> bytes:
+    """Rank 0 waits for all, and says who has come. by_secret: the store, sealed with the party's key; what follows is
+    sealed by the challenge as well. Returns the key of the session."""
     challenge, world = secrets.token_hex(16), party.ranks.world_size
-    hall = SealedStore(store, derive(party.key, challenge))
+    by_challenge = SealedStore(store, derive(party.key, challenge))
     heard: dict[int, dict[str, Any]] = {0: {"number": secrets.token_hex(16)}}
     strangers: dict[int, float] = {}
-    if party.place.identity is not None:
-        store.set(IDENTITY, party.place.identity)
+    if party.endpoint.identity is not None:
+        store.set(IDENTITY, party.endpoint.identity)
     store.set(ABOUT, json.dumps(party.about()))
 
     def everybody() -> bool:
-        if door.peek("challenge") is None:  # or somebody has done away with it
-            door.set("challenge", json.dumps({"challenge": challenge, "port": store.port}))
+        if by_secret.peek("challenge") is None:  # or somebody has done away with it
+            by_secret.set("challenge", json.dumps({"challenge": challenge, "port": store.port}))
         for rank in set(range(1, world)) - heard.keys():
-            if said := hall.peek(f"hello/{rank}"):
+            if said := by_challenge.peek(f"hello/{rank}"):
                 heard[rank] = json.loads(said)
             elif party.secret.directory and (said_openly := hint(store, f"{ABOUT}/{rank}")):
                 since = strangers.setdefault(rank, time.monotonic())
@@ -117,26 +120,26 @@ def receive(party: Party, store: dist.TCPStore, door: SealedStore) -> bytes:
     until(everybody, party.deadline)
     for key in (IDENTITY, ABOUT):  # who comes now is too late, and must not take this store for a new one
         store.delete_key(key)
-    door.delete_key("challenge")
+    by_secret.delete_key("challenge")
     missing = [rank for rank in range(world) if rank not in heard]
     numbers = [heard[rank]["number"] if rank in heard else "" for rank in range(world)]
-    hall.set("verdict", json.dumps({"numbers": numbers, "missing": missing}))
+    by_challenge.set("verdict", json.dumps({"numbers": numbers, "missing": missing}))
     if missing:
         told = [f"told/{rank}" for rank in heard if rank]
-        until(lambda: hall.check(told), time.monotonic() + LINGER_S)
-        raise party.missing(missing, where=f"{party.place.address}:{store.port}")
+        until(lambda: by_challenge.check(told), time.monotonic() + LINGER_S)
+        raise party.missing(missing, where=f"{party.endpoint.address}:{store.port}")
     return derive(party.key, challenge, *numbers)
 
 
-def come(party: Party, store: dist.TCPStore, door: SealedStore) -> bytes:
+def join_ranks(party: Party, store: dist.TCPStore, by_secret: SealedStore) -> bytes:
     """Say that we are here, and wait until rank 0 has seen everybody. Returns the key of the session."""
-    rank, where = party.ranks.rank, f"{party.place.address}:{store.port}"
-    challenge = challenge_at(door, store.port)
+    rank, where = party.ranks.rank, f"{party.endpoint.address}:{store.port}"
+    challenge = challenge_at(by_secret, store.port)
     if challenge is None:
         raise party.missing([0], ", which has left", where)
-    hall = SealedStore(store, derive(party.key, challenge))
+    by_challenge = SealedStore(store, derive(party.key, challenge))
     number = secrets.token_hex(16)
-    if hall.add(f"claim/{rank}", 1) > 1:
+    if by_challenge.add(f"claim/{rank}", 1) > 1:
         raise UserError(
             f"expected one rank {rank} to come to {where}, found another one there already: give each job a "
             "MASTER_PORT of its own"
@@ -144,16 +147,16 @@ def come(party: Party, store: dist.TCPStore, door: SealedStore) -> bytes:
     hello = json.dumps({"number": number, "host": socket.gethostname()})
 
     def decided() -> bool:
-        if hall.peek(f"hello/{rank}") is None:  # at first, or where somebody has done away with it
-            hall.set(f"hello/{rank}", hello)
-        return hall.peek("verdict") is not None
+        if by_challenge.peek(f"hello/{rank}") is None:  # at first, or where somebody has done away with it
+            by_challenge.set(f"hello/{rank}", hello)
+        return by_challenge.peek("verdict") is not None
 
     came = until(decided, party.deadline)
-    hall.set(f"told/{rank}", "")
+    by_challenge.set(f"told/{rank}", "")
     if not came:
         hellos = [f"hello/{other}" for other in range(1, party.ranks.world_size)]
-        raise party.missing([n for n, key in enumerate(hellos, 1) if not hall.check([key])] or [0], where=where)
-    verdict = json.loads(hall.get("verdict"))
+        raise party.missing([n for n, key in enumerate(hellos, 1) if not by_challenge.check([key])] or [0], where=where)
+    verdict = json.loads(by_challenge.get("verdict"))
     if verdict["missing"]:
         raise party.missing(verdict["missing"], where=where)
     if verdict["numbers"][rank] != number:

@@ -16,10 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from dsbert.base.awake import AwakeClock
-from dsbert.cluster.heartbeats import POLL_S, Culprit, culprit_of, failure_of, gone, own_place, own_start_s, read_beat
+from dsbert.cluster.heartbeats import (
+    POLL_S,
+    Beat,
+    Culprit,
+    RankEnding,
+    culprit_of,
+    failure_of,
+    gone,
+    own_place,
+    own_start_s,
+    read_beat,
+)
 
 # Beyond the time limit of a collective: then something else hangs.
 _BEYOND_S = 8.0
@@ -42,23 +52,13 @@ class Heartbeat:
         self.on_hang: Callable[[], None] = lambda: None
         self._file: int | None = None
         self._trains = False
-        self._lock = threading.Lock()
+        self._changing, self._writing = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._progress = 0
-        self._record: dict[str, Any] = {
-            "rank": rank,
-            "host": hosts[rank],
-            "pid": os.getpid(),
-            "started_s": own_start_s(),
-            "place": own_place(),
-            "beat": 0,
-            "step": 0,
-            "progress": 0,
-            "phase": "start",
-            "saving": None,
-            "ended": None,
-            "interval_s": self.interval_s,
-        }
+        self._last = Beat(
+            rank=rank, host=hosts[rank], pid=os.getpid(), started_s=own_start_s(), place=own_place(), beat=0, step=0,
+            progress=0, phase="start", saving=None, ended=None, interval_s=self.interval_s,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Begin to beat."""
@@ -73,39 +73,37 @@ class Heartbeat:
         """Progress was made: `step` optimizer steps are taken, or (None; not written) a piece of something longer."""
         self._progress += 1
         if step is not None:
-            self._record["step"] = step
-            self._beat()
+            self._beat(step=step)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What the rank is at, written at once: killed inside, it is known to have died there."""
-        before = self._record["phase"]
-        self._set(phase=name)
+        before = self._last.phase
+        self._enter(name)
         try:
             yield
         finally:
-            self._set(phase=before)
+            self._enter(before)
 
     def enter(self, name: str) -> None:
         """From now on the rank is at `name`."""
         self._trains = name == "train"
-        self._set(phase=name)
+        self._enter(name)
 
     def leave(self) -> None:
         """A collective has failed: no progress, and nothing to be blamed for."""
         self._trains = False
-        self._record["phase"] = LEAVING
-        self._beat()
+        self._beat(phase=LEAVING)
 
     def saving(self, activity: str | None) -> None:
         """What the checkpoint writer is at; for its threads, whose progress is not the rank's."""
-        self._record["saving"] = activity
-        self._beat()
+        self._beat(saving=activity)
 
     def end(self, code: int, cause: str | None = None) -> None:
         """The last beat: this rank leaves by itself, and is nobody's missing peer."""
         self._ended.set()
-        self._set(ended={"code": code, "cause": cause and cause[:300]})
+        self._progress += 1
+        self._beat(ended=RankEnding(code=code, cause=cause and cause[:300]))
         if self._file is not None:
             with suppress(OSError):
                 os.fdatasync(self._file)
@@ -132,29 +130,27 @@ class Heartbeat:
             for rank, host in enumerate(self._hosts)
             if rank not in now and rank != self._rank
         ]
-        others = [record for rank, record in now.items() if rank != self._rank and not record["ended"]]
+        others = [record for rank, record in now.items() if rank != self._rank and not record.ended]
         silent = [
             culprit_of(record, "does not answer")
             for record in others
-            if record["beat"] == first.get(record["rank"], {}).get("beat")
+            if record.rank in first and record.beat == first[record.rank].beat
         ]
         return missing + silent or self._furthest_behind(others)
 
-    def _furthest_behind(self, others: list[dict[str, Any]]) -> list[Culprit]:
-        own = self._record["step"], self._progress
+    def _furthest_behind(self, others: list[Beat]) -> list[Culprit]:
+        own = self._last.step, self._progress
         # Who has waited in a collective waited for a rank that has come as far as this one, and not into it.
-        waited = self._record["phase"] == LEAVING
-        places = {
-            record["rank"]: (record["step"], record["progress"]) for record in others if record["phase"] != LEAVING
-        }
+        waited = self._last.phase == LEAVING
+        places = {record.rank: (record.step, record.progress) for record in others if record.phase != LEAVING}
         least = min((place for place in places.values() if place < own or (waited and place == own)), default=None)
         return [
             culprit_of(record, "lives but does not go on")
             for record in others
-            if least is not None and places.get(record["rank"]) == least
+            if least is not None and places.get(record.rank) == least
         ]
 
-    def _everybody(self) -> dict[int, dict[str, Any]]:
+    def _everybody(self) -> dict[int, Beat]:
         records = {}
         for rank in range(len(self._hosts)):
             if record := read_beat(self._path(rank)):
@@ -164,16 +160,18 @@ class Heartbeat:
     def _path(self, rank: int) -> Path:
         return self._directory / f"{rank:05d}.json"
 
-    def _set(self, **changes: Any) -> None:
-        self._record.update(changes)
+    def _enter(self, phase: str) -> None:
         self._progress += 1
-        self._beat()
+        self._beat(phase=phase)
 
-    def _beat(self) -> None:
-        with self._lock:
-            self._record["beat"] += 1
-            self._record["progress"] = self._progress
-            data = json.dumps(self._record).encode().ljust(_RECORD_BYTES)
+    def _beat(self, **changes: object) -> None:
+        """Write the last beat with these changes. Its file system may hang: what other threads change meanwhile is
+        noted all the same."""
+        with self._changing:
+            counted = {"beat": self._last.beat + 1, "progress": self._progress}
+            self._last = self._last.model_copy(update=changes | counted)
+        with self._writing:
+            data = json.dumps(self._last.to_json()).encode().ljust(_RECORD_BYTES)
             if self._file is not None:
                 with suppress(OSError):  # a full disk must not end a run that could go on
                     os.pwrite(self._file, data, 0)

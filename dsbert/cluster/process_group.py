@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 from dsbert.base.errors import LostPeerError, PeerError, UserError
 from dsbert.base.malloc import keep_freed_pages
 from dsbert.cluster.endpoint import is_loopback, one_line
-from dsbert.cluster.ranks import Ranks, ranks_from_environment
+from dsbert.cluster.ranks import RankInfo, ranks_from_environment
 from dsbert.cluster.rendezvous import meet
 
 T = TypeVar("T")
@@ -34,9 +34,9 @@ _stores: list[dist.Store] = []  # torch holds on to a store, and that does not k
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process among its peers, which it has joined. (`ranks.RankInfo` is what a launcher said before.)
 
-    device: where tensors live; host: for messages; nonce: the same on all ranks, another one at every start.
+    device: where tensors live; host: for messages.
     """
 
     rank: int
@@ -44,7 +44,6 @@ class World:
     local_rank: int
     device: torch.device
     host: str
-    nonce: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +58,7 @@ def init(timeout_s: float = 300.0, directory: Path | None = None) -> World:
     `rendezvous.meet` says.
     Raises UserError for an incomplete environment or a port that is taken, PeerError if the peers do not come in time.
     """
-    ranks = ranks_from_environment() or Ranks(0, 1, 0)
+    ranks = ranks_from_environment() or RankInfo(0, 1, 0)
     rank, world_size, local_rank = ranks.rank, ranks.world_size, ranks.local_rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     cuda = torch.cuda.is_available()
@@ -86,7 +85,7 @@ def init(timeout_s: float = 300.0, directory: Path | None = None) -> World:
         raise PeerError(
             f"expected {world_size} ranks to connect within {timeout_s:g} s, rank {rank} found: {one_line(error)}"
         ) from None
-    return World(rank, world_size, local_rank, device, socket.gethostname(), meeting.nonce)
+    return World(rank, world_size, local_rank, device, socket.gethostname())
 
 
 def _device(local_rank: int) -> torch.device:

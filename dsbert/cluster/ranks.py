@@ -17,8 +17,8 @@ _LAUNCHERS: tuple[tuple[Literal["environment", "slurm", "mpi"], str, str, str], 
 )
 
 
-class Ranks(NamedTuple):
-    """rank of world_size processes, local_rank among those of this machine.
+class RankInfo(NamedTuple):
+    """What a launcher says of this process: rank of world_size, local_rank among those of this machine.
 
     launcher: whose variables say so; "environment" is torchrun's, which others set too.
     """
@@ -34,7 +34,7 @@ def rank_variables() -> list[str]:
     return [name for _, *names in _LAUNCHERS for name in names if name in os.environ]
 
 
-def ranks_from_environment() -> Ranks | None:
+def ranks_from_environment() -> RankInfo | None:
     """None without a launcher. Raises UserError if the environment is incomplete or makes no sense."""
     env = os.environ
     in_step = "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", _BATCH_STEP) != _BATCH_STEP
@@ -51,7 +51,7 @@ def ranks_from_environment() -> Ranks | None:
                 "launcher, or use --nproc"
             )
         try:
-            found = Ranks(int(env[rank]), int(env[size]), int(env.get(local, env[rank])), launcher)
+            found = RankInfo(int(env[rank]), int(env[size]), int(env.get(local, env[rank])), launcher)
         except ValueError:
             raise UserError(f"expected whole numbers in {rank}, {size} and {local}, found {env[rank]!r}") from None
         if not 0 <= found.rank < found.world_size:

@@ -1,4 +1,4 @@
-"""How the ranks of one launch find each other, at the place that `meeting_place` reads off the environment.
+"""How the ranks of one launch find each other, at the endpoint that `endpoint.py` reads off the environment.
 
 Rank 0 serves a store there, which anybody can reach. So all that ranks say in it is sealed with the launch's secret
 (secret.py, sealed_store.py), and the others join only a store with a challenge that rank 0 has sealed (handshake.py):
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -27,9 +26,19 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from dsbert.cluster.endpoint import POLL_S, find_place, one_line, until
-from dsbert.cluster.handshake import ABOUT, APART_S, IDENTITY, LINGER_S, Party, challenge_at, come, hint, receive
-from dsbert.cluster.ranks import Ranks
+from dsbert.cluster.endpoint import POLL_S, find_endpoint, one_line, until
+from dsbert.cluster.handshake import (
+    ABOUT,
+    APART_S,
+    IDENTITY,
+    LINGER_S,
+    Party,
+    challenge_at,
+    gather_ranks,
+    hint,
+    join_ranks,
+)
+from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.sealed_store import SealedStore
 from dsbert.cluster.secret import derive, find_secret
 
@@ -41,17 +50,13 @@ _NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class Meeting:
-    """The ranks' common store, and a nonce: the same on every rank, another one at every meeting, known to ranks alone.
-
-    open_store: the same place, for what cannot use a store that is written in Python.
-    """
+    """The ranks' common store. open_store: the same one, for what cannot use a store that is written in Python."""
 
     store: dist.Store
     open_store: dist.Store
-    nonce: str
 
 
-def meet(ranks: Ranks, timeout_s: float, directory: Path | None = None) -> Meeting:
+def meet(ranks: RankInfo, timeout_s: float, directory: Path | None = None) -> Meeting:
     """Find the other ranks; sets MASTER_ADDR and MASTER_PORT. Takes at most a few seconds longer than timeout_s.
 
     directory: where the ranks keep their secret if their launcher has told them none; all ranks share it. Without
@@ -63,10 +68,10 @@ def meet(ranks: Ranks, timeout_s: float, directory: Path | None = None) -> Meeti
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
         store = dist.HashStore()
-        return Meeting(store, store, secrets.token_hex(16))
+        return Meeting(store, store)
     deadline = time.monotonic() + timeout_s
-    place = find_place(ranks, deadline)
-    party = Party(ranks, place, find_secret(directory), deadline, timeout_s)
+    endpoint = find_endpoint(ranks, deadline)
+    party = Party(ranks, endpoint, find_secret(directory), deadline, timeout_s)
     try:
         return _in_thread(lambda: _meet_at(party)).result(deadline - time.monotonic() + LINGER_S + PROBE_S)
     except FutureTimeoutError:
@@ -76,22 +81,21 @@ def meet(ranks: Ranks, timeout_s: float, directory: Path | None = None) -> Meeti
 
 
 def _meet_at(party: Party) -> Meeting:
-    place = party.place
-    store = _serve(party) if place.listener else _find(party)
-    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(store.port))
-    door = SealedStore(store, party.key)
+    endpoint = party.endpoint
+    store = _serve(party) if endpoint.listener else _find(party)
+    os.environ.update(MASTER_ADDR=endpoint.address, MASTER_PORT=str(store.port))
+    by_secret = SealedStore(store, party.key)
     if party.ranks.rank == 0:
-        session = receive(party, store, door)
+        session = gather_ranks(party, store, by_secret)
     else:
-        session = come(party, store, door)
+        session = join_ranks(party, store, by_secret)
     common = SealedStore(store, derive(session, "store"))
-    nonce = derive(session, "nonce").hex()[:32]
-    return Meeting(common, dist.PrefixStore(derive(session, "open").hex(), store), nonce)
+    return Meeting(common, dist.PrefixStore(derive(session, "open").hex(), store))
 
 
 def _serve(party: Party) -> dist.TCPStore:
     """Rank 0's store. The socket goes straight to it."""
-    listener = party.place.listener
+    listener = party.endpoint.listener
     assert listener is not None
     address, port = listener.getsockname()[:2]
     # The store is also a client of its own, and the name of a machine need not lead back to it.
@@ -104,7 +108,7 @@ def _serve(party: Party) -> dist.TCPStore:
 
 def _find(party: Party) -> dist.TCPStore:
     """Look at the ports in turn until one has the right store. Raises PeerError, with what is on each port."""
-    candidates = [_Candidate(party, port) for port in party.place.ports]
+    candidates = [_Candidate(party, port) for port in party.endpoint.ports]
     patience = time.monotonic() + APART_S
     while time.monotonic() < party.deadline:
         for candidate in candidates:
@@ -157,7 +161,7 @@ class _Candidate:
 
     def _listens(self) -> bool:
         try:
-            socket.create_connection((self.party.place.address, self.port), PROBE_S).close()
+            socket.create_connection((self.party.endpoint.address, self.port), PROBE_S).close()
         except (OSError, UnicodeError) as error:
             self.found = _NOTHING if isinstance(error, ConnectionRefusedError) else one_line(error)
             return False
@@ -166,7 +170,7 @@ class _Candidate:
     def _open(self) -> dist.TCPStore | None:
         try:
             store = dist.TCPStore(
-                self.party.place.address,
+                self.party.endpoint.address,
                 self.port,
                 None,
                 timeout=timedelta(seconds=PROBE_S / 2),
@@ -174,8 +178,8 @@ class _Candidate:
             )
             if self.party.ranks.rank == 0:  # at the agent's store, where it comes first
                 return store
-            door = SealedStore(store, self.party.key)
-            if until(lambda: challenge_at(door, self.port) is not None, time.monotonic() + PROBE_S / 2):
+            by_secret = SealedStore(store, self.party.key)
+            if until(lambda: challenge_at(by_secret, self.port) is not None, time.monotonic() + PROBE_S / 2):
                 return store
             self._judge(store)
         except (dist.DistError, RuntimeError):
@@ -185,7 +189,7 @@ class _Candidate:
     def _judge(self, store: dist.TCPStore) -> None:
         """Whose store it says that it is; if ours, tell rank 0 that we have not its secret."""
         shown = store.get(IDENTITY).decode(errors="replace") if store.check([IDENTITY]) else ""
-        if shown and shown != self.party.place.identity:
+        if shown and shown != self.party.endpoint.identity:
             self.found = f"the store of another job ({shown[:80]!r})"
             return
         self.found = "the store of somebody else"

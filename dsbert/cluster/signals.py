@@ -22,8 +22,17 @@ class StopRequest:
     again: str | None = None
 
     @property
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
+        """Of this rank."""
         return self.name is not None
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked: the same answer on all. Collective."""
+        import torch
+
+        from dsbert.base.collectives import all_reduce
+
+        return bool(all_reduce(torch.tensor([int(self.requested)])))
 
 
 @contextmanager
@@ -35,7 +44,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def remember(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and request.name == "SIGINT":
             os._exit(EXIT_INTERRUPTED)
-        first, request.name = not request.wanted, signal.Signals(number).name
+        first, request.name = not request.requested, signal.Signals(number).name
         if first and request.again:
             with suppress(OSError):  # not print: the handler may have interrupted one
                 os.write(2, f"dsbert: {acknowledgement(request.name, request.again)}\n".encode())

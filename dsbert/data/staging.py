@@ -10,18 +10,13 @@ import xxhash
 from filelock import UnixFileLock
 
 from dsbert.base.durable import copy_tree, differences, remove_tree
-from dsbert.base.errors import DataError, UserError
+from dsbert.base.errors import DataError, StorageError, disk_error
 from dsbert.data.indices import index_differences
 from dsbert.data.manifest import MANIFEST, SPLITS, TOKENIZER, UNIGRAM, Manifest, ShardEntry, load_manifest
 from dsbert.data.shards import shard_checksum
 from dsbert.data.verification import wrong_file
 
 _CHUNK_BYTES = 1 << 22
-
-
-def staged(data_dir: Path, stage_to: Path | None) -> Path:
-    """Where the data is read from: `data_dir` where nothing is to be staged."""
-    return data_dir if stage_to is None else stage_to / load_manifest(data_dir).digest
 
 
 def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = None) -> Path:
@@ -32,10 +27,11 @@ def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = 
     is copied anew. A copy is verified by checksums as it is written and read back.
 
     Returns:
-        The directory to read from, as `staged`.
+        The directory to read from: `data_dir` where nothing is to be staged.
 
     Raises:
-        UserError: the disk cannot be written, or is full.
+        StorageError: the disk is full, or fails.
+        UserError: it cannot be written.
         DataError: a shard is not what was prepared.
     """
     if stage_to is None:
@@ -69,9 +65,10 @@ def stage(data_dir: Path, stage_to: Path | None, part: tuple[int, int] | None = 
                 shutil.copyfile(data_dir / name, target / f".{name}.tmp")
                 os.replace(target / f".{name}.tmp", target / name)
     except OSError as error:
-        raise UserError(
+        raise disk_error(
+            error,
             f"expected to stage {data_dir} in {stage_to}, found: {error.strerror or error}: make room there, or leave "
-            "out data.stage_to"
+            "out data.stage_to",
         ) from None
     return target
 
@@ -98,7 +95,7 @@ def _copy(source: Path, target: Path, entry: ShardEntry) -> None:
         if digest.hexdigest() != entry.xxh3:
             raise DataError(f"expected {source} as it was prepared, found it changed: prepare the data again")
         if shard_checksum(temporary) != entry.xxh3:
-            raise UserError(f"{temporary} does not read back as it was written: see to that disk")
+            raise StorageError(f"{temporary} does not read back as it was written: see to that disk")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

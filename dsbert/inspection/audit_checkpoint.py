@@ -14,19 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsbert.base.records import ManifestRecord, Record, StateRecord, checked
+from dsbert.base.records import Record
 from dsbert.checkpoint.fragments import fragments_name
-from dsbert.checkpoint.loading import (
-    MANIFEST,
-    STATE,
-    TOPOLOGY,
-    Problem,
-    lies_inside,
-    read_manifest,
-    read_state,
-    step_name,
-    verify_checkpoint,
-)
+from dsbert.checkpoint.loading import TOPOLOGY, Problem, lies_inside, step_name, verify_checkpoint
+from dsbert.checkpoint.state import MANIFEST, STATE, CheckpointState, Manifest, manifest_object, state_object
 from dsbert.inspection.audit_content import fragment_problems, state_problems, topology_problems
 
 NAME = re.compile(r"step_([0-9]{8})")
@@ -50,8 +41,8 @@ def audit_checkpoint(path: Path, count: Callable[[int], object] = lambda nbytes:
         audit.problems.append(Problem(".", "expected a directory, found something else"))
     else:
         try:
-            manifest = read_manifest(path)
-            found = list(_manifest_problems(path, manifest)) or _record_problems(MANIFEST, manifest, ManifestRecord)
+            manifest = manifest_object(path)
+            found = list(_manifest_problems(path, manifest)) or _record_problems(MANIFEST, manifest, Manifest)
         except Exception as error:
             manifest, found = {}, [Problem(MANIFEST, str(error) or repr(error))]
         audit.problems += found or _file_problems(path, manifest, count)
@@ -89,7 +80,7 @@ def _manifest_problems(path: Path, manifest: dict[str, Any]) -> Iterator[Problem
 def _record_problems(file: str, record: dict[str, Any], model: type[Record]) -> list[Problem]:
     """What else would keep a run from going on."""
     try:
-        checked(record, model)
+        model.from_json(record)
     except ValueError as error:
         return [Problem(file, str(error))]
     return []
@@ -111,8 +102,8 @@ def _content_problems(path: Path, manifest: dict[str, Any], damaged: set[str]) -
     if STATE in damaged:
         return
     try:
-        state = read_state(path)
-        found = list(state_problems(state, manifest)) or _record_problems(STATE, state, StateRecord)
+        state = state_object(path)
+        found = list(state_problems(state, manifest)) or _record_problems(STATE, state, CheckpointState)
     except Exception as error:
         found = [Problem(STATE, f"unreadable: {error or repr(error)}")]
     yield from found

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from dsbert.checkpoint.fragments import FORMAT
-from dsbert.checkpoint.loading import MANIFEST, STATE, TOPOLOGY, Problem, read_topology
+from dsbert.checkpoint.loading import TOPOLOGY, Problem, read_topology
+from dsbert.checkpoint.state import MANIFEST, STATE
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.topology import combined_digest, grid, unpack_bits

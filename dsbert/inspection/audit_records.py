@@ -16,22 +16,24 @@ from torch import Tensor
 from dsbert.base.durable import open_regular, read_regular
 from dsbert.base.errors import DsbertError
 from dsbert.base.jsonl import lines_of, parse_object
-from dsbert.base.records import AttemptRecord, Record, StatusRecord, StepRecord, UpdateRecord, checked
-from dsbert.checkpoint.loading import Problem, read_manifest, read_state, read_topology
+from dsbert.base.records import Record
+from dsbert.checkpoint.loading import Problem, read_topology
+from dsbert.checkpoint.state import LayerRecord, read_manifest, read_state
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.inspection.audit_checkpoint import Audit
 from dsbert.sparse import BlockTopology, DrawKey
 from dsbert.sparse.journal import replay
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import combined_digest, unpack_bits
+from dsbert.training.attempts import Attempt, Status, StepRecord, UpdateRecord
 
 MASKS = "masks.jsonl"
 _JOURNALS: dict[str, type[Record]] = {
     "metrics.jsonl": StepRecord,
     MASKS: UpdateRecord,
-    "attempts.jsonl": AttemptRecord,
+    "attempts.jsonl": Attempt,
 }
-_RECORDS: dict[str, type[Record]] = {"attempt.json": AttemptRecord, "status.json": StatusRecord}
+_RECORDS: dict[str, type[Record]] = {"attempt.json": Attempt, "status.json": Status}
 
 
 def audit_records(run: Path, whole: list[Path], audit: Audit) -> None:
@@ -47,7 +49,7 @@ def audit_records(run: Path, whole: list[Path], audit: Audit) -> None:
             if record is None:
                 audit.problems.append(Problem(name, "expected a JSON object, found none"))
             else:
-                checked(record, model)
+                model.from_json(record)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -73,7 +75,7 @@ def _audit_journal(file: Path, model: type[Record], audit: Audit) -> None:
                     torn = number
                     continue
                 try:
-                    step = checked(record, model).get("step", before)
+                    step = getattr(model.from_json(record), "step", before)
                 except ValueError as error:
                     audit.problems.append(Problem(file.name, f"line {number}: {error}"))
                     return
@@ -94,12 +96,12 @@ def _replayed(file: Path, whole: list[Path]) -> Iterator[Problem]:
     """What of the journal does not lead to the checkpoints; the first such place."""
     try:
         state = read_state(whole[-1])
-        recipe = recipe_from_dict(state["recipe"])
-        replayed = _Replay(recipe, state["layers"])
+        recipe = recipe_from_dict(state.recipe.whole)
+        replayed = _Replay(recipe, state.layers)
         if replayed.schedule is None:
             return
         for checkpoint in whole:
-            replayed.read_up_to(file, int(read_state(checkpoint)["step"]))
+            replayed.read_up_to(file, read_state(checkpoint).step)
             replayed.assert_equals(checkpoint)
     except (DsbertError, ValueError, KeyError, TypeError, IndexError) as error:
         yield Problem(file.name, " ".join(str(error).split()))
@@ -108,14 +110,14 @@ def _replayed(file: Path, whole: list[Path]) -> Iterator[Problem]:
 class _Replay:
     """The topologies of a run after the updates read so far. schedule: None where none is due."""
 
-    def __init__(self, recipe: Recipe, layers: dict[str, Any]) -> None:
+    def __init__(self, recipe: Recipe, layers: dict[str, LayerRecord]) -> None:
         sparsity, seed = recipe.sparsity, recipe.seed
         self.topologies: dict[str, BlockTopology] = {}
         for name, layer in layers.items():
-            if layer["block_size"] is not None:
-                key, shape = DrawKey(seed, "init", 0, name), (layer["shape"][0], layer["shape"][1])
+            if layer.block_size is not None:
+                key = DrawKey(seed, "init", 0, name)
                 self.topologies[name] = BlockTopology.random(
-                    shape, layer["block_size"], sparsity.density, key, sparsity.balance
+                    layer.out_in, layer.block_size, sparsity.density, key, sparsity.balance
                 )
         self.schedule = None
         if sparsity.pattern == "dynamic" and self.topologies:
@@ -147,7 +149,7 @@ class _Replay:
 
     def assert_equals(self, checkpoint: Path) -> None:
         """Raises ValueError unless the checkpoint has these topologies, and counts as explored what they have been."""
-        digest, expected = self._digest(), read_manifest(checkpoint)["topology_digest"]
+        digest, expected = self._digest(), read_manifest(checkpoint).topology_digest
         if digest != expected:
             raise ValueError(f"expected to lead to the topology of {checkpoint.name}, {expected}, found {digest}")
         tensors = read_topology(checkpoint)

@@ -13,7 +13,8 @@ from typing import Any
 
 from dsbert.base.durable import checksum, read_regular
 from dsbert.base.errors import UserError
-from dsbert.checkpoint.loading import KIND, LATEST, MANIFEST, STATE, TOPOLOGY, Problem, read_manifest
+from dsbert.checkpoint.loading import LATEST, TOPOLOGY, Problem
+from dsbert.checkpoint.state import KIND, MANIFEST, STATE, manifest_object
 from dsbert.inspection.audit_checkpoint import ASIDE, NAME, Audit, audit_checkpoint
 from dsbert.inspection.audit_data import audit_data
 from dsbert.inspection.audit_records import audit_records
@@ -65,7 +66,7 @@ def kind_of(path: Path) -> str:
             return "data"
         if any(name in (STATE, TOPOLOGY) or name.startswith("fragments-") for name in os.listdir(path)):
             return "checkpoint"
-        if special(path / MANIFEST) or read_manifest(path)["kind"] == KIND:
+        if special(path / MANIFEST) or manifest_object(path)["kind"] == KIND:
             return "checkpoint"
     except OSError as error:
         found = str(error.strerror)

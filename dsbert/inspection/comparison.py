@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from dsbert.base.errors import CheckpointError, UserError
 from dsbert.base.jsonl import first_difference, value_differences
 from dsbert.checkpoint.fragments import Floats, FragmentReader
-from dsbert.checkpoint.loading import fragment_reader, read_state, read_topology, resolve_checkpoint
+from dsbert.checkpoint.loading import fragment_reader, read_topology, resolve_checkpoint
+from dsbert.checkpoint.state import read_state
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.topology import combined_digest
@@ -35,14 +36,14 @@ class _Side:
     def __init__(self, path: Path) -> None:
         self.path = resolve_checkpoint(path)
         self.state = read_state(self.path)
-        self.has_moments = self.state["adam_step"] > 0
+        self.has_moments = self.state.adam_step > 0
         self.topologies: dict[str, BlockTopology] = {}
         try:
             tensors = read_topology(self.path)
-            for name, layer in self.state["layers"].items():
-                if layer["block_size"] is not None:
-                    shape, rows, cols = layer["shape"], tensors[f"{name}.rows"], tensors[f"{name}.cols"]
-                    topology = BlockTopology((shape[0], shape[1]), layer["block_size"], rows, cols)
+            for name, layer in self.state.layers.items():
+                if layer.block_size is not None:
+                    rows, cols = tensors[f"{name}.rows"], tensors[f"{name}.cols"]
+                    topology = BlockTopology(layer.out_in, layer.block_size, rows, cols)
                     self.topologies[f"{name}.blocks"] = topology
             self._reader: FragmentReader = fragment_reader(self.path)
         except CheckpointError:
@@ -69,7 +70,11 @@ class _Side:
 
     def summary(self) -> dict[str, Any]:
         """Where it is, and its counters."""
-        return {"path": str(self.path)} | {key: self.state.get(key) for key in _COUNTERS}
+        return {"path": str(self.path)} | self.counters()
+
+    def counters(self) -> dict[str, int | str]:
+        """By name."""
+        return {key: getattr(self.state, key) for key in _COUNTERS}
 
 
 def compare_checkpoints(
@@ -85,15 +90,12 @@ def compare_checkpoints(
     one, other = _Side(a), _Side(b)
     _assert_same_shapes(one, other)
     layers = []
-    for done, (name, shape) in enumerate(one.state["params"].items()):
-        progress("compare", done, len(one.state["params"]))
-        layers.append(_compare_parameter(one, other, name, [int(size) for size in shape]))
+    for done, (name, shape) in enumerate(one.state.params.items()):
+        progress("compare", done, len(one.state.params))
+        layers.append(_compare_parameter(one, other, name, shape))
     progress("compare", len(layers), len(layers))
-    counters = {
-        key: {"a": one.state.get(key), "b": other.state.get(key)}
-        for key in _COUNTERS
-        if one.state.get(key) != other.state.get(key)
-    }
+    both = one.counters(), other.counters()
+    counters = {key: {"a": both[0][key], "b": both[1][key]} for key in _COUNTERS if both[0][key] != both[1][key]}
     topology = _total([layer["topology"] for layer in layers if layer["topology"]])
     topology |= {"digest_a": one.digest(), "digest_b": other.digest()}
     same_bits = all(
@@ -106,7 +108,7 @@ def compare_checkpoints(
         "counters": counters,
         "identity": [
             {"key": key, "a": a, "b": b}
-            for key, a, b in value_differences(one.state.get("identity"), other.state.get("identity"))
+            for key, a, b in value_differences(one.state.identity.whole, other.state.identity.whole)
         ],
         "topology": topology,
         "layers": layers,
@@ -145,7 +147,7 @@ def summary_lines(report: dict[str, Any]) -> Iterator[str]:
 
 def _assert_same_shapes(one: _Side, other: _Side) -> None:
     for what in ("params", "layers"):
-        found = first_difference(one.state[what], other.state[what])
+        found = first_difference(one.state.to_json()[what], other.state.to_json()[what])
         if found:
             key, mine, theirs = found
             raise UserError(

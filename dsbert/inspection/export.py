@@ -19,7 +19,7 @@ from typing import Any
 from dsbert.base.durable import checksum, differences, publish
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import parse_object
-from dsbert.checkpoint.loading import read_manifest
+from dsbert.checkpoint.state import read_manifest
 from dsbert.data.manifest import TOKENIZER
 from dsbert.data.preparing.tokenizer_check import check_saved
 from dsbert.data.tokenizer import Vocabulary, load_tokenizer, save_tokenizer
@@ -57,7 +57,7 @@ def export(path: Path, to: Path) -> dict[str, Any]:
             try:
                 _write(restored, temporary)
                 files = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
-                record = {"format": _FORMAT, "step": restored.state["step"], "files": files}
+                record = {"format": _FORMAT, "step": restored.state.step, "files": files}
                 _put(temporary, to, record, before)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +179,7 @@ def _write(restored: Any, to: Path) -> None:
     """All files of an export but the record."""
     from dsbert.models.spec import model_spec
 
-    for name in read_manifest(restored.path)["files"]:  # no more than was verified, whatever else lies there
+    for name in read_manifest(restored.path).files:  # no more than was verified, whatever else lies there
         if name.startswith(f"{TOKENIZER}/"):
             shutil.copyfile(restored.path / name, to / Path(name).name)
     tokenizer = load_tokenizer(to)
@@ -229,5 +229,5 @@ def _save_compact(restored: Any, path: Path) -> None:
     for name, layer in restored.layers.items():
         tensors[f"{name}.rows"], tensors[f"{name}.cols"] = layer.rows.contiguous(), layer.cols.contiguous()
     shapes = {name: [*layer.shape, layer.block_size] for name, layer in restored.layers.items()}
-    metadata = {"format": _COMPACT_FORMAT, "layers": json.dumps(shapes), "step": str(restored.state["step"])}
+    metadata = {"format": _COMPACT_FORMAT, "layers": json.dumps(shapes), "step": str(restored.state.step)}
     save_file(tensors, path, metadata=metadata)

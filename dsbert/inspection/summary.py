@@ -12,14 +12,14 @@ from typing import Any
 
 from dsbert.base.durable import open_regular
 from dsbert.base.errors import CheckpointError, UserError
-from dsbert.checkpoint.loading import fragment_files, read_manifest, read_state, read_topology, resolve_checkpoint
+from dsbert.checkpoint.loading import fragment_files, read_topology, resolve_checkpoint
+from dsbert.checkpoint.state import manifest_object, read_state, state_object
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.inspection.audit_checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.inspection.audit_run import CHECKPOINTS, bytes_below, kind_of, read_latest
 from dsbert.inspection.text_table import table
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.config import density_of
-from dsbert.sparse.kernels.record import KernelRecord
 from dsbert.sparse.topology import combined_digest, unpack_bits
 
 
@@ -29,13 +29,13 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     Raises UserError or CheckpointError."""
     path = resolve_checkpoint(path)
     state, tensors = read_state(path), read_topology(path)
-    sparsity = state["recipe"]["sparsity"]
-    target = density_of(sparsity["pattern"], sparsity["sparsity"])
+    sparsity = state.recipe.sparsity
+    target = density_of(sparsity.pattern, sparsity.sparsity)
     layers: list[dict[str, Any]] = []
     digests: dict[str, int] = {}
     explored = positions = active = 0
-    for name, entry in state["layers"].items():
-        shape, block_size = (entry["shape"][0], entry["shape"][1]), entry["block_size"]
+    for name, entry in state.layers.items():
+        shape, block_size = entry.out_in, entry.block_size
         positions += shape[0] * shape[1]
         layer = {"name": f"{name}.weight", "shape": list(shape), "density_target": target}
         if block_size is None:  # pattern dense
@@ -53,13 +53,13 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             }
         layers.append(layer)
     return {
-        "step": state["step"],
+        "step": state.step,
         "density": active / positions if positions else 1.0,
-        "block_size": sparsity["block_size"] if digests else None,
+        "block_size": sparsity.block_size if digests else None,
         "dof": explored / positions if positions else 1.0,
         "digest": combined_digest(digests),
         "layers": layers,
-        "bytes": _measure(path, list(state["layers"]), positions, tensors),
+        "bytes": _measure(path, list(state.layers), positions, tensors),
     }
 
 
@@ -69,10 +69,9 @@ def inspect_kernels(path: Path) -> dict[str, Any]:
     sparse products together (None where nothing was measured). Raises UserError or CheckpointError."""
     path = resolve_checkpoint(path)
     state = read_state(path)
-    if state.get("kernels") is None:
+    if state.kernels is None:
         raise UserError(f"expected a checkpoint that names its kernels, found {path}, written by an older version")
-    kernels = KernelRecord.from_json(state["kernels"])
-    return {"step": state["step"], "gain": kernels.gain()} | kernels.to_json()
+    return {"step": state.step, "gain": state.kernels.gain()} | state.kernels.to_json()
 
 
 def inspect_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -182,9 +181,9 @@ def _entry(path: Path, step: int, status: str, quick: bool) -> dict[str, Any]:
     manifest: dict[str, Any] = {}
     state: dict[str, Any] = {}
     with suppress(Exception):  # whatever stands there: `verified` tells
-        manifest = read_manifest(path)
+        manifest = manifest_object(path)
     with suppress(Exception):
-        state = read_state(path)
+        state = state_object(path)
     problems = [] if quick else audit_checkpoint(path).problems
     created = manifest.get("created")  # older checkpoints lack it
     created = created if isinstance(created, int | float) else None

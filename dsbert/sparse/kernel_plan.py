@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from dsbert.base.collectives import gather_json, run_with_keepalive
+from dsbert.base.collectives import gather_json, on_main_rank, run_with_keepalive
 from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.cpu.build import instruction_set, remark
 from dsbert.sparse.kernels.dispatch import KERNELS, choose
@@ -81,17 +81,15 @@ def _plan_together(
 
 def _of_rank_0(plan: Callable[[], KernelPlan]) -> KernelPlan:
     """What rank 0 plans, on every rank; its KernelError as well."""
-    said: list[object] = []
 
-    def work() -> None:
+    def work() -> list[object]:
         try:
             made = plan()
-            said.extend([made.record.to_json(), made.notes, None])
+            return [made.record.to_json(), made.notes, None]
         except KernelError as error:
-            said.extend([None, None, [error.kernels, error.reason]])
+            return [None, None, [error.kernels, error.reason]]
 
-    run_with_keepalive(work)
-    record, notes, refusal = gather_json(said)[0]
+    record, notes, refusal = gather_json(on_main_rank(work, keepalive=True))[0]
     if refusal is not None:
         raise KernelError(*refusal)
     return KernelPlan(KernelRecord.from_json(record), tuple(notes))
@@ -99,8 +97,7 @@ def _of_rank_0(plan: Callable[[], KernelPlan]) -> KernelPlan:
 
 def _missing_somewhere(plan: KernelPlan, layers: dict[str, BlockSparseLinear], dtype: torch.dtype) -> dict[str, str]:
     """Of the backends of a plan, those that some rank cannot run: the first such rank, and why."""
-    unable: dict[str, str] = {}
-    run_with_keepalive(lambda: unable.update(_unable(plan.record, layers, dtype)), everywhere=True)
+    unable = run_with_keepalive(lambda: _unable(plan.record, layers, dtype))
     return {
         name: f"rank {rank}: {reason}"
         for rank, reasons in reversed(list(enumerate(gather_json(unable))))

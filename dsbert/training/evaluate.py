@@ -67,12 +67,12 @@ def evaluate(
     world_size: int = 1,
     unigram_counts: NDArray[np.int64] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    interrupted: Callable[[], bool] | None = None,
+    stop_agreed: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Evaluate the first `sequences` samples of `stream`, shared out over the ranks. Collective if world_size > 1.
 
     forward(batch) -> (summed losses, hits), both [objectives]. Every rank makes the same number of calls.
-    interrupted: asked before every call, with the same answer on all ranks; True ends the evaluation with None.
+    stop_agreed: asked before every call, with the same answer on all ranks; True ends the evaluation with None.
     """
     sequences = min(sequences, stream.num_samples)
     num_batches = -(-sequences // micro_batch)
@@ -80,7 +80,7 @@ def evaluate(
     sums = torch.zeros(3 * size + 1, dtype=torch.float64)  # losses, hits, counts; surprise at the masked tokens
     unigram = None if unigram_counts is None else _unigram_log_probabilities(unigram_counts)
     for index in range(rank, -(-num_batches // world_size) * world_size, world_size):
-        if interrupted and interrupted():
+        if stop_agreed and stop_agreed():
             return None
         first = min(index * micro_batch, sequences)
         batch = stream.batch(first, min(micro_batch, sequences - first), micro_batch)
@@ -154,14 +154,14 @@ def evaluate_checkpoint(
     result = evaluate(forward, stream, stream.num_samples, objectives, unigram_counts=counts, progress=progress)
     assert result is not None
     named = {"left_out": summarized(left_out)} if texts else {}
-    return {"step": restored.state["step"]} | result.report() | named
+    return {"step": restored.state.step} | result.report() | named
 
 
 def _held_out_stream(restored: Any) -> SampleStream:
     from dsbert.data.manifest import load_manifest
     from dsbert.data.verification import verify_data
 
-    data, expected = restored.recipe.data, restored.state["identity"]["data_digest"]
+    data, expected = restored.recipe.data, restored.state.identity.data_digest
     manifest = load_manifest(data.path)
     if manifest.digest != expected:
         raise UserError(

@@ -11,7 +11,8 @@ import yaml
 
 from dsbert.base.durable import open_regular, read_regular
 from dsbert.base.jsonl import JsonlFile, lines_of, parse_object
-from dsbert.base.records import AttemptRecord, StatusRecord, StepRecord, is_record, read_record
+from dsbert.base.records import read_record, valid_records
+from dsbert.training.attempts import Attempt, Status, StepRecord
 
 _RECORDS = ("config.yaml", "attempt.json", "attempts.jsonl", "status.json", "metrics.jsonl", "masks.jsonl", "wandb_id")
 # A run that ends like this has saved its last step.
@@ -30,10 +31,8 @@ def saved_before(run: Path) -> str | None:
     but where no other tells what became of the steps in the journals, these do. Raises OSError."""
     status = None
     with suppress(FileNotFoundError, ValueError):
-        status = read_record(run / "status.json", StatusRecord)
-    attempts = [
-        entry for entry in JsonlFile(run / "attempts.jsonl").read(skip_garbled=True) if is_record(entry, AttemptRecord)
-    ]
+        status = read_record(run / "status.json", Status)
+    attempts = valid_records(JsonlFile(run / "attempts.jsonl").read(skip_garbled=True), Attempt)
     for told in (_by_status(status) if status else None, *map(_by_attempt, reversed(attempts))):
         if told:
             return told
@@ -60,20 +59,20 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def _by_status(status: dict[str, Any]) -> str | None:
-    if status.get("saved"):
-        return f"status.json names {status['saved']}"
-    if status["outcome"] in _SAVED and status["step"]:
-        return f"status.json says {status['outcome']} at step {status['step']}"
+def _by_status(status: Status) -> str | None:
+    if status.saved:
+        return f"status.json names {status.saved}"
+    if status.outcome in _SAVED and status.step:
+        return f"status.json says {status.outcome} at step {status.step}"
     return None
 
 
-def _by_attempt(attempt: dict[str, Any]) -> str | None:
-    if attempt.get("checkpoint"):
-        return f"attempts.jsonl says that attempt {attempt['number']} resumed from {attempt['checkpoint']}"
-    before = attempt.get("previous")
-    if isinstance(before, dict) and before.get("outcome") in _SAVED and before.get("step"):
-        return f"attempts.jsonl says {before['outcome']} at step {before['step']}"
+def _by_attempt(attempt: Attempt) -> str | None:
+    if attempt.checkpoint:
+        return f"attempts.jsonl says that attempt {attempt.number} resumed from {attempt.checkpoint}"
+    before = attempt.previous
+    if before and before.outcome in _SAVED and before.step:
+        return f"attempts.jsonl says {before.outcome} at step {before.step}"
     return None
 
 
@@ -86,6 +85,4 @@ def _steps(path: Path) -> Iterator[int]:
     with suppress(FileNotFoundError), open_regular(path) as file:
         for line in lines_of(file):
             record = parse_object(line) if line.endswith(b"\n") else None
-            if is_record(record, StepRecord):
-                assert record is not None
-                yield record["step"]
+            yield from (valid.step for valid in valid_records([record], StepRecord))

@@ -10,11 +10,13 @@ import torch
 
 from dsbert.base.collectives import gather_json
 from dsbert.base.jsonl import value_differences
+from dsbert.base.records import JsonObject
+from dsbert.checkpoint.state import CheckpointState, RunRecord
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
 
 
-def numerics(recipe: Recipe, world: World) -> dict[str, Any]:
+def numerics(recipe: Recipe, world: World) -> JsonObject:
     """{torch, device, cpu: instruction set, threads, ranks, micro_batch}; a list where ranks differ. Collective."""
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
     mine = {
@@ -31,18 +33,18 @@ def numerics(recipe: Recipe, world: World) -> dict[str, Any]:
     }
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], since: str) -> Iterator[str]:
+def changes(before: CheckpointState, now: RunRecord, since: str) -> Iterator[str]:
     """Lines for people: a line per changed key of the DeepSpeed configuration, and one for all that moves bits.
 
-    before, now: what state.json holds, of the checkpoint `since` and of this attempt; older ones lack the records.
+    before: of the checkpoint `since`, which may be older than these records; now: of this attempt.
     """
-    if "deepspeed" in before:
-        for one in value_differences(before["deepspeed"], now["deepspeed"]):
+    if before.deepspeed is not None:
+        for one in value_differences(before.deepspeed, now.deepspeed):
             yield f"DeepSpeed's {one.key} has changed since {since}: {_word(one.before)} -> {_word(one.after)}"
-    if "numerics" in before:
+    if before.numerics is not None:
         moved = [
             f"{one.key} {_word(one.before)} -> {_word(one.after)}"
-            for one in value_differences(before["numerics"], now["numerics"])
+            for one in value_differences(before.numerics, now.numerics)
         ]
         if moved:
             yield f"not bit for bit as before {since}, but as good: {', '.join(moved)}"

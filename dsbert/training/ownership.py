@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from dsbert.base.errors import UserError
-from dsbert.base.jsonl import parse_object
+from dsbert.base.records import read_record
 from dsbert.cluster.heartbeats import living_rank
+from dsbert.training.attempts import Attempt
 
 
 def assert_free(run_dir: Path, else_do: str) -> None:
@@ -21,25 +21,23 @@ def assert_free(run_dir: Path, else_do: str) -> None:
     owner = _owner(run_dir)
     if owner is None or _is_before_us(owner):
         return
-    rank = living_rank(run_dir / "heartbeats" / str(owner["nonce"]))
+    rank = living_rank(run_dir / "heartbeats" / owner.nonce)
     if rank is not None:
-        job = f" of job {owner['job_id']}" if owner.get("job_id") else ""
-        where = f"rank {rank['rank']} on {rank['host']} (process {rank['pid']}) at step {rank['step']}"
+        job = f" of job {owner.job_id}" if owner.job_id else ""
+        where = f"rank {rank.rank} on {rank.host} (process {rank.pid}) at step {rank.step}"
         raise UserError(
-            f"expected nobody at work on the run in {run_dir}, found attempt {owner['number']}{job}, {where}: wait for "
+            f"expected nobody at work on the run in {run_dir}, found attempt {owner.number}{job}, {where}: wait for "
             f"its end, stop it, {else_do}"
         )
 
 
-def _owner(run_dir: Path) -> dict[str, Any] | None:
-    with suppress(OSError):
-        record = parse_object((run_dir / "attempt.json").read_bytes())
-        if record is not None and {"number", "nonce"} <= record.keys():
-            return record
+def _owner(run_dir: Path) -> Attempt | None:
+    with suppress(OSError, ValueError):
+        return read_record(run_dir / "attempt.json", Attempt)
     return None
 
 
-def _is_before_us(owner: dict[str, Any]) -> bool:
+def _is_before_us(owner: Attempt) -> bool:
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    before = owner.get("restart_count")
-    return job is not None and owner.get("job_id") == job and isinstance(before, int) and before < int(restart)
+    before = owner.restart_count
+    return job is not None and owner.job_id == job and before is not None and before < int(restart)

@@ -13,7 +13,7 @@ import yaml
 
 from dsbert.base.errors import DsbertError, UserError
 from dsbert.base.jsonl import first_difference, parse_object
-from dsbert.cluster.ranks import Ranks
+from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.secret import SECRET_ENV
 from dsbert.config.complaints import in_one_line
 from dsbert.config.recipe import Recipe
@@ -24,7 +24,7 @@ _COMPLAINT_S = 10.0  # how long ranks wait for others that have the same to say
 
 
 @contextmanager
-def said_once(ranks: Ranks | None) -> Iterator[None]:
+def said_once(ranks: RankInfo | None) -> Iterator[None]:
     """Ranks that have not met, and have nothing to meet for: those with one complaint meet about that, by a secret that
     follows from it. If all come, the first says it for them; if not, each says its own."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from dsbert.base.errors import printable
 from dsbert.base.progress import TrainingBar
+from dsbert.checkpoint.state import LayerRecord, Totals
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
 from dsbert.engine.ds_config import config_label
@@ -16,6 +18,7 @@ from dsbert.engine.train_engine import StepResult
 from dsbert.models.spec import model_spec
 from dsbert.sparse import MaskManager, MaskUpdate
 from dsbert.sparse.flops import sequence_flops
+from dsbert.training.attempts import Attempt
 from dsbert.training.evaluate import Evaluation, Score
 from dsbert.training.metrics import WandbLogger
 from dsbert.training.run_directory import RunDirectory
@@ -40,32 +43,31 @@ class Reporter:
     FLOPs are the paper's: forward and backward of encoder linears and attention products.
     """
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, Any]) -> None:
+    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, LayerRecord]) -> None:
         self._recipe, self._directory, self._main = recipe, directory, world.is_main
         self._world_size = world.world_size
         spec = model_spec(recipe.model)
         self._objectives = spec.objectives
         seq_len = recipe.data.seq_len
         shape = (seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, seq_len))
-        self._flops = sequence_flops(*shape, (layer["kept"] for layer in layers.values()))
-        dense = (layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+        self._flops = sequence_flops(*shape, (layer.kept for layer in layers.values()))
+        dense = (math.prod(layer.shape) for layer in layers.values())
         self._flops_dense = sequence_flops(*shape, dense)
-        self._totals = {"tokens": 0, "flops": 0, "flops_dense": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self._totals = Totals()
         self._wandb: WandbLogger | None = None
         self._bar: TrainingBar | None = None
-        self._since = (0, 0, 0, 0.0)
+        self._since = (0, self._totals, 0.0)  # step, totals, time of the last record
         self._waits = dict.fromkeys(_WAITS, 0.0)
 
-    def begin(self, step: int, totals: dict[str, int], attempt: dict[str, Any]) -> None:
+    def begin(self, step: int, totals: Totals, attempt: Attempt) -> None:
         """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
-        self._totals |= totals
-        self._attempt = attempt
-        self._since = (step, self._totals["tokens"], self._totals["skipped"], time.perf_counter())
+        self._totals, self._attempt = totals, attempt
+        self._since = (step, totals, time.perf_counter())
         if not self._main:
             return
         recipe = self._recipe
         for file in (self._directory.metrics, self._directory.journal):
-            file.cut_back(step, attempt["number"])
+            file.cut_back(step, attempt.number)
         config = recipe.model_dump(mode="json")
         log = recipe.log
         self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
@@ -95,10 +97,10 @@ class Reporter:
         batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
         return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{note}"
 
-    def totals(self) -> dict[str, int]:
-        """tokens, flops, flops_dense and skipped steps since the start of the run, and the steps skipped in a row up to
-        now for another reason than a loss scale that falls, for the checkpoint."""
-        return dict(self._totals)
+    @property
+    def totals(self) -> Totals:
+        """Up to the last step, for the checkpoint."""
+        return self._totals
 
     def waited(self, what: str, seconds: float) -> None:
         """Training stood still so long for one of "data", "save" (a checkpoint) and "validation"."""
@@ -107,12 +109,15 @@ class Reporter:
     def step(self, report: StepReport) -> None:
         """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
         step, result = report.step, report.result
-        self._totals["tokens"] += result.tokens
-        self._totals["flops"] += self._flops * self._recipe.batch.global_batch
-        self._totals["flops_dense"] += self._flops_dense * self._recipe.batch.global_batch
-        self._totals["skipped"] += result.skipped
-        if not result.rescaled:
-            self._totals["skipped_in_a_row"] = (self._totals["skipped_in_a_row"] + 1) * result.skipped
+        before, sequences = self._totals, self._recipe.batch.global_batch
+        in_a_row = before.skipped_in_a_row
+        self._totals = Totals(
+            tokens=before.tokens + result.tokens,
+            flops=before.flops + self._flops * sequences,
+            flops_dense=before.flops_dense + self._flops_dense * sequences,
+            skipped=before.skipped + result.skipped,
+            skipped_in_a_row=in_a_row if result.rescaled else (in_a_row + 1) * result.skipped,
+        )
         if not self._main:
             return
         assert self._bar is not None
@@ -162,8 +167,9 @@ class Reporter:
         update, validation = report.update, report.validation
         losses = self._losses(result)
         now = time.perf_counter()
-        since_step, since_tokens, since_skipped, since = self._since
-        self._since = (step, self._totals["tokens"], self._totals["skipped"], now)
+        since_step, before, since = self._since
+        totals = self._totals
+        self._since = (step, totals, now)
         waits, self._waits = self._waits, dict.fromkeys(_WAITS, 0.0)
         # What steps take: checkpoints and validations have figures of their own.
         stepping_s = now - since - waits["save"] - waits["validation"]
@@ -174,11 +180,11 @@ class Reporter:
             **self._validated(validation),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
-            "skipped": self._totals["skipped"] - since_skipped,
-            "tokens_total": self._totals["tokens"],
-            "tokens_per_s": (self._totals["tokens"] - since_tokens) / max(stepping_s, 1e-9),
-            "flops_total": self._totals["flops"],
-            "flops_dense_total": self._totals["flops_dense"],
+            "skipped": totals.skipped - before.skipped,
+            "tokens_total": totals.tokens,
+            "tokens_per_s": (totals.tokens - before.tokens) / max(stepping_s, 1e-9),
+            "flops_total": totals.flops,
+            "flops_dense_total": totals.flops_dense,
             "density": masks.density,
             "dof": masks.dof,
             "pruned": update.num_pruned if update else None,

@@ -5,7 +5,7 @@ attempt.json       the attempt that owns the run; attempts.jsonl is the history,
 status.json        how the last attempt ended: done | requeue | failed, with cause and culprit
 metrics.jsonl      one object per logged step; masks.jsonl: one per mask update
 checkpoints/       checkpoint/loading.py
-companions/        tokenizer and unigram counts, which go into every checkpoint
+companions/        assets: tokenizer and unigram counts, which go into every checkpoint
 heartbeats/        health.py, a directory per attempt
 """
 
@@ -15,27 +15,28 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dsbert.base.collectives import raise_on_all_ranks
+from dsbert.base.collectives import on_main_rank
 from dsbert.base.durable import copy_tree, remove_tree, replace_durably
 from dsbert.base.errors import CheckpointError, PeerError, UserError, printable
 from dsbert.base.jsonl import JsonlFile, first_difference, to_json
-from dsbert.base.records import AttemptRecord, BeatRecord, Record, StatusRecord, is_record, read_record
-from dsbert.checkpoint.loading import LATEST, newest_checkpoint, published, read_state
-from dsbert.cluster.heartbeats import last_steps
+from dsbert.base.records import JsonObject, RecordT, read_record, valid_records
+from dsbert.checkpoint.loading import LATEST, newest_checkpoint, published
+from dsbert.checkpoint.state import read_state
+from dsbert.cluster.heartbeats import Beat, last_steps
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.data.stream import assert_samples
+from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status
 from dsbert.training.history import assert_files, read_config, saved_before
 from dsbert.training.provenance import git_revision, versions
 
 _MARK = "shared"
-_ENDING = ("outcome", "step", "cause", "culprit")
 _LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
 
 
@@ -45,7 +46,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.companions = path / "companions"
+        self.assets = path / "companions"
         self.metrics = JsonlFile(path / "metrics.jsonl")
         self.journal = JsonlFile(path / "masks.jsonl")
         self._seen: list[str] = []
@@ -76,9 +77,9 @@ class RunDirectory:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             with suppress(OSError, ValueError):
-                ended = read_record(self.heartbeats(nonce) / "00000.json", BeatRecord)["ended"]
+                ended = read_record(self.heartbeats(nonce) / "00000.json", Beat).ended
                 if ended:
-                    return bool(ended["code"] == code and ended["cause"] == cause[:300])
+                    return ended.code == code and ended.cause == cause[:300]
             time.sleep(0.05)
         return False
 
@@ -88,8 +89,8 @@ class RunDirectory:
         Raises on every rank UserError if the directory holds a run and resume is "never", CheckpointError if resume is
         "must" and nothing valid is there, or if checkpoints are there and none is valid.
         """
-        has_some = raise_on_all_ranks(lambda: self._has_checkpoints(resume), only_main=True)
-        told = raise_on_all_ranks(lambda: saved_before(self.path), only_main=True)
+        has_some = on_main_rank(lambda: self._has_checkpoints(resume))
+        told = on_main_rank(lambda: saved_before(self.path))
         newest, skipped = newest_checkpoint(self.checkpoints, rank, world_size)
 
         def judge() -> None:
@@ -104,42 +105,42 @@ class RunDirectory:
             if newest is None and self._has_steps():
                 print(f"dsbert: no checkpoint was saved before in {self.path}: starts at step 0", file=sys.stderr)
 
-        raise_on_all_ranks(judge, only_main=True)
+        on_main_rank(judge)
         return newest
 
     def open_attempt(
         self,
         recipe: Recipe,
-        identity: dict[str, Any],
+        identity: JsonObject,
         checkpoint: Path | None,
         nonce: str,
         world_size: int,
-        shown: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Begin an attempt: {"number", "nonce", "checkpoint": what it resumes from as a name, or None, ...}. Rank 0.
+        shown: Mapping[str, JsonObject | None] | None = None,
+    ) -> Attempt:
+        """Begin an attempt, which goes on from the checkpoint. Rank 0.
 
         identity: what must be as in the run that is already there. shown: what else config.yaml is to show.
         Raises UserError if it is a run of another identity.
         """
         self._check_identity(identity, checkpoint)
         history = JsonlFile(self.path / "attempts.jsonl")
-        before = [entry for entry in history.read(skip_garbled=True) if is_record(entry, AttemptRecord)]
-        attempt: dict[str, Any] = {
-            "number": 1 + max((entry["number"] for entry in before), default=0),
-            "nonce": nonce,
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "started": time.time(),
-            "world_size": world_size,
-            "checkpoint": checkpoint.name if checkpoint else None,
-            "previous": self._previous(),
-        }
+        before = valid_records(history.read(skip_garbled=True), Attempt)
+        attempt = Attempt(
+            number=1 + max((entry.number for entry in before), default=0),
+            nonce=nonce,
+            job_id=os.environ.get("SLURM_JOB_ID"),
+            restart_count=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            started=time.time(),
+            world_size=world_size,
+            checkpoint=checkpoint.name if checkpoint else None,
+            previous=self._previous(),
+        )
         # The claim comes first: whatever an attempt that still lives does from now on, it has lost the run.
-        history.append(attempt)
-        self._replace("attempt.json", to_json(attempt) + "\n")
-        self._saved = attempt["checkpoint"]
+        history.append(attempt.to_json())
+        self._replace("attempt.json", to_json(attempt.to_json()) + "\n")
+        self._saved = attempt.checkpoint
         self.set_status(attempt, None, None)
-        self._clean_up(nonce, {entry["nonce"] for entry in before})
+        self._clean_up(nonce, {entry.nonce for entry in before})
         config = {
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
@@ -148,76 +149,76 @@ class RunDirectory:
             "git_revision": git_revision(),
         }
         self._replace("config.yaml", yaml.safe_dump(config, sort_keys=False))
-        self._collect_companions(recipe.data.path)
+        self._collect_assets(recipe.data.path)
         return attempt
 
     def has_changed(self) -> bool:
         """Whether something was published since `find_checkpoint`: the attempt before could, until ours was opened."""
         return self._names() != self._seen
 
-    def assert_owner(self, attempt: dict[str, Any]) -> None:
+    def assert_owner(self, attempt: Attempt) -> None:
         """Raise PeerError if another attempt has taken the run over: this one must not write to it any more."""
-        owner = self._record("attempt.json", AttemptRecord)
+        owner = self._record("attempt.json", Attempt)
         if owner is None:
             path = self.path / "attempt.json"
             raise PeerError(f"expected {path} to name the attempt that owns the run, found nothing that can be read")
-        if owner["nonce"] != attempt["nonce"]:
+        if owner.nonce != attempt.nonce:
             raise PeerError(
-                f"expected attempt {attempt['number']} to own the run in {self.path}, found attempt {owner['number']}: "
+                f"expected attempt {attempt.number} to own the run in {self.path}, found attempt {owner.number}: "
                 "this one leaves"
             )
 
-    def owns(self, attempt: dict[str, Any]) -> bool | None:
+    def owns(self, attempt: Attempt) -> bool | None:
         """Whether the attempt still owns the run; None where that cannot be seen."""
-        owner = self._record("attempt.json", AttemptRecord)
-        return None if owner is None else owner["nonce"] == attempt["nonce"]
+        owner = self._record("attempt.json", Attempt)
+        return None if owner is None else owner.nonce == attempt.nonce
 
-    def has_ended(self, attempt: dict[str, Any]) -> bool:
+    def has_ended(self, attempt: Attempt) -> bool:
         """Whether status.json says already how this attempt ended."""
-        status = self._record("status.json", StatusRecord) or {"outcome": None}
-        return status["outcome"] is not None and status["attempt"] == attempt["number"]
+        status = self._record("status.json", Status)
+        return status is not None and status.outcome is not None and status.attempt == attempt.number
 
     def set_status(
         self,
-        attempt: dict[str, Any],
+        attempt: Attempt,
         outcome: str | None,
         step: int | None,
         cause: str | None = None,
-        culprit: dict[str, Any] | None = None,
+        culprit: CulpritRecord | None = None,
     ) -> None:
-        """Record how the attempt ended: done | requeue | failed; None while it goes on. culprit: {rank, host, step}."""
-        status = {
-            "attempt": attempt["number"],
-            "job_id": attempt["job_id"],
-            "restart_count": attempt["restart_count"],
-            "outcome": outcome,
-            "step": step,
-            "cause": cause,
-            "culprit": culprit,
-            "saved": self._saved,
-        }
-        self._replace("status.json", to_json(status) + "\n")
+        """Record how the attempt ended: done | requeue | failed; None while it goes on."""
+        status = Status(
+            attempt=attempt.number,
+            job_id=attempt.job_id,
+            restart_count=attempt.restart_count,
+            outcome=outcome,
+            step=step,
+            cause=cause,
+            culprit=culprit,
+            saved=self._saved,
+        )
+        self._replace("status.json", to_json(status.to_json()) + "\n")
 
-    def note_saved(self, attempt: dict[str, Any], name: str) -> None:
+    def note_saved(self, attempt: Attempt, name: str) -> None:
         """Record that a checkpoint was published, where it is not lost with the checkpoints. Raises OSError."""
         self.assert_owner(attempt)
         self._saved = name
         self.set_status(attempt, None, None)
 
-    def _previous(self) -> dict[str, Any] | None:
+    def _previous(self) -> Ending | None:
         """How the attempt before this one ended: its status, or where its ranks were seen last."""
-        before, status = self._record("attempt.json", AttemptRecord), self._record("status.json", StatusRecord)
+        before, status = self._record("attempt.json", Attempt), self._record("status.json", Status)
         if before is None or status is None:
             return None
-        if status["outcome"] is not None:
-            return {name: status[name] for name in _ENDING}
-        steps = last_steps(self.heartbeats(before["nonce"]))
-        return {"outcome": None, "step": max(steps.values(), default=None), "cause": "ended without a word"}
+        if status.outcome is not None:
+            return status.ending
+        steps = last_steps(self.heartbeats(before.nonce))
+        return Ending(outcome=None, step=max(steps.values(), default=None), cause="ended without a word")
 
-    def _record(self, name: str, model: type[Record]) -> dict[str, Any] | None:
-        """A small file's JSON object; None unless there is one of this kind, for the file may be damaged."""
+    def _record(self, name: str, kind: type[RecordT]) -> RecordT | None:
+        """What a small file says; None unless it is a record of this kind, for the file may be damaged."""
         with suppress(OSError, ValueError):
-            return read_record(self.path / name, model)
+            return read_record(self.path / name, kind)
         return None
 
     def _clean_up(self, nonce: str, before: set[str]) -> None:
@@ -253,11 +254,11 @@ class RunDirectory:
         path = self.metrics.path
         return path.is_file() and path.stat().st_size > 0
 
-    def _check_identity(self, identity: dict[str, Any], checkpoint: Path | None) -> None:
+    def _check_identity(self, identity: JsonObject, checkpoint: Path | None) -> None:
         """Against the checkpoint, which is what would be trained on; without one, against what the steps were taken."""
         path = self.path / "config.yaml"
         if checkpoint is not None:
-            before = read_state(checkpoint)["identity"]
+            before: JsonObject = read_state(checkpoint).identity.whole
         elif path.is_file() and self._has_steps():
             try:
                 before = dict(read_config(self.path)["identity"])
@@ -273,14 +274,14 @@ class RunDirectory:
                 f"expected {key} = {old!r} as in the run in {self.path}, found {new!r}: choose another --run-dir"
             )
 
-    def _collect_companions(self, data_path: Path) -> None:
+    def _collect_assets(self, data_path: Path) -> None:
         """Anew at every attempt: an earlier one may have failed on other data before its first step."""
         temporary = self.path / ".companions.tmp"
         remove_tree(temporary)
         copy_tree(data_path / TOKENIZER, temporary / TOKENIZER)
         shutil.copyfile(data_path / UNIGRAM, temporary / UNIGRAM)
-        remove_tree(self.companions)
-        os.replace(temporary, self.companions)
+        remove_tree(self.assets)
+        os.replace(temporary, self.assets)
 
     def _replace(self, name: str, text: str) -> None:
         """Write a small file so that a reader sees the old or the new one, never a part."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -15,9 +14,10 @@ import pytest
 from dsbert.base import durable
 from dsbert.base.collectives import raise_on_all_ranks
 from dsbert.base.durable import checksum, replace_durably, write_and_read_back
-from dsbert.base.errors import DsbertError, UserError
+from dsbert.base.errors import DsbertError, StorageError
 from dsbert.checkpoint.loading import newest_checkpoint, verify_checkpoint
 from dsbert.checkpoint.publisher import Publisher, Retention
+from dsbert.checkpoint.state import FileRecord, Manifest, Totals, read_manifest
 from tests.helpers import run_distributed
 
 
@@ -49,7 +49,7 @@ def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
     snapshot = bench.held_elements(engine), masks.digest()
     root = Path(directory) / "checkpoints"
     writer = CheckpointWriter(root, companions, attempt="1-test", retention=Retention(2), max_bytes_per_s=1.0)
-    writer.begin(engine, masks, {"totals": {}})
+    writer.begin(engine, masks, bench.run_record(engine.recipe), Totals())
     said = []
     for _ in range(50):
         assert writer.busy, "the writer must still be at work"
@@ -65,7 +65,7 @@ def fifty_steps_beside_a_slow_writer(directory: str) -> dict[str, Any]:
     files = sorted(root.glob("step_00000003/fragments-*"))
     assert memory == files[world.rank].stat().st_size, "the snapshot takes as much memory as the file"
     buffer = writer._buffer._memory.data_ptr()
-    assert writer.save(engine, masks, {"totals": {}}).step == 53
+    assert writer.save(engine, masks, bench.run_record(engine.recipe), Totals()).step == 53
     assert writer._buffer._memory.data_ptr() == buffer, "the memory is reused"
 
     engine, masks = bench.engine_and_masks(recipe, world)
@@ -94,24 +94,26 @@ def _make(root: Path, step: int, content: bytes = b"x") -> Path:
     publisher = Publisher(root, "1-test", Retention(100), lambda: None)
     temporary, target = root / f".step_{step:08d}.1-test.tmp", root / f"step_{step:08d}"
     publisher.make_room(temporary, 100)
-    entries = []
+    files = {}
     for name in (fragments_name(0, 1), "state.json", "topology.safetensors"):
         (temporary / name).write_bytes(content)
-        entries.append({"file": name, "bytes": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)})
-    manifest = {"kind": "dsbert-checkpoint", "format": 1, "step": step, "world_size": 1}
-    publisher.publish(temporary, target, manifest, entries)
+        files[name] = FileRecord(bytes=len(content), xxh3=xxhash.xxh3_128_hexdigest(content))
+    publisher.publish(temporary, target, _manifest(step, files))
     assert verify_checkpoint(target) == []
     return target
+
+
+def _manifest(step: int, files: dict[str, FileRecord]) -> Manifest:
+    return Manifest(kind="dsbert-checkpoint", format=1, step=step, world_size=1, topology_digest="0" * 32, files=files)
 
 
 def _publish(root: Path, step: int, retention: Retention, attempt: str = "2-other") -> None:
     target = _make(root, step + 1000)  # stands for what the ranks have written
     temporary = root / f".step_{step:08d}.{attempt}.tmp"
     os.replace(target, temporary)
-    manifest = json.loads((temporary / "manifest.json").read_text())
-    entries = [{"file": name, **entry} for name, entry in manifest.pop("files").items()]
+    manifest = read_manifest(temporary).model_copy(update={"step": step})
     publisher = Publisher(root, attempt, retention, lambda: None)
-    publisher.publish(temporary, root / f"step_{step:08d}", manifest | {"step": step}, entries)
+    publisher.publish(temporary, root / f"step_{step:08d}", manifest)
     publisher.remove_old()
 
 
@@ -188,7 +190,7 @@ def test_what_is_seen_is_whole_and_on_disk_at_every_moment_of_a_publication(tmp_
 def test_a_disk_that_is_full_is_named_by_the_file_that_it_has_no_room_for(tmp_path: Path) -> None:
     """What a write raises knows no file."""
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
-    with full, pytest.raises(UserError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
+    with full, pytest.raises(StorageError, match=rf"write {tmp_path}/\.status\.json\..*, found: No space left"):
         raise_on_all_ranks(lambda: replace_durably(tmp_path / "status.json", b"{}"))
 
 
@@ -206,7 +208,7 @@ def test_an_attempt_that_lost_the_run_publishes_nothing(tmp_path: Path) -> None:
     publisher.make_room(temporary, 1)
     before = (tmp_path / "latest").read_text()
     with pytest.raises(DsbertError, match="another one"):
-        publisher.publish(temporary, tmp_path / "step_00000020", {"step": 20}, [])
+        publisher.publish(temporary, tmp_path / "step_00000020", _manifest(20, {}))
     assert not (tmp_path / "step_00000020").exists()
     assert (tmp_path / "latest").read_text() == before
 
@@ -260,7 +262,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
 
     with mock.patch.object(writing, "write_and_read_back", slow):
         start = time.monotonic()
-        assert writer.save(engine, masks, {"totals": {}}).step == 0
+        assert writer.save(engine, masks, bench.run_record(engine.recipe), Totals()).step == 0
         took = time.monotonic() - start
     assert took > 3
     assert len(alive) >= 8, "heartbeats must hear that the wait goes on"
@@ -273,7 +275,7 @@ def a_save_that_somebody_waits_for_longer_than_the_timeout(directory: str) -> li
         engine.step = 1
         start = time.monotonic()
         with pytest.raises(PeerError, match="write nothing for 1 s"):
-            writer.save(engine, masks, {"totals": {}})
+            writer.save(engine, masks, bench.run_record(engine.recipe), Totals())
         assert time.monotonic() - start < 5
     return []
 

@@ -72,16 +72,18 @@ def test_a_run_leaves_what_the_contract_says(run: Path) -> None:
 
 
 def test_the_journal_replays_the_topology(run: Path) -> None:
-    from dsbert.checkpoint.loading import read_state, read_topology
+    from dsbert.checkpoint.loading import read_topology
+    from dsbert.checkpoint.state import read_state
+    from dsbert.config.recipe import recipe_from_dict
     from dsbert.sparse import BlockTopology, DrawKey
     from dsbert.sparse.journal import replay
 
     last = run / "checkpoints" / "step_00000012"
     state, tensors = read_state(last), read_topology(last)
     start = {}
-    for name, layer in state["layers"].items():
-        shape = (layer["shape"][0], layer["shape"][1])
-        start[name] = BlockTopology.random(shape, 8, 0.25, DrawKey(state["recipe"]["seed"], "init", 0, name))
+    for name, layer in state.layers.items():
+        seed = recipe_from_dict(state.recipe.whole).seed
+        start[name] = BlockTopology.random(layer.out_in, 8, 0.25, DrawKey(seed, "init", 0, name))
     entries = [json.loads(line) for line in (run / "masks.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [3, 6, 9]
     end = replay(start, entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import stat
 import subprocess
@@ -31,22 +32,26 @@ def _await(path: Path) -> None:
 
 
 def _join(environment: dict[str, str], timeout_s: float = 30) -> list[Any]:
-    """What comes of a rank: its nonce and a sum over all, or the one line that it ends with."""
+    """What comes of a rank: a word of rank 0 in the store and a sum over all, or the one line that it ends with."""
     import torch
 
     from dsbert.base.collectives import all_reduce, gather_json
-    from dsbert.cluster.process_group import init
+    from dsbert.cluster import process_group
 
     _launched_by(environment)
     os.environ.pop(SECRET_ENV, None)
     os.environ.update({name: value for name, value in environment.items() if name == SECRET_ENV})
     try:
-        world = init(timeout_s)
+        world = process_group.init(timeout_s)
     except DsbertError as error:
         return [type(error).__name__, str(error)]
     total = float(all_reduce(torch.ones(1)))
+    store = process_group._stores[-1]
+    if world.is_main:
+        store.set("word", secrets.token_hex(16))
+    word = store.get("word").decode()
     gather_json(None)  # rank 0 has the store
-    return ["met", world.nonce, total]
+    return ["met", word, total]
 
 
 def _store_at(port: int) -> Any:

@@ -121,6 +121,8 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
         ([-11, 1], 1),
         ([0, 7], 7),
         ([3, 7], 3),
+        ([3, 74], 74),
+        ([74, 1], 1),
     ],
 )
 def test_combined_exit_code(codes: list[int], expected: int) -> None:

@@ -46,10 +46,11 @@ def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
             digests.append(update.digest)
         if step == SAVE_AT:
             from dsbert.checkpoint.publisher import Retention
+            from dsbert.checkpoint.state import Totals
             from dsbert.checkpoint.writer import CheckpointWriter
 
             writer = CheckpointWriter(Path(directory), companions, attempt="1-test", retention=Retention(2))
-            at_save = writer.save(engine, masks, {"totals": {}}).path
+            at_save = writer.save(engine, masks, bench.run_record(engine.recipe), Totals()).path
     assert at_save is not None
     collectives.assert_replicas_agree("the weights", engine.replica_digests())
     first = bench.held_elements(engine), masks.digest(), masks.dof
@@ -59,7 +60,7 @@ def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
     assert verify_checkpoint(at_save) == []
     engine, masks = bench.engine_and_masks(recipe, world)
     state = load_checkpoint(at_save, engine, masks)
-    assert (state["step"], engine.step, state["adam_step"]) == (SAVE_AT, SAVE_AT, SAVE_AT)
+    assert (state.step, engine.step, state.adam_step) == (SAVE_AT, SAVE_AT, SAVE_AT)
     again = []
     for step in range(SAVE_AT + 1, STEPS + 1):
         again.append(engine.train_step(bench.step_batches(engine, source, step - 1)).mean_losses())

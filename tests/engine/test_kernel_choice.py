@@ -18,6 +18,7 @@ def losses_by_kernels(directory: str) -> dict[str, Any]:
     from dsbert.base.errors import UserError
     from dsbert.checkpoint.loading import load_checkpoint
     from dsbert.checkpoint.publisher import Retention
+    from dsbert.checkpoint.state import Totals
     from dsbert.checkpoint.writer import CheckpointWriter
     from dsbert.cluster import process_group
     from dsbert.sparse.kernel_plan import KernelPlan
@@ -47,7 +48,7 @@ def losses_by_kernels(directory: str) -> dict[str, Any]:
         products["dgrad"]["backend"] = "reference"
     engine.kernels = KernelPlan(KernelRecord.from_json(record))
     writer = CheckpointWriter(Path(directory), Path(directory) / "companions", attempt="1-test", retention=Retention(2))
-    saved = writer.save(engine, masks, {"totals": {}}).path
+    saved = writer.save(engine, masks, bench.run_record(engine.recipe), Totals()).path
     engine, masks = bench.engine_and_masks(recipe, world)
     load_checkpoint(saved, engine, masks)
     found["resumed"] = {

@@ -19,7 +19,6 @@ import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dsbert.checkpoint import loading
 from dsbert.checkpoint.loading import checkpoint_problems
 from tests.commands import ENVIRONMENT, complaint, dsbert, dsbert_process
 
@@ -489,16 +488,17 @@ def test_what_a_crash_may_leave_is_a_note(harm: Callable[[Path], object], file: 
 
 
 def test_a_checkpoint_that_retention_removes_meanwhile_is_no_damage(copy: Path) -> None:
+    from dsbert.checkpoint.state import state_object
     from dsbert.inspection import audit_checkpoint as checkpoint_audit
 
-    old, read_state = copy / "checkpoints" / "step_00000006", loading.read_state
+    old = copy / "checkpoints" / "step_00000006"
 
     def remove(path: Path) -> dict[str, Any]:
         if path == old:
             shutil.rmtree(old)
-        return read_state(path)
+        return state_object(path)
 
-    with mock.patch.object(checkpoint_audit, "read_state", remove):
+    with mock.patch.object(checkpoint_audit, "state_object", remove):
         report = verify(copy)
     assert report["checkpoints"] == [{"name": "step_00000012", "ok": True}]
 
@@ -743,7 +743,7 @@ def test_a_damaged_side_is_refused_by_name(run: Path, checkpoint: Path) -> None:
 
 def test_help_imports_nothing_slow() -> None:
     listing = (
-        "import sys\nfrom dsbert.cli import run\n"
+        "import sys\nfrom dsbert.cli.app import run\n"
         "for name in ('verify', 'checkpoints', 'diff'):\n    assert run([name, '--help']) == 0\n"
         "print([name for name in ('torch', 'numpy', 'rich', 'pydantic') if name in sys.modules], file=sys.stderr)\n"
     )

@@ -197,6 +197,7 @@ def test_a_sweep_has_a_line_and_a_run_directory_per_task(tmp_path: Path) -> None
         ("exit 130", RUNNING, 130, "interrupted", False),
         ("exit 75", RUNNING, 75, "saved", True),
         ("exit 3", RUNNING, 75, "a node failed, exit code 3", True),
+        ("exit 74", RUNNING, 75, "a file system is full or fails, exit code 74", True),
         ("exit 137", RUNNING, 75, "a node failed, exit code 137", True),
         ("exit 143", RUNNING, 75, "a node failed, exit code 143", True),
         ("kill -11 $$", RUNNING, 75, "a node failed, exit code 139", True),

@@ -203,9 +203,11 @@ def test_the_loss_scaler_of_fp16_sees_every_overflow(stage: int) -> None:
 def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
     import torch
 
+    from dsbert.checkpoint.state import Totals
     from dsbert.cluster.process_group import World
     from dsbert.engine.train_engine import StepResult
     from dsbert.sparse import MaskManager
+    from dsbert.training.attempts import Attempt
     from dsbert.training.reporting import Reporter, StepReport
     from dsbert.training.run_directory import RunDirectory
     from tests import workbench as bench
@@ -216,17 +218,18 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
     reporter = Reporter(recipe, directory, world, {})
     # As a checkpoint from before skipped steps were counted.
     (tmp_path / "attempt.json").write_text('{"number": 1, "nonce": "ours"}')
-    reporter.begin(2, {"tokens": 5, "flops": 0, "flops_dense": 0}, {"number": 1, "nonce": "ours"})
+    old = Totals.from_json({"tokens": 5, "flops": 0, "flops_dense": 0})
+    reporter.begin(2, old, Attempt(number=1, nonce="ours"))
     in_a_row = []
     for step in range(3, 11):
         losses = torch.full((2,), math.nan if step in (4, 6, 7) else 1.0, dtype=torch.float64)
         skipped = step in (4, 5, 6, 7)
         result = StepResult(losses, (1, 1), 1, 1.0, 1e-3, stop=False, skipped=skipped, rescaled=step == 5)
         reporter.step(StepReport(step, result, masks, None, None))
-        in_a_row.append(reporter.totals()["skipped_in_a_row"])
+        in_a_row.append(reporter.totals.skipped_in_a_row)
     reporter.close(patient=False)
     assert in_a_row == [0, 1, 1, 2, 3, 0, 0, 0], "a step by which the loss scale falls counts neither way"
-    assert reporter.totals()["skipped"] == 4
+    assert reporter.totals.skipped == 4
     records = [(record["step"], record["skipped"], record["loss"]) for record in directory.metrics.read()]
     assert records == [(4, 1, None), (5, 1, 2.0), (6, 1, None), (7, 1, None), (10, 0, 2.0)]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from dsbert.training.attempts import Attempt
 from tests.commands import ENVIRONMENT, SMALL, dsbert, dsbert_process
 from tests.inspection.test_auditing import assert_found, edit_manifest, edit_state, edit_topology, enter, forge, verify
 
@@ -62,7 +63,7 @@ def says_one_line(*words: str) -> int:
     return done.returncode
 
 
-def begin(run: Path, data: Path) -> dict[str, Any]:
+def begin(run: Path, data: Path) -> Attempt:
     """What rank 0 does with the records of a run before it goes on."""
     from dsbert.training.run_directory import RunDirectory
     from tests.workbench import recipe
@@ -74,7 +75,7 @@ def begin(run: Path, data: Path) -> dict[str, Any]:
     identity = json.loads((checkpoint / "state.json").read_text())["identity"]
     attempt = directory.open_attempt(small, identity, checkpoint, "again", 1)
     for journal in (directory.metrics, directory.journal):
-        journal.cut_back(12, attempt["number"])
+        journal.cut_back(12, attempt.number)
         journal.append({"step": 13})
         journal.close()
     directory.assert_owner(attempt)
@@ -132,7 +133,7 @@ def test_any_field_of_a_record_may_be_anything(share: int, copy: Path, data: Pat
                 (again / name).write_text(text)
                 assert verify(again)["ok"] is False or value is not None or place[-1] not in needed, (name, place)
                 if value == WRONG[number % len(WRONG)]:
-                    assert begin(again, data)["number"] >= 1
+                    assert begin(again, data).number >= 1
                     shutil.copy(copy / name, again / name)
             shutil.rmtree(again)
 
@@ -507,7 +508,7 @@ apply_modes = pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"
 
 
 @apply_modes
-def test_companions_are_collected_again_from_data_that_nobody_may_write(data: Path, tmp_path: Path) -> None:
+def test_assets_are_collected_again_from_data_that_nobody_may_write(data: Path, tmp_path: Path) -> None:
     shared, run_dir = tmp_path / "shared", tmp_path / "run"
     shutil.copytree(data, shared, ignore=shutil.ignore_patterns("spans-*"))
     run_dir.mkdir()
@@ -516,7 +517,7 @@ def test_companions_are_collected_again_from_data_that_nobody_may_write(data: Pa
     forbid_writing(run_dir / "companions")  # as they were copied once
     collect = (
         "import sys, pathlib; from dsbert.training.run_directory import RunDirectory\n"
-        "for _ in range(3): RunDirectory(pathlib.Path(sys.argv[1]))._collect_companions(pathlib.Path(sys.argv[2]))"
+        "for _ in range(3): RunDirectory(pathlib.Path(sys.argv[1]))._collect_assets(pathlib.Path(sys.argv[2]))"
     )
     done = under_modes(str(run_dir), str(shared), program=("-c", collect))
     assert done.returncode == 0, done.stderr

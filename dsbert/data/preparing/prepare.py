@@ -21,8 +21,8 @@ from typing import Any
 from filelock import Timeout, UnixFileLock
 
 from dsbert.base.durable import sync_directory
-from dsbert.base.errors import UserError
-from dsbert.cluster.ranks import Ranks
+from dsbert.base.errors import UserError, disk_error
+from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.secret import SECRET_FILE
 from dsbert.data.manifest import SPLITS, Manifest, Request, TokenizerEntry, data_digest, load_manifest
 from dsbert.data.preparing.assembly import assemble, files_without_text, find_existing, split_entry, summarize
@@ -68,20 +68,21 @@ def prepare(
         that an interrupted call had done.
 
     Raises:
-        UserError: a source cannot be read, a number is out of bounds, the disk is full, or `to` holds something else.
+        UserError: a source cannot be read, a number is out of bounds, or `to` holds something else.
+        StorageError: the disk is full, or fails.
         DataError: `to` holds this data, damaged.
         PeerError: a rank or a worker was lost.
     """
     began = time.monotonic()
     chosen = Options(vocab_size, **options)
     chosen.check()
-    queue = queue or WorkQueue(Ranks(0, 1, 0))
+    queue = queue or WorkQueue(RankInfo(0, 1, 0))
     workers = WorkerPool(nproc)
     report = progress if progress and queue.is_main else lambda stage, done, total: None
     try:
         summary = _Preparation(queue, workers, Path(os.path.realpath(to)), report, chosen).run(sources)
     except OSError as error:
-        raise UserError(disk_trouble(error)) from error
+        raise disk_error(error, disk_trouble(error)) from error
     finally:
         workers.close()
     return summary | {"seconds": time.monotonic() - began}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dsbert.base.errors import DsbertError, UserError
+from dsbert.base.errors import DsbertError, disk_error
 
 Task = dict[str, Any]
 """do: its kind (worker.py); to: where its results go, without suffix; weight: bytes or tokens of work, roughly; and
@@ -14,23 +14,23 @@ what its kind wants."""
 
 @dataclass(frozen=True)
 class Failure:
-    """What a task ended with that is no result. user: whether it is the user's to mend, in one line."""
+    """What a task ended with that is no result. kind: the name of its DsbertError; None for a bug."""
 
     message: str
-    user: bool
+    kind: str | None
 
     def error(self) -> Exception:
         """To be raised where the failure is to be shown."""
-        return UserError(self.message) if self.user else RuntimeError(self.message)
+        return DsbertError.named(self.kind)(self.message) if self.kind else RuntimeError(self.message)
 
 
 def failure_of(error: Exception) -> Failure:
     """What to tell of an exception that a task has raised."""
     if isinstance(error, DsbertError):
-        return Failure(str(error), user=True)
+        return Failure(str(error), type(error).__name__)
     if isinstance(error, OSError):
-        return Failure(disk_trouble(error), user=True)
-    return Failure(f"{type(error).__name__}: {error}", user=False)
+        return Failure(disk_trouble(error), type(disk_error(error, "")).__name__)
+    return Failure(f"{type(error).__name__}: {error}", None)
 
 
 def disk_trouble(error: OSError) -> str:

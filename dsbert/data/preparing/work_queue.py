@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.base.errors import DsbertError, PeerError
-from dsbert.cluster.ranks import Ranks
+from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.secret import SECRET_FILE
 from dsbert.data.preparing.done_markers import marker_path
 from dsbert.data.preparing.tasks import Task
@@ -41,7 +41,7 @@ class PeerFailedError(DsbertError):
 class WorkQueue:
     """What this rank and its peers take their tasks from, and say to each other. store: None for a world of one."""
 
-    def __init__(self, ranks: Ranks, store: Any = None) -> None:
+    def __init__(self, ranks: RankInfo, store: Any = None) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self._store = store
         self._counters: dict[str, int] = {}
@@ -113,7 +113,7 @@ class WorkQueue:
 
 @contextmanager
 def join_work_queue(
-    ranks: Ranks | None, directory: Path | None = None, timeout_s: float = 300.0
+    ranks: RankInfo | None, directory: Path | None = None, timeout_s: float = 300.0
 ) -> Iterator[WorkQueue]:
     """The queue of the ranks that the launcher started; of one rank without a launcher. All are told if it fails.
 
@@ -122,7 +122,7 @@ def join_work_queue(
     Raises UserError or PeerError if the ranks do not find each other.
     """
     if ranks is None or ranks.world_size == 1:
-        yield WorkQueue(ranks or Ranks(0, 1, 0))
+        yield WorkQueue(ranks or RankInfo(0, 1, 0))
         return
     from dsbert.cluster.rendezvous import meet
 

@@ -43,7 +43,7 @@ def main() -> None:
             answer = {"result": perform(json.loads(line))}
         except Exception as error:
             failure = failure_of(error)
-            if not failure.user:
+            if failure.kind is None:
                 traceback.print_exc()
             answer = {"failure": vars(failure)}
         answers.write(json.dumps(answer) + "\n")

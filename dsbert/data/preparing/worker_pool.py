@@ -62,7 +62,7 @@ class WorkerPool:
     def results(self, timeout_s: float) -> Iterator[tuple[Task, dict[str, Any]]]:
         """(task, result) of tasks that have ended, after waiting for one, at most so long.
 
-        Raises UserError or RuntimeError that a task ended with, PeerError for a task whose workers die.
+        Raises the DsbertError or RuntimeError that a task ended with, PeerError for a task whose workers die.
         """
         if self._here:
             from dsbert.data.preparing.worker import perform

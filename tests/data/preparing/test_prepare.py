@@ -8,7 +8,7 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
-from dsbert.base.errors import DataError, UserError
+from dsbert.base.errors import DataError, StorageError, UserError
 from dsbert.base.progress import stage_bars
 from dsbert.data.manifest import Manifest, load_manifest, load_unigram_counts
 from dsbert.data.preparing import learning, merging, spool
@@ -148,7 +148,7 @@ def test_an_empty_directory_is_filled(tmp_path, corpus_file):
 def test_what_a_failure_leaves_is_gone_on_with(tmp_path, corpus_file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Manifest, "save", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
-        with pytest.raises(UserError, match=r"disk full.*run the same command again"):
+        with pytest.raises(StorageError, match=r"disk full.*run the same command again"):
             prepare([str(corpus_file)], tmp_path / "data", VOCAB_SIZE)
     assert [path.name for path in tmp_path.iterdir()] == [".data.preparing"]
     with monkeypatch.context() as patch:

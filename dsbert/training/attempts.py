@@ -1,0 +1,81 @@
+"""The records of a run, as its files say them: who is at work on it, how attempts ended, and each step and update."""
+
+from __future__ import annotations
+
+from dsbert.base.records import CheckpointName, Count, Digest, Number, NumRanks, Record, Word
+from dsbert.cluster.heartbeats import Culprit
+
+
+class CulpritRecord(Record):
+    """The rank at fault, and where it was seen last. Whatever an older dsbert has written here holds nobody up."""
+
+    rank: Count
+    host: str
+    step: Count | None
+    phase: str | None = None
+
+    @classmethod
+    def of(cls, culprit: Culprit) -> CulpritRecord:
+        """Of the rank that the heartbeats accuse."""
+        return cls(rank=culprit.rank, host=culprit.host, step=culprit.step, phase=culprit.phase)
+
+
+class Ending(Record):
+    """How an attempt ended: done | requeue | failed; outcome None where it has not said so."""
+
+    outcome: str | None = None
+    step: Count | None = None
+    cause: str | None = None
+    culprit: CulpritRecord | None = None
+
+
+class Attempt(Record):
+    """attempt.json, the owner of the run, and the lines of attempts.jsonl.
+
+    nonce: drawn at every start; checkpoint: what it goes on from; started: seconds since 1970; previous: how the
+    attempt before it ended, where that is known.
+    """
+
+    number: Number
+    nonce: Word
+    job_id: str | None = None
+    restart_count: Count | None = None
+    started: float | None = None
+    world_size: NumRanks | None = None
+    checkpoint: CheckpointName | None = None
+    previous: Ending | None = None
+
+
+class Status(Record):
+    """status.json: how the last attempt ended, outcome None while it goes on. saved: the newest checkpoint that it
+    knows of."""
+
+    attempt: Number
+    job_id: str | None = None
+    restart_count: Count | None = None
+    outcome: str | None
+    step: Count | None
+    cause: str | None
+    culprit: CulpritRecord | None
+    saved: CheckpointName | None = None
+
+    @property
+    def ending(self) -> Ending:
+        """What the next attempt says of this one."""
+        return Ending(outcome=self.outcome, step=self.step, cause=self.cause, culprit=self.culprit)
+
+
+class StepRecord(Record):
+    """The lines of metrics.jsonl."""
+
+    step: Number
+
+
+class UpdateRecord(Record):
+    """The lines of masks.jsonl. Coordinates are lists, or packed (sparse/journal.py)."""
+
+    step: Number
+    update: Number
+    digest: Digest
+    pruned: Count
+    layers: dict[str, dict[str, list[Count] | str]]
