@@ -13,12 +13,14 @@ from dsbert.cli.checkpoints import as_json_option, show
 from dsbert.cli.parameters import PathName, examples
 
 if TYPE_CHECKING:
+    from dsbert.experiment.definition import Experiment
     from dsbert.experiment.planning import Plan
 
 _file = click.argument("file", metavar="FILE", type=PathName())
 _directory = click.option(
     "--dir", "directory", type=PathName(), help="Where cells are trained. Default: runs/experiments."
 )
+_size = click.option("--size", help="One of the sizes that FILE has. Default: its first.")
 _records = click.option(
     "--records", type=PathName(), help="Results that `collect` has written: shown beside those in --dir."
 )
@@ -39,7 +41,7 @@ class _Group(click.Group):
     epilog=examples(
         "dsbert experiment experiments/smoke.yaml --dir runs/smoke --jobs 2",
         "dsbert experiment table experiments/smoke.yaml --dir runs/smoke --format markdown",
-        "dsbert experiment experiments/base-blocks-paper.yaml --slurm --nodes 4 --gpus-per-node 8 --time 24:00:00",
+        "dsbert experiment experiments/blocks.yaml --size paper --slurm --nodes 4 --gpus-per-node 8 --time 24:00:00",
     ),
 )
 def experiment() -> None:
@@ -52,6 +54,7 @@ def experiment() -> None:
 
 @experiment.command(epilog=examples("dsbert experiment experiments/smoke.yaml --dir runs/smoke --dry-run"))
 @_file
+@_size
 @_directory
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Trainings at a time.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of each training. Default: the cores shared out.")
@@ -69,18 +72,18 @@ def experiment() -> None:
 @click.option("--sbatch", "further", multiple=True, help="Any option of sbatch, as --mem=64G. Repeatable.")
 @as_json_option
 def run(
-    file: Path, directory: Path | None, jobs: int, threads: int | None, dry_run: bool, slurm: bool, as_json: bool,
-    **options: Any,
+    file: Path, size: str | None, directory: Path | None, jobs: int, threads: int | None, dry_run: bool, slurm: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train what is missing of FILE."""
     from dsbert.experiment.definition import load_experiment
     from dsbert.experiment.planning import make_plan
     from dsbert.experiment.runner import Runner, prepare_data, say, threads_for
 
-    declared, place = load_experiment(file), directory or _DEFAULT
+    declared, place = load_experiment(file, size), directory or _DEFAULT
     threads = threads or threads_for(jobs)
     if slurm:
-        _submit(file, place, options, dry_run=dry_run, as_json=as_json)
+        _submit(declared, place, options, dry_run=dry_run, as_json=as_json)
         return
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
     if given:
@@ -101,31 +104,33 @@ def run(
 
 @experiment.command()
 @_file
+@_size
 @_directory
 @_records
 @as_json_option
-def status(file: Path, directory: Path | None, records: Path | None, as_json: bool) -> None:
+def status(file: Path, size: str | None, directory: Path | None, records: Path | None, as_json: bool) -> None:
     """How far it is: cells done, at work, missing."""
     from dsbert.experiment.watching import progress_of
 
     place = directory or _DEFAULT
-    plan = _plan(file, place, records)
+    plan = _plan(file, size, place, records)
     show(_summary(plan) | {"at work": progress_of(plan, place) or "none"}, as_json, heading=f"{file} in {place}")
 
 
 @experiment.command()
 @_file
+@_size
 @_directory
 @_records
 @click.option(
     "--format", "form", type=click.Choice(["terminal", "markdown", "latex", "csv", "json"]), default="terminal"
 )
 @click.option("--cells", is_flag=True, help="Also every cell, with its run.")
-def table(file: Path, directory: Path | None, records: Path | None, form: str, cells: bool) -> None:
+def table(file: Path, size: str | None, directory: Path | None, records: Path | None, form: str, cells: bool) -> None:
     """Losses with 95 % intervals, and differences paired by seed; missing cells are marked."""
     from dsbert.experiment.result_tables import arms_table, cells_table, comparisons_table, notes
 
-    plan = _plan(file, directory or _DEFAULT, records)
+    plan = _plan(file, size, directory or _DEFAULT, records)
     tables = [arms_table(plan)]
     if plan.experiment.compare:
         tables.append(comparisons_table(plan))
@@ -136,17 +141,20 @@ def table(file: Path, directory: Path | None, records: Path | None, form: str, c
 
 @experiment.command()
 @_file
+@_size
 @_directory
 @_records
 @click.option("--to", type=PathName(), required=True, help="A folder for page.html and the pictures.")
-def plot(file: Path, directory: Path | None, records: Path | None, to: Path) -> None:
+def plot(file: Path, size: str | None, directory: Path | None, records: Path | None, to: Path) -> None:
     """Losses against FLOPs and seconds, curves, and one HTML page that needs no network."""
     from dsbert.experiment.page import page
     from dsbert.experiment.plots import pictures
 
-    plan = _plan(file, directory or _DEFAULT, records)
+    plan = _plan(file, size, directory or _DEFAULT, records)
     to.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["dsbert", "experiment", "plot", str(file), "--to", str(to)])
+    command = shlex.join(
+        ["dsbert", "experiment", "plot", str(file), *(["--size", size] if size else []), "--to", str(to)]
+    )
     (to / "page.html").write_text(page(plan, command), encoding="utf-8")
     for title, svg in pictures(plan).items():
         (to / f"{title.lower().replace(' ', '-')}.svg").write_text(svg, encoding="utf-8")
@@ -155,22 +163,23 @@ def plot(file: Path, directory: Path | None, records: Path | None, to: Path) -> 
 
 @experiment.command()
 @_file
+@_size
 @_directory
 @click.option("--to", type=PathName(), required=True, help="A file; results that it has of this FILE stay.")
-def collect(file: Path, directory: Path | None, to: Path) -> None:
+def collect(file: Path, size: str | None, directory: Path | None, to: Path) -> None:
     """Write the results, a line per cell: small enough for a repository, and enough for `table` and `plot`."""
     from dsbert.experiment.cell_results import save_records
 
-    plan = _plan(file, directory or _DEFAULT, to)
+    plan = _plan(file, size, directory or _DEFAULT, to)
     save_records(to, dict(plan.results))
     print(f"{len(plan.results)} of {len(plan.wanted)} cells: {to}")
 
 
-def _plan(file: Path, directory: Path, records: Path | None) -> Plan:
+def _plan(file: Path, size: str | None, directory: Path, records: Path | None) -> Plan:
     from dsbert.experiment.definition import load_experiment
     from dsbert.experiment.planning import make_plan
 
-    return make_plan(load_experiment(file), directory, records)
+    return make_plan(load_experiment(file, size), directory, records)
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
@@ -205,15 +214,16 @@ def _show_plan(plan: Plan, directory: Path, jobs: int, threads: int, *, as_json:
     show(found, False, heading=f"{plan.experiment.name} in {directory}")
 
 
-def _submit(file: Path, directory: Path, options: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:
+def _submit(experiment: Experiment, directory: Path, options: dict[str, Any], *, dry_run: bool, as_json: bool) -> None:
     from dsbert.experiment.array_jobs import submit_missing
+    from dsbert.experiment.planning import make_plan
     from dsbert.experiment.runner import prepare_data, say
 
     for name in ("nodes", "time"):
         if not options[name]:
             raise UserError(f"expected --{name} with --slurm, found none")
-    plan = _plan(file, directory, None)
-    prepare_data(plan.experiment, directory, say)
+    prepare_data(experiment, directory, say)
+    plan = make_plan(experiment, directory)
     for result in submit_missing(plan, directory, options, dry_run=dry_run, say=say):
         if dry_run and not as_json:
             print(result["text"], end="")

@@ -11,6 +11,9 @@ arms:
   static: {overrides: {sparsity.pattern: static}}
   dynamic: {overrides: {sparsity.pattern: dynamic}}
 compare: [[dynamic, static]]                  # differences paired by seed
+sizes:                                        # what differs in each; `--size`, by default the first
+  cpu: {base: short-tiny}
+  paper: {base: bert-medium, seeds: [1]}
 """
 
 from __future__ import annotations
@@ -110,8 +113,8 @@ class Experiment(_Section):
         return (self.sweep.seeds if self.sweep else []) or self.seeds[:1]
 
 
-def load_experiment(path: Path) -> Experiment:
-    """Read a file. Raises UserError, in one line, for all that does not fit."""
+def load_experiment(path: Path, size: str | None = None) -> Experiment:
+    """Read a file, in one of its sizes. Raises UserError, in one line, for all that does not fit."""
     try:
         values, lines = load_yaml(read_document(path))
     except FileNotFoundError:
@@ -120,6 +123,8 @@ def load_experiment(path: Path) -> Experiment:
         raise UserError(f"expected an experiment in YAML in {path}, found {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"expected a mapping of keys in {path}, found {shown(values)}")
+
+    values = _sized(values, size, path)
 
     def place(key: Key) -> str:
         return f" ({path.name}, line {lines[key]})" if key in lines else ""
@@ -130,6 +135,31 @@ def load_experiment(path: Path) -> Experiment:
         raise UserError(in_one_line(explain(error, Experiment, "experiment", {}, place))) from None
     beside = path.parent / found.base
     return found.model_copy(update={"base": str(beside)}) if beside.is_file() else found
+
+
+def _sized(values: dict[str, Any], size: str | None, path: Path) -> dict[str, Any]:
+    """With what the size says in place of, or among overrides and arms beside, what stands there for all sizes."""
+    sizes = values.get("sizes")
+    if sizes is None:
+        if size:
+            raise UserError(f"expected sizes in {path} with --size, found none")
+        return values
+    if not isinstance(sizes, dict) or not all(isinstance(one, dict) for one in sizes.values()) or not sizes:
+        raise UserError(f"expected a mapping of keys for each of the sizes in {path}, found {shown(sizes)}")
+    chosen = size or next(iter(sizes))
+    if chosen not in sizes:
+        raise UserError(f"expected --size {' or '.join(sizes)}, which {path} has, found {chosen}")
+    own = {key: value for key, value in values.items() if key != "sizes"}
+    return _merged(own | {"name": f"{values.get('name', path.stem)}-{chosen}"}, sizes[chosen])
+
+
+def _merged(values: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    found = dict(values)
+    for key, value in part.items():
+        before = found.get(key)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        found[key] = _merged(before or {}, value) if both and key not in ("grid", "sweep", "data") else value
+    return found
 
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:

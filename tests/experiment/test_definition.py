@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dsbert.base.errors import UserError
 from dsbert.experiment.cells import all_cells
@@ -84,9 +85,27 @@ def test_a_mistake_is_one_line(tmp_path, old, new, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_size_stands_in_place_of_what_all_have(tmp_path):
+    sizes = (
+        "sizes:\n  small: {}\n  large: {seeds: [5], overrides: {optim.total_steps: 90}, arms: {dense: {sweep: {}}}}\n"
+    )
+    path = written(tmp_path, TEXT + sizes)
+    assert load_experiment(path).name == "mine-small"
+    large = load_experiment(path, "large")
+    assert (large.name, large.seeds, large.sweep_of("dense")) == ("mine-large", [5], {})
+    assert large.overrides == {"optim.dense_lr": None, "optim.total_steps": 90}
+    assert large.arms["dense"].overrides == {"sparsity.pattern": "dense"}
+    with pytest.raises(UserError, match=r"expected --size small or large, which .* has, found huge"):
+        load_experiment(path, "huge")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_experiments_that_come_along_can_be_read(path, tmp_path):
-    experiment = load_experiment(path)
-    assert experiment.name == path.stem
-    if experiment.data:
-        assert all_cells(experiment, tmp_path)
+def test_the_experiments_that_come_along_can_be_read_in_every_size(path, tmp_path, data):
+    sizes = list((yaml.safe_load(path.read_text()).get("sizes") or {None: None}))
+    assert sizes in ([None], ["cpu", "card", "paper"])
+    for size in sizes:
+        experiment = load_experiment(path, size)
+        if not experiment.data:  # Wikipedia, which is not here
+            experiment = experiment.model_copy(update={"overrides": experiment.overrides | {"data.path": str(data)}})
+        cells = all_cells(experiment, tmp_path)
+        assert len({(cell.arm, cell.name) for cell in cells}) == len(cells)
