@@ -101,7 +101,7 @@ def test_a_size_stands_in_place_of_what_all_have(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_experiments_that_come_along_can_be_read_in_every_size(path, tmp_path, data):
-    sizes = list((yaml.safe_load(path.read_text()).get("sizes") or {None: None}))
+    sizes = list(yaml.safe_load(path.read_text()).get("sizes") or {None: None})
     assert sizes in ([None], ["cpu", "card", "paper"])
     for size in sizes:
         experiment = load_experiment(path, size)
