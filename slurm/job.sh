@@ -11,7 +11,8 @@
 #   scancel JOB                                              ends, as asked
 #
 # It needs DSBERT, RECIPE (or FROZEN, the text of one), OVERRIDES, RUN_DIR (on a file system that all nodes share) and
-# OPTIONS of `dsbert pretrain`. LAUNCH_PREFIX comes before dsbert, SRUN_ARGS behind srun.
+# OPTIONS of `dsbert pretrain`. LAUNCH_PREFIX comes before dsbert, SRUN_ARGS behind srun. TASK_RUN_DIR: of one task of an
+# array; by default RUN_DIR-TASK.
 
 MAX_FRUITLESS=3
 # Seconds that the other ranks may run on once the first has ended: they name the culprit, or finish W&B's upload. This
@@ -24,7 +25,7 @@ job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
     # The job id of one task of an array is the whole array's: signals and requeues must not go there.
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    RUN_DIR=$RUN_DIR-$SLURM_ARRAY_TASK_ID
+    RUN_DIR=${TASK_RUN_DIR:-$RUN_DIR-$SLURM_ARRAY_TASK_ID}
 fi
 ledger=$RUN_DIR/slurm-restarts
 

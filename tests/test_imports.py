@@ -16,7 +16,19 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Floors, from the top; a package imports only from those below its own, or from itself.
 FLOORS = (
-    *("__main__", "cli", "jobs", "inspection", "training", "checkpoint", "engine", "models", "data", "config"),
+    *(
+        "__main__",
+        "cli",
+        "experiment",
+        "jobs",
+        "inspection",
+        "training",
+        "checkpoint",
+        "engine",
+        "models",
+        "data",
+        "config",
+    ),
     *("sparse", "cluster", "base", "start"),
 )
 

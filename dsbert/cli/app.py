@@ -14,6 +14,7 @@ from dsbert.base.output import flush, protect
 from dsbert.cli.checkpoints import COMMANDS
 from dsbert.cli.cluster import submit
 from dsbert.cli.data import DATA_COMMANDS
+from dsbert.cli.experiment import experiment
 from dsbert.cli.parameters import local_rank_option
 from dsbert.cli.training import pretrain
 
@@ -25,7 +26,7 @@ def app() -> None:
     """Pre-train BERT with weights that are sparse from the first step to the last."""
 
 
-for _command in (pretrain, submit, *DATA_COMMANDS, *COMMANDS):
+for _command in (pretrain, submit, experiment, *DATA_COMMANDS, *COMMANDS):
     app.add_command(_command)
 
 

@@ -45,7 +45,7 @@ def assert_ready(runs: Mapping[Path, TaskRun], *, after: bool, data_is_made: boo
     for run_dir, run in runs.items():
         manifest = assert_data(run.recipe) if data_is_made or run.recipe.data.path.exists() else None
         assert_writable(run_dir)
-        entries = [entry for entry in _jobs(run_dir).read(skip_garbled=True) if _is_queued(str(entry.get("job_id")))]
+        entries = queued_jobs(run_dir)
         if entries and not after:
             raise UserError(
                 f"expected no other job on the run in {run_dir}, found job {entries[-1]['job_id']} queued or at work: "
@@ -59,6 +59,11 @@ def assert_ready(runs: Mapping[Path, TaskRun], *, after: bool, data_is_made: boo
             assert_whole(run.recipe, manifest)
         jobs |= {str(entry["job_id"]) for entry in entries}
     return sorted(jobs)
+
+
+def queued_jobs(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of jobs.jsonl whose jobs are queued or at work."""
+    return [entry for entry in _jobs(run_dir).read(skip_garbled=True) if _is_queued(str(entry.get("job_id")))]
 
 
 def hand_over(text: str, run_dir: Path, runs: Mapping[Path, TaskRun]) -> tuple[str, Path]:

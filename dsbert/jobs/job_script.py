@@ -34,12 +34,14 @@ def render(
     launch_prefix: Sequence[str] = (),
     srun_args: Sequence[str] = (),
     options: Sequence[str] = (),
+    task_dirs: Sequence[Path] = (),
 ) -> str:
     """The whole script, with job.sh in it.
 
     recipes: of each array task of a sweep, else one; they are written out, so that a file that is edited while the job
     waits changes nothing. directives: SLURM's options. setup: lines of shell. launch_prefix: words before `dsbert`;
-    srun_args: words after `srun`; options: of `dsbert pretrain`.
+    srun_args: words after `srun`; options: of `dsbert pretrain`. task_dirs: the run directory of
+    each task; by default RUN_DIR-TASK.
 
     Raises UserError for text that has no place in a script.
     """
@@ -55,7 +57,7 @@ def render(
         f"RUN_DIR={quote(str(run_dir))}",
         f"OPTIONS=({_join(options)})",
         "# The recipe as it was when it was submitted.",
-        *(_choice(recipes) if sweep else _frozen(recipes[0])),
+        *(_choice(recipes, task_dirs) if sweep else _frozen(recipes[0])),
     ]
     job_sh = _read("job.sh").removeprefix("#!/usr/bin/env bash\n")
     return "\n".join([*comments, *lines, "", _SETTINGS, *settings, _END, "", job_sh])
@@ -90,12 +92,13 @@ def _frozen(recipe: Recipe) -> list[str]:
     return [f"IFS= read -r -d '' FROZEN <<'{_RECIPE_END}'", *text.splitlines(), _RECIPE_END]
 
 
-def _choice(recipes: Sequence[Recipe]) -> list[str]:
+def _choice(recipes: Sequence[Recipe], task_dirs: Sequence[Path]) -> list[str]:
     count = len(recipes)
     complaint = f'"expected an array task of 1 to {count}, found $SLURM_ARRAY_TASK_ID"'
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
     for task, recipe in enumerate(recipes, start=1):
-        lines += [f"{task})", *_frozen(recipe), ";;"]
+        named = [f"TASK_RUN_DIR={quote(str(task_dirs[task - 1]))}"] if task_dirs else []
+        lines += [f"{task})", *named, *_frozen(recipe), ";;"]
     return [*lines, f"*) echo {complaint} >&2 && exit 2 ;;", "esac"]
 
 

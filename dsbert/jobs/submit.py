@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.base.errors import UserError
-from dsbert.config.recipe import load_recipe
+from dsbert.config.recipe import Recipe, load_recipe
 from dsbert.jobs.job_queue import TaskRun, assert_ready, hand_over
 from dsbert.jobs.job_script import quote, render, template_directives
 from dsbert.training.preflight import frozen
@@ -73,12 +73,27 @@ def submit(job: Job, *, dry_run: bool = False) -> dict[str, Any]:
     for word in job.overrides:
         quote(word)  # a line break in one of them was meant to be two
     recipes = [frozen(load_recipe(job.recipe, (*job.overrides, *words))) for words in sweep or [[]]]
+    return _submit(job, recipes, [], sweep=bool(sweep), dry_run=dry_run)
+
+
+def submit_recipes(
+    job: Job, recipes: Sequence[Recipe], run_dirs: Sequence[Path], *, dry_run: bool = False
+) -> dict[str, Any]:
+    """An array with a task for each recipe, each in a run directory of its own; else as `submit`, whose recipe,
+    overrides and sweep count for nothing here. job.run_dir: what the script is named after."""
+    return _submit(job, [frozen(recipe) for recipe in recipes], run_dirs, sweep=True, dry_run=dry_run)
+
+
+def _submit(
+    job: Job, recipes: Sequence[Recipe], task_dirs: Sequence[Path], *, sweep: bool, dry_run: bool
+) -> dict[str, Any]:
     run_dir = (job.run_dir or Path("runs") / recipes[0].name).absolute()
-    directives = _directives(job, recipes[0].name, len(sweep))
-    runs = {run_dir: TaskRun(recipes[0])}
+    directives = _directives(job, recipes[0].name, len(recipes) if sweep else 0)
+    runs = {} if sweep else {run_dir: TaskRun(recipes[0])}
     if sweep:
-        tasks = _tasks(directives, len(sweep))
-        runs = {run_dir.with_name(f"{run_dir.name}-{task}"): TaskRun(recipes[task - 1], task) for task in tasks}
+        for task in _tasks(directives, len(recipes)):
+            own = task_dirs[task - 1].absolute() if task_dirs else run_dir.with_name(f"{run_dir.name}-{task}")
+            runs[own] = TaskRun(recipes[task - 1], task)
     for run in runs.values():
         run.recipe.batch.on_ranks(_num_ranks(directives))
     doubt = None
@@ -91,7 +106,8 @@ def submit(job: Job, *, dry_run: bool = False) -> dict[str, Any]:
         doubt = error
     text = render(
         recipes, run_dir, directives,
-        sweep=bool(sweep),
+        sweep=sweep,
+        task_dirs=[path.absolute() for path in task_dirs],
         setup=job.setup,
         launch_prefix=_words(job.launch_prefix or "", "--launch-prefix"),
         srun_args=_srun_words(job.srun_args),

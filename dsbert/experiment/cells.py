@@ -1,0 +1,122 @@
+"""The runs of an experiment: a cell is one recipe with one run directory, named by the hash of what moves its result.
+
+So an experiment that grows keeps what is there, two experiments share what they have in common, and a cell that was
+trained by other arithmetic (`NUMERICS`) is another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dsbert.config.recipe import Recipe, load_recipe
+from dsbert.data.manifest import load_manifest
+from dsbert.data.stream import SAMPLES
+from dsbert.engine.ds_config import merged_config
+from dsbert.experiment.definition import Choices, Experiment, Value
+from dsbert.sparse.flops import sequence_flops
+
+# Raised by whoever changes what a run of the same recipe gives by more than rounding: cells of before are not mixed in.
+NUMERICS = 1
+
+Point = tuple[tuple[str, Value], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """point: of the grid; swept: the values of the sweep; both as (key, value). data: what text it is trained on."""
+
+    arm: str
+    point: Point
+    swept: Point
+    seed: int
+    recipe: Recipe
+    data: str
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that its result follows from, up to rounding: neither the number of ranks nor kernels."""
+        return self.recipe.identity() | {
+            "data": self.data,
+            "samples": SAMPLES,
+            "eval": self.recipe.eval.model_dump(mode="json"),
+            "deepspeed": merged_config(self.recipe),
+            "numerics": NUMERICS,
+        }
+
+    @cached_property
+    def name(self) -> str:
+        """Sixteen hexadecimal digits."""
+        return xxhash.xxh3_64_hexdigest(json.dumps(self.identity, sort_keys=True).encode())
+
+    @property
+    def flops(self) -> int:
+        """Of the whole training, as the paper counts them, without building the model: every encoder weight keeps the
+        density."""
+        recipe, model = self.recipe, self.recipe.model
+        weights = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
+        kept = round(weights * recipe.sparsity.density) * model.num_layers
+        per_sequence = sequence_flops(recipe.data.seq_len, model.hidden_size, model.num_layers, [kept])
+        return per_sequence * recipe.batch.global_batch * recipe.optim.total_steps
+
+    @property
+    def group(self) -> tuple[str, Point]:
+        """What a sweep picks the best of: arm and grid point."""
+        return self.arm, self.point
+
+    @property
+    def label(self) -> str:
+        """For people: arm, grid point and swept values; the seed last."""
+        words = [f"{key.rpartition('.')[2]}={shown(value)}" for key, value in (*self.point, *self.swept)]
+        return " ".join([self.arm, *words, f"seed={self.seed}"])
+
+
+def shown(value: Value) -> str:
+    """A value of a grid or sweep, as short as it can be said."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def data_directory(experiment: Experiment, directory: Path) -> Path | None:
+    """Where the experiment's own data is prepared; None where the base recipe names some."""
+    if experiment.data is None:
+        return None
+    return directory / "data" / xxhash.xxh3_64_hexdigest(experiment.data.model_dump_json().encode())
+
+
+def all_cells(experiment: Experiment, directory: Path) -> list[Cell]:
+    """Every cell that could be wanted: all arms, grid points, swept values and seeds. Raises UserError."""
+    data = data_directory(experiment, directory)
+    return [
+        _cell(experiment, arm, point, swept, seed, data)
+        for arm in experiment.arms
+        for point in _points(experiment.grid_of(arm))
+        for swept in _points(experiment.sweep_of(arm))
+        for seed in experiment.seeds
+    ]
+
+
+def _cell(experiment: Experiment, arm: str, point: Point, swept: Point, seed: int, data: Path | None) -> Cell:
+    settings: dict[str, Value] = {"log.wandb": False, **experiment.overrides, **experiment.arms[arm].overrides}
+    settings |= dict(point) | dict(swept) | {"seed": seed, "name": experiment.name}
+    if data:
+        settings["data.path"] = str(data)
+    recipe = load_recipe(experiment.base, overrides(settings))
+    source = experiment.data.model_dump_json() if experiment.data else load_manifest(recipe.data.path).digest
+    return Cell(arm, point, swept, seed, recipe, source)
+
+
+def overrides(settings: Mapping[str, Value]) -> list[str]:
+    """As on a command line; values as JSON, which is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def _points(choices: Choices) -> Iterator[Point]:
+    for values in itertools.product(*choices.values()):
+        yield tuple(zip(choices, values, strict=True))
