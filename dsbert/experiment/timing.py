@@ -86,7 +86,7 @@ def _time(cell: Cell, threads: int) -> float:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("dsbert: ")
             raise UserError(f"{cell.label} cannot be timed: {last}")
         records = list(JsonlFile(run_dir / "metrics.jsonl").read())
-        return statistics.median(record["step_s"] for record in records if record["step"] > _WARM)
+        return float(statistics.median(record["step_s"] for record in records if record["step"] > _WARM))
 
 
 def _processor() -> str:
