@@ -53,7 +53,7 @@ def evaluate(
 @click.option("--to", type=PathName(), required=True, help="The directory to write, new or of an earlier export.")
 @as_json_option
 def export(source: Path, to: Path, as_json: bool) -> None:
-    """Write a transformers BertForPreTraining with its tokenizer, and the compact block form.
+    """Write a transformers model, such as BertForPreTraining, with its tokenizer, and the compact block form.
 
     Of an earlier export its own files are replaced; others stay.
     """

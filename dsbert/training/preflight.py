@@ -15,6 +15,7 @@ from dsbert.base.errors import DsbertError, UserError
 from dsbert.base.jsonl import first_difference, parse_object
 from dsbert.cluster.ranks import RankInfo
 from dsbert.cluster.secret import SECRET_ENV
+from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.complaints import in_one_line
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import Manifest, load_manifest
@@ -94,7 +95,7 @@ def assert_whole(recipe: Recipe, manifest: Manifest) -> None:
 def _assert_blocks_fit(recipe: Recipe) -> None:
     """Without building the model, which takes torch: of the layers that are sparse unless others are named."""
     sparsity, model = recipe.sparsity, recipe.model
-    if sparsity.pattern == "dense" or sparsity.modules != type(sparsity)().modules:
+    if sparsity.pattern == "dense" or sparsity.modules != (ARCHITECTURES[model.architecture].encoder,):
         return
     for width in (model.hidden_size, model.intermediate_size):
         if width % sparsity.block_size:
