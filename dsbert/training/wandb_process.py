@@ -44,7 +44,7 @@ def main() -> int:
     except BaseException as error:  # wandb has been seen to raise SystemExit
         absent = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print("wandb is not installed: pip install wandb" if absent else why, file=out)
+        print("wandb is not installed: pip install 'dsbert[wandb]'" if absent else why, file=out)
         return 1
     return 0
 

@@ -132,7 +132,7 @@ def test_a_broken_wandb_is_one_warning(
     assert time.monotonic() - start < 10
     captured = capfd.readouterr()
     expected = {
-        "not installed": "W&B: wandb is not installed: pip install wandb. The run goes on; metrics.jsonl",
+        "not installed": "W&B: wandb is not installed: pip install 'dsbert[wandb]'. The run goes on; metrics",
         "import fails": "RuntimeError: no luck. The run goes on; metrics.jsonl has everything",
         "import exits": "SystemExit: 7. The run goes on",
         "init fails": "OSError: no server. The run goes on",
