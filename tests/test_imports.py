@@ -77,7 +77,15 @@ def named(path: Path) -> str:
             },
         ),
         ("psutil", {"dsbert.cluster.heartbeats"}),
-        ("filelock", {"dsbert.data.staging", "dsbert.data.preparing.prepare"}),
+        (
+            "filelock",
+            {
+                "dsbert.data.staging",
+                "dsbert.data.preparing.prepare",
+                "dsbert.experiment.runner",
+                "dsbert.experiment.timing",
+            },
+        ),
         ("fcntl", {"dsbert.inspection.export", "dsbert.training.wandb_process"}),
         ("pickle", set()),
         ("typer", set()),
@@ -150,6 +158,13 @@ def test_sparse_is_a_library_of_its_own() -> None:
     for path in (ROOT / "sparse").rglob("*.py"):  # and what is imported later
         found = {name for name in imports(path) if name.startswith("dsbert.") and room(name) != "sparse"}
         assert {name.rpartition(".")[0] for name in found} <= ours, path
+
+
+def test_recipes_and_jobs_need_no_torch() -> None:
+    """`dsbert submit` and the launcher of ranks answer at once."""
+    program = "import sys, dsbert.config.recipe, dsbert.training.preflight, dsbert.jobs.submit; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    assert not loaded & {"torch", "transformers", "deepspeed", "datasets"}
 
 
 def test_nobody_imports_the_loop_but_the_command_line() -> None:

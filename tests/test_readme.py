@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -25,11 +26,21 @@ def test_the_example_runs_without_deepspeed_and_transformers() -> None:
     assert "density 0.1" in done.stdout
 
 
-def test_every_file_of_the_tour_is_there() -> None:
+def test_the_tour_is_whole() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tour = text.split("## Where things are")[1].split("##")[0]
+    packages = {path.parent.name for path in (ROOT / "dsbert").glob("*/__init__.py")}
+    assert set(re.findall(r"^      ([a-z]+)/", tour, re.MULTILINE)) == packages
     for name in re.findall(r"\b[a-z_]+\.py\b", tour):
-        assert (ROOT / "dsbert" / name).is_file(), name
+        assert list((ROOT / "dsbert").rglob(name)), name
     (tools,) = re.findall(r"tools/\s+((?:.*,\n)*.*)", tour)
     for name in re.split(r",\s+", tools):
         assert (ROOT / "tools" / f"{name}.py").is_file(), name
+
+
+def test_a_package_says_what_its_modules_are() -> None:
+    for init in (ROOT / "dsbert").rglob("__init__.py"):
+        modules = {path.stem for path in init.parent.glob("*.py")} - {"__init__", "__main__"}
+        said = set(re.findall(r"\w+", ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""))
+        if init.parent.name != "dsbert":
+            assert modules <= said, f"{init}: {sorted(modules - said)}"

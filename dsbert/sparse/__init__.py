@@ -14,16 +14,20 @@ A library of its own: it needs torch, numpy, pydantic and xxhash, and neither De
 (regrow.py) and `PRUNE_SCORES` (flat_blocks.py) are tables that a program may add to.
 """
 
-from dsbert.sparse.block_editor import BlockEditor, TorchBlockEditor
-from dsbert.sparse.config import SparsityConfig
-from dsbert.sparse.convert import sparsify_
-from dsbert.sparse.draw import DrawKey
-from dsbert.sparse.linear import BlockSparseLinear
-from dsbert.sparse.mask_manager import MaskManager, MaskUpdate
-from dsbert.sparse.regrow import prune_and_regrow
-from dsbert.sparse.schedule import UpdateSchedule
-from dsbert.sparse.sparsity_errors import KernelError, SparsityError
-from dsbert.sparse.topology import BlockTopology, TopologyUpdate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsbert.sparse.block_editor import BlockEditor, TorchBlockEditor
+    from dsbert.sparse.config import SparsityConfig
+    from dsbert.sparse.convert import sparsify_
+    from dsbert.sparse.draw import DrawKey
+    from dsbert.sparse.linear import BlockSparseLinear
+    from dsbert.sparse.mask_manager import MaskManager, MaskUpdate
+    from dsbert.sparse.regrow import prune_and_regrow
+    from dsbert.sparse.schedule import UpdateSchedule
+    from dsbert.sparse.sparsity_errors import KernelError, SparsityError
+    from dsbert.sparse.topology import BlockTopology, TopologyUpdate
 
 __all__ = [
     "BlockEditor",
@@ -41,3 +45,27 @@ __all__ = [
     "prune_and_regrow",
     "sparsify_",
 ]
+
+# Where each name stands: torch is loaded with the first that needs it, and recipes are read without.
+_HOMES = {
+    "BlockEditor": "block_editor",
+    "TorchBlockEditor": "block_editor",
+    "SparsityConfig": "config",
+    "sparsify_": "convert",
+    "DrawKey": "draw",
+    "BlockSparseLinear": "linear",
+    "MaskManager": "mask_manager",
+    "MaskUpdate": "mask_manager",
+    "prune_and_regrow": "regrow",
+    "UpdateSchedule": "schedule",
+    "KernelError": "sparsity_errors",
+    "SparsityError": "sparsity_errors",
+    "BlockTopology": "topology",
+    "TopologyUpdate": "topology",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

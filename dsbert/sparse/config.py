@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticKnownError
 
 from dsbert.base.fields import Flag, Number, Whole, whole
-from dsbert.sparse.flat_blocks import PRUNE_SCORES
-from dsbert.sparse.regrow import REGROW_RULES
+
+BUILT_IN_SCORES, BUILT_IN_RULES = ("l1", "l2", "linf"), ("random", "gradient")
 
 
-def _in_table(table: Mapping[str, object]) -> BeforeValidator:
-    """In front of a name that must stand in the table when it is read: as a Literal of the names then."""
+def _one_of(module: str, table: str, built_in: tuple[str, ...]) -> BeforeValidator:
+    """In front of a name that must stand in the table when it is read: as a Literal of the names then.
+
+    The tables hold functions of tensors, and a recipe is read where torch is not loaded: then nobody has added to them.
+    """
 
     def check(name: object) -> object:
-        if isinstance(name, str) and name in table:
+        loaded = sys.modules.get(f"dsbert.sparse.{module}")
+        names = tuple(getattr(loaded, table)) if loaded else built_in
+        if isinstance(name, str) and name in names:
             return name
-        *others, last = map(repr, table)
+        *others, last = map(repr, names)
         raise PydanticKnownError("literal_error", {"expected": " or ".join(filter(None, [", ".join(others), last]))})
 
     return BeforeValidator(check)
@@ -47,8 +52,8 @@ class SparsityConfig(BaseModel):
     num_updates: Whole = Field(80, gt=0)
     max_prune_ratio: Number = Field(0.5, gt=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
-    prune_score: Annotated[str, _in_table(PRUNE_SCORES)] = "l1"
-    regrow: Annotated[str, _in_table(REGROW_RULES)] = "random"
+    prune_score: Annotated[str, _one_of("flat_blocks", "PRUNE_SCORES", BUILT_IN_SCORES)] = "l1"
+    regrow: Annotated[str, _one_of("regrow", "REGROW_RULES", BUILT_IN_RULES)] = "random"
     group_lasso: Number = Field(0.0, ge=0)
     balance: Literal["none", "rows"] = "none"
     allow_density_error: Flag = False

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsbert.sparse import BlockTopology, DrawKey, TopologyUpdate, prune_and_regrow
+from dsbert.sparse.config import BUILT_IN_RULES, BUILT_IN_SCORES
+from dsbert.sparse.flat_blocks import PRUNE_SCORES
 from dsbert.sparse.regrow import REGROW_RULES
 from tests.sparse.toys import plain_draw
 
@@ -120,3 +122,8 @@ def test_errors():
         prune_and_regrow(topology, torch.ones(7), 1, key)
     with pytest.raises(ValueError, match="expected gradient norms for regrowth by gradient, found none"):
         prune_and_regrow(topology, torch.ones(8), 1, key, "gradient")
+
+
+def test_recipes_know_the_rules_and_scores_without_loading_them() -> None:
+    assert tuple(REGROW_RULES) == BUILT_IN_RULES
+    assert tuple(PRUNE_SCORES) == BUILT_IN_SCORES
