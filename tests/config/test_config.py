@@ -24,6 +24,7 @@ def test_the_family_of_the_paper() -> None:
             "modernbert-demo",
             "wikibooks",
             *(f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large")),
+            *(f"short-{size}" for size in ("tiny", "mini", "medium")),
         ]
     )
     shapes = {

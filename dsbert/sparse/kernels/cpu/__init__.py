@@ -1,4 +1,7 @@
-"""Block-sparse products in C++ with the vectors of the machine, compiled on first use."""
+"""Block-sparse products in C++ with the vectors of the machine.
+
+build.py compiles them on first use, backend.py calls them.
+"""
 
 from dsbert.sparse.kernels.cpu.backend import BACKEND, dropout, gelu_gradient
 
