@@ -32,6 +32,8 @@ Reading:
     staging.py      a copy on a node's own disk
     spans.py        the numbered samples: runs of consecutive sentences of one document
     pairs.py        how samples become A and B, true and false, and look alike
+    profiles.py     where a sample may be cut, and how its B then looks from outside
+    matching.py     which samples may exchange their Bs
     token_kinds.py  what of a token can be seen without reading
     indices.py      arrays that are kept beside the data they follow from
     permutation.py  a shuffled order as a function and not as a table; order.py which sample stands where
