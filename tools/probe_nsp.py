@@ -2,8 +2,8 @@
 
     python tools/probe_nsp.py DATA [--split validation] [--seq-len 128] [--epochs 1] [--json]
 
-Each is given lengths, the kinds of the tokens at the edges of A and B, and how much punctuation they hold; 0.5 is
-chance.
+Each is given lengths, the kinds of the tokens at the edges of A and B, and how much punctuation they hold; the
+quadratic one how much A and B resemble each other in it, kind by kind, as texts of one style do. 0.5 is chance.
 """
 
 from __future__ import annotations
@@ -62,6 +62,17 @@ def features(lengths: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArra
     return np.column_stack([a, b, total, np.abs(b - a), a * a, b * b, a * b, *near, *full, edges])
 
 
+def resemblance(lengths: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lengths and punctuation of A and B, as counts and as densities: differences and products of each with each."""
+    a, b = np.split(edges[:, -2 * len(_PUNCTUATION) :], 2, axis=1)
+    parts = [lengths, lengths**2, lengths.prod(axis=1)[:, None]]
+    for of_a, of_b in ((a, b), (a / lengths[:, :1], b / lengths[:, 1:])):
+        parts += [of_a, of_b, np.abs(of_a - of_b)]
+        centred = [np.sqrt(of) - np.sqrt(of).mean(axis=0) for of in (of_a, of_b)]
+        parts.append((centred[0][:, :, None] * centred[1][:, None, :]).reshape(len(lengths), -1))
+    return np.concatenate(parts, axis=1)
+
+
 def length_rule(lengths: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Accuracy of: B follows where it is as long as A, or longer by one (which once was 78 % of the demo's pairs)."""
     difference = lengths[:, 1] - lengths[:, 0]
@@ -96,13 +107,14 @@ def _fitted(scaled: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[n
 
 
 def probe(stream: SampleStream, samples: int) -> dict[str, Any]:
-    """Accuracies of the rule and of the regression, and of how many samples the question is asked."""
+    """Accuracies of the rule and of the regressions, and of how many samples the question is asked."""
     lengths, edges, labels = outside(stream, samples)
     return {
         "samples": samples,
         "asked": len(labels) / samples,
         "length rule": length_rule(lengths, labels),
         "logistic regression": classified(features(lengths, edges), labels),
+        "quadratic": classified(resemblance(lengths, edges), labels),
         "standard error": 0.5 / np.sqrt(len(labels)),
     }
 

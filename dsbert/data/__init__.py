@@ -7,6 +7,8 @@
     staging         a copy on a node's own disk
     spans           the numbered samples: runs of consecutive sentences of one document
     pairs           how samples become A and B, true and false, and look alike
+    profiles        where a sample may be cut, and how its B then looks from outside
+    matching        which samples may exchange their Bs
     token_kinds     what of a token can be seen without reading
     indices         arrays that are kept beside the data they follow from
     permutation     a shuffled order as a function and not as a table; order.py which sample stands where

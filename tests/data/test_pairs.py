@@ -51,11 +51,12 @@ def sentence(rng: np.random.Generator, length: int, insides: float = 0.25, comma
 
 
 def speeches(rng: np.random.Generator, tokens: int) -> list[list[list[int]]]:
-    """Long documents, each with a length of sentence of its own; some sentences are longer than a sample."""
+    """Long documents, each with sentences and commas of its style; some sentences are longer than a sample."""
     found = []
     while tokens > 0:
-        mean = rng.uniform(10, 45)
-        document = [sentence(rng, int(2 + rng.gamma(2, mean / 2))) for _ in range(int(rng.integers(40, 400)))]
+        mean, commas = rng.uniform(10, 45), rng.uniform(0, 0.15)
+        lengths = (2 + rng.gamma(2, mean / 2, int(rng.integers(40, 400)))).astype(int)
+        document = [sentence(rng, length, commas=commas) for length in lengths]
         found.append(document)
         tokens -= sum(map(len, document))
     return found
@@ -92,9 +93,10 @@ def test_nobody_tells_from_outside(corpus, seq_len):
     stream = stream_of(corpus(np.random.default_rng(0), tokens), seq_len)
     epochs = -(-11_000 // stream.num_samples)
     found = probe(stream, epochs * stream.num_samples)
-    assert found["asked"] > 0.9
+    assert found["asked"] > (0.25 if seq_len == 512 else 0.75), found
     assert abs(found["length rule"] - 0.5) < 0.02, found
     assert found["logistic regression"] < 0.52, found
+    assert found["quadratic"] < 0.52, found
 
 
 @pytest.mark.slow
@@ -102,9 +104,11 @@ def test_nobody_tells_from_outside_of_real_text(tmp_path):
     prepare(["sotu"], tmp_path / "data", 2048)
     for seq_len in (64, 128, 512):
         stream = SampleStream.open(tmp_path / "data", "train", seq_len, 1)
-        found = probe(stream, max(stream.num_samples, 10_000))
+        found = probe(stream, 2 * max(stream.num_samples, 6_000))
+        assert found["asked"] > (0.25 if seq_len == 512 else 0.75), found
         assert abs(found["length rule"] - 0.5) < 0.02, found
         assert found["logistic regression"] < 0.52, found
+        assert found["quadratic"] < 0.52, found
 
 
 def test_the_probe_sees_what_once_gave_the_label_away():
@@ -140,16 +144,30 @@ class TestExchange:
             partners, exchange = self.meet(made, epoch)
             assert np.array_equal(partners[partners], spans)
             assert np.array_equal(exchange[partners], exchange)
-            assert (partners != spans).mean() > 0.95
+            assert (partners != spans).mean() > 0.9
             for seen in (length - cut, KINDS[tokens[start + cut]], KINDS[tokens[start + length - 1]], after_sentence):
                 assert np.array_equal(seen[partners], seen)
 
-    def test_every_epoch_has_other_partners(self, made):
-        first, second = self.meet(made, 0), self.meet(made, 1)
-        met = first[0] != np.arange(len(first[0]))
-        assert (first[0] == second[0])[met].mean() < 0.4
-        assert not np.array_equal(first[0], self.meet(made, 0, seed=6)[0])
-        assert abs(first[1][met].mean() - 0.5) < 4 * 0.5 / np.sqrt(met.sum() / 2)
+    def test_partners_hold_about_the_same_punctuation(self, made):
+        store, index, pairs = made
+        partners, spans = self.meet(made, 0)[0], np.arange(len(index))
+        found = []
+        for kind in (COMMA, SENTENCE_END):
+            before = np.concatenate([[0], np.cumsum(KINDS[store.shards[0].tokens] == kind)])
+            counts = before[index.start + index.length] - before[index.start + pairs.a_length]
+            found.append(np.abs(np.sqrt(counts + 0.25) - np.sqrt(counts[partners] + 0.25)))
+        met = partners != spans
+        assert np.sum(found, axis=0)[met].max() < 1
+        assert (np.sum(found, axis=0)[met] == 0).mean() > 0.7
+
+    def test_coins_fall_anew_for_every_two_epochs(self, made):
+        epochs = [self.meet(made, epoch) for epoch in range(4)]
+        met = epochs[0][0] != np.arange(len(made[1]))
+        coins = np.array([coin[met] for _, coin in epochs])
+        assert (coins[0] != coins[1]).all()
+        assert (coins[2] != coins[3]).all()
+        for drawn in (coins[0], coins[2], coins[0] == coins[2], coins[0] == self.meet(made, 0, seed=6)[1][met]):
+            assert abs(drawn.mean() - 0.5) < 4 * 0.5 / np.sqrt(met.sum() / 2)
 
     def test_cuts_are_sentence_ends_or_word_starts(self, made):
         store, index, pairs = made
