@@ -3,6 +3,7 @@
 app            its groups and options, from the first word of a command line to its exit code
 training       dsbert pretrain
 cluster        dsbert submit
+experiment     dsbert experiment
 data           dsbert prepare, data
 checkpoints    dsbert evaluate, export, inspect, diff, verify
 parameters     what they share of click: kinds of values, examples
