@@ -8,181 +8,37 @@ buckets (see ds_config.py).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
-    model_serializer,
     model_validator,
 )
 
 from dsbert.base.errors import UserError
-from dsbert.base.fields import Flag, Number, PathName, Text, Whole, whole
+from dsbert.base.fields import Text, Whole
 from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
 from dsbert.config.documents import DocumentError
 from dsbert.config.overrides import keep_shares, override_value, total_steps
 from dsbert.config.recipe_files import read_recipe
+from dsbert.config.sections import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+)
 from dsbert.sparse.config import SparsityConfig
-
-Positive = Field(gt=0)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from dsbert.sparse.schedule import UpdateSchedule
 
 
-class ModelConfig(_Section):
-    """The encoder, and its shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size
-    64)."""
-
-    architecture: Text = "bert"
-    num_layers: Whole = Positive
-    hidden_size: Whole = Positive
-    num_heads: Whole = Positive
-    intermediate_size: Whole = Positive
-    max_positions: Whole = Field(512, gt=0)
-    dropout: Number = Field(0.1, ge=0, lt=1)
-    initializer_std: Number = Field(0.02, gt=0)
-
-    @field_validator("architecture")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in ARCHITECTURES:
-            raise ValueError(f"expected one of {', '.join(ARCHITECTURES)}, found {name!r}")
-        return name
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Records of BERT say nothing of the architecture, as they did before there was a choice."""
-        values: dict[str, Any] = dump(self)
-        if self.architecture == "bert":
-            values.pop("architecture", None)
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derive(cls, values: Any) -> Any:
-        hidden = values.get("hidden_size") if isinstance(values, dict) else None
-        if hidden is not None:
-            fits = isinstance(hidden, int | float) and hidden > 0 and hidden % 1 == 0
-            hidden = int(hidden) if fits else 64  # where it does not fit, that is said, and not that these are missing
-            values = {"num_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden} | values
-        return values
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"expected num_heads that divides hidden_size {self.hidden_size}, found {self.num_heads}")
-        return self
-
-
-class DataConfig(_Section):
-    """path: a directory that `dsbert prepare` has made. seq_len in tokens.
-
-    shuffle_window: 0 shuffles the samples of an epoch over the whole of it. So many samples (1,024 or more): chunks
-    in random order, and samples inside windows of that size, for storage on which random reads are slow. stage_to: a
-    directory on each node's own disk that the data is copied to, once, and read from.
-    """
-
-    path: PathName
-    seq_len: Whole = Field(128, ge=8)
-    nsp: Flag = True
-    mask_fraction: Number = Field(0.15, gt=0, lt=1)
-    shuffle_window: Annotated[Literal[0] | Annotated[int, Field(ge=1024)], BeforeValidator(whole)] = 0
-    stage_to: PathName | None = None
-
-
-class BatchConfig(_Section):
-    """global_batch: sequences per optimizer step over all ranks. micro_batch: per forward on one rank, at most."""
-
-    global_batch: Whole = Positive
-    micro_batch: Whole = Positive
-
-    def on_ranks(self, world_size: int) -> BatchConfig:
-        """With micro_batch lowered, where there are fewer micro-batches than ranks, until every rank has samples.
-        Raises UserError for more ranks than samples."""
-        if world_size > self.global_batch:
-            raise UserError(
-                f"expected batch.global_batch of at least one sample for each of {world_size} ranks, found "
-                f"{self.global_batch}: start at most {self.global_batch} ranks, or give batch.global_batch={world_size}"
-            )
-        share = -(-self.global_batch // world_size)
-        return self.model_copy(update={"micro_batch": min(self.micro_batch, share)})
-
-
-class OptimConfig(_Section):
-    """AdamW with linear warm-up and linear decay to 0.
-
-    Give `lr`, or `dense_lr`: the best rate of the dense model, which eq. 3 of the paper scales to the sparsity.
-    max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
-    """
-
-    total_steps: Whole = Positive
-    warmup_steps: Whole = Field(ge=0)
-    lr: Number | None = Field(None, gt=0)
-    dense_lr: Number | None = Field(None, gt=0)
-    weight_decay: Number = Field(0.01, ge=0)
-    beta1: Number = Field(0.9, ge=0, lt=1)
-    beta2: Number = Field(0.999, ge=0, lt=1)
-    eps: Number = Field(1e-6, gt=0)
-    max_skipped_steps: Whole = Field(10, gt=0)
-
-    @model_validator(mode="after")
-    def _one_rate(self) -> OptimConfig:
-        found = []
-        if (self.lr is None) == (self.dense_lr is None):
-            given = "neither" if self.lr is None else "both: override the other one with null"
-            found.append(f"expected exactly one of lr and dense_lr, found {given}")
-        if self.warmup_steps >= self.total_steps:
-            found.append(f"expected warmup_steps below total_steps {self.total_steps}, found {self.warmup_steps}")
-        if found:
-            raise ValueError(in_one_line(found))
-        return self
-
-
-class EvalConfig(_Section):
-    """Validation during training: `sequences` held-out samples, the same ones each time (0 = off)."""
-
-    every_steps: Whole = Positive
-    sequences: Whole = Field(512, ge=0)
-
-
-class CheckpointConfig(_Section):
-    """keep: how many of the newest checkpoints stay; keep_every_steps: and those of every so many steps, for ever.
-
-    max_mb_per_s: how fast each rank writes in the background, to leave a shared file system to others (None: as fast as
-    it can). A save that somebody waits for knows no limit.
-    """
-
-    every_steps: Whole = Positive
-    keep: Whole = Field(2, gt=0)
-    keep_every_steps: Whole | None = Field(None, gt=0)
-    max_mb_per_s: Number | None = Field(None, gt=0)
-
-
-class LogConfig(_Section):
-    """A record in metrics.jsonl (and W&B) every_steps; steps with an update or an evaluation are always logged."""
-
-    every_steps: Whole = Field(10, gt=0)
-    wandb: Flag = True
-    wandb_project: Text = "dsbert"
-
-
-class DeepSpeedConfig(_Section):
-    """config: a name in ds_configs/, the path of a JSON file, or what such a file holds. overrides: merged over it."""
-
-    config: Text | dict[str, Any] = "zero1_bf16"
-    overrides: dict[str, Any] = {}
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """A whole experiment. name: of its run directory, where none is given."""
 
     name: Text
@@ -213,11 +69,17 @@ class Recipe(_Section):
         found = []
         if not self.name.isprintable() or "/" in self.name or self.name in (".", ".."):
             found.append(f"expected a name that a directory can have, found {self.name!r}")
-        if self.sparsity.pattern == "dynamic" and self.sparsity.num_updates > self.optim.total_steps:
+        by_number = self.sparsity.update_every_steps is None
+        if self.sparsity.pattern == "dynamic" and by_number and self.sparsity.num_updates > self.optim.total_steps:
             found.append(
                 f"expected sparsity.num_updates of at most total_steps {self.optim.total_steps}, "
                 f"found {self.sparsity.num_updates}"
             )
+        elif self.sparsity.pattern == "dynamic":
+            try:
+                UpdateSchedule.of(self.sparsity, self.optim.total_steps)
+            except ValueError as error:
+                found.append(f"sparsity: {error} in that part of the run")
         if self.data.seq_len > self.model.max_positions:
             found.append(
                 f"expected data.seq_len of at most model.max_positions {self.model.max_positions}, "
@@ -234,11 +96,17 @@ class Recipe(_Section):
 
     @property
     def peak_lr(self) -> float:
-        """Peak learning rate: `lr`, or eq. 3: dense_lr * exp(1.969 s^2 + 0.2905 s), s the sparsity."""
+        """Peak learning rate: `lr`, or `dense_lr` by `lr_rule`."""
         if self.optim.lr is not None:
             return self.optim.lr
         assert self.optim.dense_lr is not None
-        return self.optim.dense_lr * sparse_lr_factor(1.0 - self.sparsity.density)
+        density = self.sparsity.density
+        factors = {
+            "eq3": sparse_lr_factor(1.0 - density),
+            "inverse": 1 / density,
+            "inverse_sqrt": 1 / math.sqrt(density),
+        }
+        return self.optim.dense_lr * factors[self.optim.lr_rule]
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed; world size, micro-batch, logging, kernels and patience may."""

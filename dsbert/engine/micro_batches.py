@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsbert.config.recipe import BatchConfig
+from dsbert.config.sections import BatchConfig
 from dsbert.data.stream import Batch
 from dsbert.models.spec import Objective
 

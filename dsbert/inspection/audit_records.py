@@ -121,8 +121,7 @@ class _Replay:
                 )
         self.schedule = None
         if sparsity.pattern == "dynamic" and self.topologies:
-            parts = (sparsity.num_updates, sparsity.max_prune_ratio, sparsity.schedule)
-            self.schedule = UpdateSchedule(recipe.optim.total_steps, *parts)
+            self.schedule = UpdateSchedule.of(sparsity, recipe.optim.total_steps)
         self._explored: dict[str, Tensor] = {name: topology.mask() for name, topology in self.topologies.items()}
         self._lines = self._offset = 0  # of the journal, whose line n is update n
 

@@ -13,7 +13,7 @@ from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from dsbert.config.architectures import ARCHITECTURES
-from dsbert.config.recipe import ModelConfig
+from dsbert.config.sections import ModelConfig
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import use_fast_layers_
 from dsbert.models.spec import ModelSpec, losses_and_hits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -70,7 +71,10 @@ def _materialize_(model: nn.Module, spec: ModelSpec, recipe: Recipe, device: tor
         for name, meta in list(module.named_parameters(recurse=False)):
             if meta not in made:
                 full = f"{prefix}.{name}"
-                value = _initial(full, module, meta, spec.initial_std(full, recipe.model), recipe.seed)
+                std = spec.initial_std(full, recipe.model)
+                if isinstance(module, BlockSparseLinear) and recipe.sparsity.initial_scale == "inverse_sqrt":
+                    std /= math.sqrt(recipe.sparsity.density)
+                value = _initial(full, module, meta, std, recipe.seed)
                 made[meta] = nn.Parameter(value.to(device))
             module.register_parameter(name, made[meta])
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsbert.config.architectures import ARCHITECTURES, Architecture
-from dsbert.config.recipe import ModelConfig
+from dsbert.config.sections import ModelConfig
 from dsbert.data.stream import Batch
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from dsbert.base.fields import Flag, Number, Whole, whole
 
-BUILT_IN_SCORES, BUILT_IN_RULES = ("l1", "l2", "linf"), ("random", "gradient")
+BUILT_IN_SCORES, BUILT_IN_RULES = ("l1", "l2", "linf"), ("random", "gradient", "mixed")
+_LATER = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale")
 
 
 def _one_of(module: str, table: str, built_in: tuple[str, ...]) -> BeforeValidator:
@@ -41,6 +50,11 @@ class SparsityConfig(BaseModel):
     for speed; the paper leaves that to chance. allow_density_error: accept a weight so small that whole blocks miss the
     density by more than a quarter. kernels: what computes the products, see sparse/kernels/dispatch.py.
     prune_score, regrow: names of `PRUNE_SCORES` and `REGROW_RULES`, to which a program may add its own.
+
+    Not the paper's, and off by default: update_every_steps in place of num_updates; update_from, update_until: the part
+    of the run in which updates fall; min_age_updates: a block that an update has allocated is not pruned before so many
+    intervals have passed; initial_scale: "inverse_sqrt" multiplies the initial values of sparse weights by
+    1 / sqrt(density), by which outputs begin as large as a dense layer's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,7 +71,29 @@ class SparsityConfig(BaseModel):
     group_lasso: Number = Field(0.0, ge=0)
     balance: Literal["none", "rows"] = "none"
     allow_density_error: Flag = False
+    update_every_steps: Whole | None = Field(None, gt=0)
+    update_from: Number = Field(0.0, ge=0, lt=1)
+    update_until: Number = Field(1.0, gt=0, le=1)
+    min_age_updates: Whole = Field(0, ge=0)
+    initial_scale: Literal["none", "inverse_sqrt"] = "none"
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
+
+    @model_validator(mode="after")
+    def _window(self) -> SparsityConfig:
+        if self.update_from >= self.update_until:
+            raise ValueError(
+                f"expected sparsity.update_from below update_until {self.update_until:g}, found {self.update_from:g}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Records say nothing of an option that is off, as they did before it was there."""
+        values: dict[str, Any] = dump(self)
+        for name in _LATER:
+            if values.get(name) == type(self).model_fields[name].default:
+                values.pop(name, None)
+        return values
 
     @property
     def density(self) -> float:

@@ -69,11 +69,7 @@ class MaskManager:
         self._score = PRUNE_SCORES[config.prune_score]
         self._rule = REGROW_RULES[config.regrow]
         dynamic = config.pattern == "dynamic" and layers
-        self._schedule = (
-            UpdateSchedule(total_steps, config.num_updates, config.max_prune_ratio, config.schedule)
-            if dynamic
-            else None
-        )
+        self._schedule = UpdateSchedule.of(config, total_steps) if dynamic else None
         self.topologies = {name: layer.topology for name, layer in layers.items()}
         # Which positions were ever active (bool [R, C]); the update that allocated each slot (int32 [K], 0 = start).
         self._explored = {name: topology.mask() for name, topology in self.topologies.items()}
@@ -166,8 +162,9 @@ class MaskManager:
             key = DrawKey(self._seed, "regrow", number, name)
             count = schedule.num_pruned(step, topology.num_active)
             updates[name] = prune_and_regrow(
-                topology, scores[name], count, key, self.config.regrow, gradient_norms.get(name), self.config.balance
-            )
+                topology, scores[name], count, key, self.config.regrow, gradient_norms.get(name), self.config.balance,
+                self._may_prune(name, number),
+            )  # fmt: skip
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0
         for name, update in updates.items():
@@ -178,6 +175,13 @@ class MaskManager:
         return MaskUpdate(
             number, step, updates, removed_new / max(pruned, 1), self.dof, self.digest(), time.perf_counter() - start
         )
+
+    def _may_prune(self, name: str, number: int) -> Tensor | None:
+        """bool [K]: blocks that update `number` may prune; None if all. Those of the start are not young."""
+        if not self.config.min_age_updates:
+            return None
+        born = self._born[name]
+        return (born == 0) | (number - born >= self.config.min_age_updates)
 
     def _apply(self, name: str, update: TopologyUpdate, number: int) -> None:
         layer = self.layers[name]

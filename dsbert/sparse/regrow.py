@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +45,24 @@ def _largest_gradients(topology: BlockTopology, key: DrawKey, gradient_norms: Te
     return -gradient_norms
 
 
+def _alternately(topology: BlockTopology, key: DrawKey, gradient_norms: Tensor) -> Tensor:
+    """Of the empty blocks the one of the smallest hash, the one of the largest gradient, the next hash, and so on: half
+    of what is regrown explores, half follows the loss."""
+    active = topology.mask().flatten()
+    ranks = []
+    for scores in (_hashes(topology, key, gradient_norms), _largest_gradients(topology, key, gradient_norms)):
+        order = np.lexsort((scores.flatten().numpy(), active.numpy()))  # active ones last; stable
+        rank = np.empty_like(order)
+        rank[order] = np.arange(order.size)
+        ranks.append(torch.from_numpy(rank))
+    return torch.minimum(2 * ranks[0], 2 * ranks[1] + 1).view(topology.grid)
+
+
 # What `SparsityConfig.regrow` may name; a program may add rules of its own.
 REGROW_RULES: dict[str, RegrowRule] = {
     "random": RegrowRule("random", False, _hashes, draw_positions),
     "gradient": RegrowRule("gradient", True, _largest_gradients),
+    "mixed": RegrowRule("mixed", True, _alternately),
 }
 
 
@@ -59,6 +74,7 @@ def prune_and_regrow(
     rule: str = "random",
     gradient_norms: Tensor | None = None,
     balance: str = "none",
+    may_prune: Tensor | None = None,
 ) -> TopologyUpdate:
     """Prune the `num_pruned` blocks of smallest norm and regrow as many by `rule` (paper, algorithm 1).
 
@@ -67,7 +83,7 @@ def prune_and_regrow(
     A block is eligible for regrowth if it was empty BEFORE the update, so a pruned one cannot come straight back; the
     number pruned is capped by the number of empty blocks. Freed slots and new positions are paired in ascending order;
     with balance "rows" every row regrows what it lost. Raises ValueError for norms of another number, or no gradient
-    norms where the rule needs them.
+    norms where the rule needs them. may_prune: bool [K], slots that may go; all if None.
     """
     if norms.numel() != topology.num_active:
         raise ValueError(f"expected {topology.num_active} block norms, found {norms.numel()}")
@@ -78,13 +94,14 @@ def prune_and_regrow(
         gradient_norms = torch.zeros(()).expand(topology.grid)
     num_rows, num_cols = topology.grid
     eligible = topology.mask().logical_not_()
+    old = torch.arange(topology.num_active) if may_prune is None else may_prune.nonzero().flatten()
     if balance == "rows":
-        slots = prunable(topology.rows, norms.flatten(), num_pruned, eligible.sum(1))
+        slots = old[prunable(topology.rows[old], norms.flatten()[old], num_pruned, eligible.sum(1))]
         quotas = torch.bincount(topology.rows[slots].long(), minlength=num_rows)
         positions = smallest_in_rows(how.scores(topology, key, gradient_norms), eligible, quotas)
     else:
-        count = min(num_pruned, topology.num_active, eligible.numel() - topology.num_active)
-        slots = smallest(norms.flatten(), count)
+        count = min(num_pruned, old.numel(), eligible.numel() - topology.num_active)
+        slots = old[smallest(norms.flatten()[old], count)]
         if how.draw is not None:
             positions = how.draw(key, eligible.flatten(), count)
         else:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dsbert.base.errors import UserError
-from dsbert.config.recipe import BatchConfig, load_recipe, sparse_lr_factor
+from dsbert.config.recipe import load_recipe, recipe_from_dict, sparse_lr_factor
 from dsbert.config.recipe_files import RECIPES, recipe_names
+from dsbert.config.sections import BatchConfig
 from dsbert.engine.ds_config import ds_config_names, load_ds_config, precision, zero_stage
 from dsbert.engine.micro_batches import cut
 
@@ -289,3 +290,41 @@ def test_the_json_may_not_own_what_the_recipe_owns(tmp_path: Path) -> None:
         load_ds_config(recipe, 1, 1)
     with pytest.raises(UserError, match="zero1_bf16"):
         load_ds_config(load_recipe("demo", ["deepspeed.config=zero9"]), 1, 1)
+
+
+def test_rates_by_density() -> None:
+    rates = {
+        rule: load_recipe("demo", [f"optim.lr_rule={rule}"]).peak_lr / 6e-4
+        for rule in ("eq3", "inverse", "inverse_sqrt")
+    }
+    assert rates == pytest.approx({"eq3": 6.40, "inverse": 10.0, "inverse_sqrt": 10**0.5}, rel=1e-3)
+
+
+def test_options_that_are_off_leave_no_trace_in_records() -> None:
+    """So that runs that began before there were any are resumed."""
+    found = load_recipe("demo").model_dump(mode="json")
+    later = {"update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale"}
+    assert not later & set(found["sparsity"])
+    assert "lr_rule" not in found["optim"]
+    on = load_recipe("demo", ["sparsity.update_every_steps=20", "sparsity.min_age_updates=2", "optim.lr_rule=inverse"])
+    assert on.identity()["sparsity"]["update_every_steps"] == 20
+    assert on.identity()["optim"]["lr_rule"] == "inverse"
+    assert recipe_from_dict(on.model_dump(mode="json")) == on
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sparsity.update_every_steps=0", "sparsity.update_every_steps.*more than 0"),
+        ("sparsity.update_until=0.001", "expected 1 to 0 pattern updates, found 40"),
+        ("sparsity.update_from=0.5", None),
+    ],
+)
+def test_updates_must_fit_their_part_of_the_run(override: str, message: str | None) -> None:
+    if message is None:
+        load_recipe("demo", [override])
+        return
+    with pytest.raises(UserError, match=message):
+        load_recipe("demo", [override])
+    with pytest.raises(UserError, match="update_from below update_until"):
+        load_recipe("demo", ["sparsity.update_from=0.5", "sparsity.update_until=0.5"])

@@ -484,3 +484,19 @@ def test_digest_covers_every_layer_by_name():
     assert toy.manager().digest() != before
     toy.layers = {"2": toy.layers["3"], "0": toy.layers["0"]}
     assert toy.manager().digest() == before
+
+
+@pytest.mark.parametrize("balance", ["none", "rows"])
+@pytest.mark.parametrize("min_age", [0, 2, 3])
+def test_the_young_are_not_pruned(min_age, balance):
+    """Ages are counted here from what updates say they did."""
+    toy = Toy(min_age_updates=min_age, balance=balance, max_prune_ratio=1.0, schedule="constant", num_updates=12)
+    allocated: dict[str, dict[int, int]] = {name: {} for name in toy.layers}
+    youngest = []
+    for update in toy.train():
+        for name, change in update.layers.items():
+            ages = [update.number - allocated[name][slot] for slot in change.slots.tolist() if slot in allocated[name]]
+            youngest += ages
+            allocated[name] |= dict.fromkeys(change.slots.tolist(), update.number)
+            assert change.num_pruned == len(set(change.slots.tolist()))
+    assert min(youngest) == max(min_age, 1)

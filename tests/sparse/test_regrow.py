@@ -127,3 +127,21 @@ def test_errors():
 def test_recipes_know_the_rules_and_scores_without_loading_them() -> None:
     assert tuple(REGROW_RULES) == BUILT_IN_RULES
     assert tuple(PRUNE_SCORES) == BUILT_IN_SCORES
+
+
+def test_mixed_regrowth_takes_turns_between_chance_and_gradient() -> None:
+    shape, size = (40, 60), 4
+    topology = BlockTopology.random(shape, size, 0.3, DrawKey(1, "init", 0, "w"))
+    gradient_norms = torch.rand(topology.grid, generator=torch.Generator().manual_seed(1))
+    key = DrawKey(1, "regrow", 1, "w")
+    norms = torch.rand(topology.num_active, generator=torch.Generator().manual_seed(2))
+
+    def grown(rule: str, count: int) -> set[int]:
+        update = prune_and_regrow(topology, norms, count, key, rule, gradient_norms)
+        return set((update.rows * topology.grid[1] + update.cols).tolist())
+
+    for half in (1, 5, 10):
+        both = grown("random", half) | grown("gradient", half)
+        mixed = grown("mixed", 2 * half)
+        assert both <= mixed, "the first of each list are among them"
+        assert len(mixed) == 2 * half

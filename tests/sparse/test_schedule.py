@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.sparse import UpdateSchedule
+from dsbert.sparse import SparsityConfig, UpdateSchedule
 
 
 @st.composite
@@ -58,3 +58,34 @@ def test_refuses_more_updates_than_steps(num_updates):
 def test_refuses_an_unknown_kind():
     with pytest.raises(ValueError, match="expected a schedule cosine or constant, found 'linear'"):
         UpdateSchedule(10, 2, 0.5, "linear")
+
+
+@settings(max_examples=80, deadline=None)
+@given(run=runs(), window=st.sampled_from([(0, 1), (0, 0.75), (0.25, 1), (0.125, 0.875)]))
+def test_updates_fall_in_a_part_of_the_run(run, window):
+    total_steps, num_updates = run
+    begin, end = (Fraction(one) for one in window)
+    num_updates = min(num_updates, int((end - begin) * total_steps))
+    if num_updates < 1:
+        return
+    schedule = UpdateSchedule(total_steps, num_updates, 0.5, begin=float(begin), end=float(end))
+    exact = [(begin + (end - begin) * Fraction(u, num_updates)) * total_steps for u in range(1, num_updates)]
+    found = [step for step in range(total_steps + 1) if schedule.is_update_step(step)]
+    assert found == [round(step) for step in exact]
+    for step in found:
+        passed = (step / total_steps - float(begin)) / float(end - begin)
+        assert schedule.prune_ratio(step) == pytest.approx(0.25 * (1 + math.cos(math.pi * passed)))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"update_every_steps": 100}, list(range(100, 1000, 100))),
+        ({"update_every_steps": 100, "update_until": 0.5}, [100, 200, 300, 400]),
+        ({"update_every_steps": 50, "update_from": 0.8, "update_until": 1.0}, [850, 900, 950]),
+        ({"num_updates": 4, "update_from": 0.2, "update_until": 0.6}, [300, 400, 500]),
+    ],
+)
+def test_a_configuration_says_when(options, steps):
+    schedule = UpdateSchedule.of(SparsityConfig(**options), 1000)
+    assert [step for step in range(1001) if schedule.is_update_step(step)] == steps
