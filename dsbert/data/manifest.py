@@ -144,13 +144,17 @@ def load_manifest(directory: str | Path) -> Manifest:
         UserError: there is no prepared data, the manifest is damaged, or another version of dsbert wrote it.
     """
     path = Path(directory) / MANIFEST
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise UserError(
+            f"expected a directory of prepared data, found the file {directory}: give what `dsbert prepare` made"
+        )
     source, vocab_size = _SOURCES.get(Path(directory).name, ("FILE|FOLDER", 30522))
     again = f"run: dsbert prepare --source {source} --to {directory} --vocab-size {vocab_size}"
     try:
         if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_BYTES):
             raise ValueError(f"expected a file of at most {_MAX_BYTES} bytes")
         document = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         near = ", ".join(str(other.parent) for other in sorted(Path(directory).parent.glob(f"*/{MANIFEST}"))[:5])
         here = f"; prepared data near it: {near}" if near else ""
         raise UserError(f"no prepared data in {directory}; {again}{here}") from None

@@ -207,3 +207,11 @@ def test_w_and_bs_key_is_found_where_its_login_puts_it(tmp_path: Path) -> None:
     assert found == "offline"
     assert why is not None
     assert str(path) in why
+
+
+def test_a_file_as_data_is_not_to_be_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("text")
+    found = complaint(dsbert("pretrain", "demo", "--run-dir", str(tmp_path / "run"), f"data.path={file}"))
+    assert f"expected a directory of prepared data, found the file {file}" in found
+    assert "--to" not in found
