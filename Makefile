@@ -32,8 +32,8 @@ pretrain: $(DEMO_EXPORT)/.done  ## pre-train, evaluate and export a small sparse
 	@echo "export      $(DEMO_EXPORT) (transformers.BertForPreTraining.from_pretrained)"
 	@echo "again       rm -r $(DEMO_RUN) $(DEMO_EXPORT) && make pretrain"
 
-test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## run the slower guards, which continuous integration runs after the tests
 	$(BIN)/python -m pytest -m "slow and not exhaustive"

@@ -37,6 +37,7 @@ EXTRAS = {
         "tabulate",
         "pytest>=8",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "ruff",
         "mypy",

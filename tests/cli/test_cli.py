@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -30,9 +31,11 @@ HEAVY = ("torch", "transformers", "deepspeed", "datasets", "pydantic")
 def test_help_is_quick_and_imports_nothing_slow(command: list[str]) -> None:
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = dsbert_process(*command, "--help")
-        seconds.append(time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Of the processor: another test may have the other core, and more than one.
+        seconds.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
         assert done.returncode == 0
         assert "Usage: dsbert" in done.stdout
     assert statistics.median(seconds) < 0.5
