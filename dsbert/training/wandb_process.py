@@ -69,11 +69,18 @@ def send(metrics: Path, options: dict[str, Any], ended: threading.Event, out: Te
                     run.log({key: value for key, value in record.items() if value is not None})
             run.finish()
             return
-        except ConnectionError:  # wandb's helper program is gone
-            if start == _STARTS:
+        except Exception as error:
+            if start == _STARTS or not _is_gone(error):
                 raise
             with suppress(Exception):
                 wandb.teardown()
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether wandb's helper program has ended, at work or while it started: the latter has classes of their own, which
+    stand where wandb promises nothing."""
+    starting = {"ServicePollForTokenError", "WandbServiceConnectionError"}
+    return isinstance(error, ConnectionError) or type(error).__name__ in starting
 
 
 def _follow(path: Path, ended: threading.Event) -> Iterator[dict[str, Any]]:
