@@ -189,7 +189,7 @@ def test_bytes_that_are_no_text_are_named_with_their_row(tmp_path):
         ("b.parquet", pa.table({"text": pa.array([], pa.string())})),
         ("b.jsonl", b""),
         ("b.jsonl", b"\n \n"),
-        ("b.jsonl.gz", gzip.compress(b"")),
+        ("b.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("b.csv", b""),
         ("b.csv", b"\n\n"),
         ("b.csv", b"id,text\n"),
