@@ -29,6 +29,9 @@ class UpdateSchedule:
         most = int(self._steps)
         if not 1 <= self.num_updates <= most:
             raise ValueError(f"expected 1 to {most} pattern updates, found {self.num_updates}")
+        # Possible only where the part begins within the run: halves are rounded to even steps.
+        if self.begin and len({self.step_of(number) for number in range(1, self.num_updates)}) < self.num_updates - 1:
+            raise ValueError(f"expected fewer than {self.num_updates} pattern updates, found two of them on one step")
 
     @classmethod
     def of(cls, config: SparsityConfig, total_steps: int) -> UpdateSchedule:

@@ -160,7 +160,7 @@ def test_a_rule_and_a_score_of_ones_own(balance, monkeypatch):
             ]
     toy.masks.verify_replicas()
     monkeypatch.undo()
-    with pytest.raises(ValidationError, match="Input should be 'random' or 'gradient'"):
+    with pytest.raises(ValidationError, match="Input should be 'random', 'gradient' or 'mixed'"):
         Toy(regrow="last")
     with pytest.raises(ValidationError, match="Input should be 'l1', 'l2' or 'linf'"):
         Toy(prune_score="signed")

@@ -68,8 +68,12 @@ def test_updates_fall_in_a_part_of_the_run(run, window):
     num_updates = min(num_updates, int((end - begin) * total_steps))
     if num_updates < 1:
         return
-    schedule = UpdateSchedule(total_steps, num_updates, 0.5, begin=float(begin), end=float(end))
     exact = [(begin + (end - begin) * Fraction(u, num_updates)) * total_steps for u in range(1, num_updates)]
+    if len({round(step) for step in exact}) < len(exact):
+        with pytest.raises(ValueError, match="two of them on one step"):
+            UpdateSchedule(total_steps, num_updates, 0.5, begin=float(begin), end=float(end))
+        return
+    schedule = UpdateSchedule(total_steps, num_updates, 0.5, begin=float(begin), end=float(end))
     found = [step for step in range(total_steps + 1) if schedule.is_update_step(step)]
     assert found == [round(step) for step in exact]
     for step in found:
