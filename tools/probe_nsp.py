@@ -115,7 +115,7 @@ def probe(stream: SampleStream, samples: int) -> dict[str, Any]:
         "length rule": length_rule(lengths, labels),
         "logistic regression": classified(features(lengths, edges), labels),
         "quadratic": classified(resemblance(lengths, edges), labels),
-        "standard error": 0.5 / np.sqrt(len(labels)),
+        "standard error": 0.5 / np.sqrt(len(labels) / 2),  # partners share a coin
     }
 
 
