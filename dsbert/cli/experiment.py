@@ -165,13 +165,13 @@ def plot(file: Path, size: str | None, directory: Path | None, records: Path | N
 @_file
 @_size
 @_directory
-@click.option("--to", type=PathName(), required=True, help="A file; results that it has of this FILE stay.")
+@click.option("--to", type=PathName(), required=True, help="A file; what it holds already stays.")
 def collect(file: Path, size: str | None, directory: Path | None, to: Path) -> None:
     """Write the results, a line per cell: small enough for a repository, and enough for `table` and `plot`."""
-    from dsbert.experiment.cell_results import save_records
+    from dsbert.experiment.cell_results import load_records, save_records
 
     plan = _plan(file, size, directory or _DEFAULT, to)
-    save_records(to, dict(plan.results))
+    save_records(to, {**load_records(to), **plan.results})
     print(f"{len(plan.results)} of {len(plan.wanted)} cells: {to}")
 
 

@@ -7,6 +7,7 @@ buckets (see ds_config.py).
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import (
 )
 
 from dsbert.base.errors import UserError
-from dsbert.base.fields import Text, Whole
+from dsbert.base.fields import Section, Text, Whole
 from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
 from dsbert.config.documents import DocumentError
@@ -32,7 +33,6 @@ from dsbert.config.sections import (
     LogConfig,
     ModelConfig,
     OptimConfig,
-    Section,
 )
 from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.schedule import UpdateSchedule
@@ -107,6 +107,11 @@ class Recipe(Section):
             "inverse_sqrt": 1 / math.sqrt(density),
         }
         return self.optim.dense_lr * factors[self.optim.lr_rule]
+
+    def as_document(self) -> str:
+        """The text of a recipe's file. As JSON, which is YAML: a dumper of YAML 1.1 leaves words unquoted that are
+        numbers in YAML 1.2."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed; world size, micro-batch, logging, kernels and patience may."""

@@ -5,33 +5,25 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from dsbert.base.errors import UserError
-from dsbert.base.fields import Flag, Number, PathName, Text, Whole, whole
+from dsbert.base.fields import Flag, Number, PathName, Section, Text, Whole, whole
 from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.complaints import in_one_line
 
 Positive = Field(gt=0)
 
 
-class Section(BaseModel):
-    """Frozen, and without keys that nobody knows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ModelConfig(Section):
     """The encoder, and its shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size
     64)."""
+
+    added_later = ("architecture",)
 
     architecture: Text = "bert"
     num_layers: Whole = Positive
@@ -48,14 +40,6 @@ class ModelConfig(Section):
         if name not in ARCHITECTURES:
             raise ValueError(f"expected one of {', '.join(ARCHITECTURES)}, found {name!r}")
         return name
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Records of BERT say nothing of the architecture, as they did before there was a choice."""
-        values: dict[str, Any] = dump(self)
-        if self.architecture == "bert":
-            values.pop("architecture", None)
-        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -116,6 +100,8 @@ class OptimConfig(Section):
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
     """
 
+    added_later = ("lr_rule",)
+
     total_steps: Whole = Positive
     warmup_steps: Whole = Field(ge=0)
     lr: Number | None = Field(None, gt=0)
@@ -126,14 +112,6 @@ class OptimConfig(Section):
     eps: Number = Field(1e-6, gt=0)
     max_skipped_steps: Whole = Field(10, gt=0)
     lr_rule: Literal["eq3", "inverse", "inverse_sqrt"] = "eq3"
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As ModelConfig's."""
-        values: dict[str, Any] = dump(self)
-        if self.lr_rule == "eq3":
-            values.pop("lr_rule", None)
-        return values
 
     @model_validator(mode="after")
     def _one_rate(self) -> OptimConfig:
@@ -180,4 +158,4 @@ class DeepSpeedConfig(Section):
     """config: a name in ds_configs/, the path of a JSON file, or what such a file holds. overrides: merged over it."""
 
     config: Text | dict[str, Any] = "zero1_bf16"
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)

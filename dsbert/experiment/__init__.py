@@ -4,7 +4,8 @@ definition          what a file declares: a base recipe, arms, a grid, seeds, wh
 cells               the runs that follow: one cell is one recipe, named by the hash of all that moves its result
 planning            which cells are trained, which are wanted next, and which value of a sweep is the best
 cell_results        what a cell's run directory says: losses, FLOPs, seconds
-runner              trains what is missing on this machine; several callers share the work; watching.py how far it is
+runner              trains what is missing on this machine; several callers share the work; commands.py
+watching            how far the cells are that are at work
 array_jobs          the same as SLURM array jobs
 timing              how long it will take, from a few steps
 paired_statistics   means, intervals, differences paired by seed

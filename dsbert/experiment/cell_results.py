@@ -7,14 +7,17 @@ of steps: evaluations and saves are taken out.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dsbert.base.durable import replace_durably
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
+from dsbert.base.records import read_record
+from dsbert.training.attempts import Status
+from dsbert.training.history import read_config
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def read_result(run_dir: Path, name: str, identity: dict[str, Any]) -> CellResul
     """Of a run that is done; None of any other."""
     if outcome(run_dir) != "done":
         return None
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(run_dir)
     measurements, masks = [], []
     seconds, before, density = 0.0, 0, 1.0
     for record in JsonlFile(run_dir / "metrics.jsonl").read():
@@ -117,11 +120,9 @@ def _measurement(record: dict[str, Any], seconds: float) -> Measurement:
 
 def outcome(run_dir: Path) -> str | None:
     """done | requeue | failed, as status.json has it; None of a run that goes on, was killed, or has not begun."""
-    try:
-        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-        return str(status["outcome"]) if status["outcome"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    with suppress(OSError, ValueError):
+        return read_record(run_dir / "status.json", Status).outcome
+    return None
 
 
 def load_records(path: Path) -> dict[str, CellResult]:
@@ -139,4 +140,4 @@ def save_records(path: Path, results: dict[str, CellResult]) -> None:
     """A line per cell, by name: so that a repository can keep what a directory of runs has shown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(results[name].to_json(), sort_keys=True) for name in sorted(results)]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    replace_durably(path, "".join(f"{line}\n" for line in lines).encode())

@@ -74,8 +74,12 @@ class Cell:
     @property
     def label(self) -> str:
         """For people: arm, grid point and swept values; the seed last."""
-        words = [f"{key.rpartition('.')[2]}={shown(value)}" for key, value in (*self.point, *self.swept)]
-        return " ".join([self.arm, *words, f"seed={self.seed}"])
+        return " ".join([self.arm, *words((*self.point, *self.swept)), f"seed={self.seed}"])
+
+
+def words(point: Point) -> list[str]:
+    """A grid point or swept values for people: the last part of each key, with its value."""
+    return [f"{key.rpartition('.')[2]}={shown(value)}" for key, value in point]
 
 
 def shown(value: Value) -> str:

@@ -21,10 +21,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dsbert.base.errors import UserError
-from dsbert.base.fields import Text, Whole
+from dsbert.base.fields import Section, Text, Whole
 from dsbert.config.complaints import Key, explain, in_one_line, shown
 from dsbert.config.documents import DocumentError, load_yaml, read_document
 
@@ -35,11 +35,7 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 ArmName = Annotated[str, Field(pattern=r"^[\w.+ -]{1,60}$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSource(_Section):
+class DataSource(Section):
     """What `dsbert prepare` is given, once for all experiments of a directory."""
 
     source: Text | list[Text]
@@ -51,23 +47,23 @@ class DataSource(_Section):
         return [self.source] if isinstance(self.source, str) else self.source
 
 
-class Sweep(_Section):
+class Sweep(Section):
     """values: all combinations are tried, with `seeds` (default: the first of the experiment), in every arm and grid
     point. The one of the lowest mean held-out MLM loss at the last step is trained with all seeds."""
 
     values: Choices
-    seeds: list[Seed] = []
+    seeds: list[Seed] = Field(default_factory=list)
 
 
-class Arm(_Section):
+class Arm(Section):
     """overrides on top of the experiment's. grid, sweep: instead of the experiment's; {} is none."""
 
-    overrides: Settings = {}
+    overrides: Settings = Field(default_factory=dict)
     grid: Choices | None = None
     sweep: Choices | None = None
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """A whole file. title, note: for tables and pages."""
 
     name: Annotated[str, Field(pattern=r"^[\w-][\w.-]{0,60}$")]
@@ -75,12 +71,12 @@ class Experiment(_Section):
     note: str = ""
     base: Text
     data: DataSource | None = None
-    overrides: Settings = {}
+    overrides: Settings = Field(default_factory=dict)
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    grid: Choices = {}
+    grid: Choices = Field(default_factory=dict)
     sweep: Sweep | None = None
     arms: Annotated[dict[ArmName, Arm], Field(min_length=1)]
-    compare: list[tuple[str, str]] = []
+    compare: list[tuple[str, str]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:

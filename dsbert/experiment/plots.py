@@ -10,7 +10,7 @@ from typing import Any
 
 from dsbert.base.errors import UserError
 from dsbert.experiment.cell_results import CellResult, Measurement
-from dsbert.experiment.cells import Point, shown
+from dsbert.experiment.cells import words
 from dsbert.experiment.planning import Group, Plan
 
 _LOSS = "held-out MLM loss, nats per masked token"
@@ -95,11 +95,7 @@ def _is_dense(plan: Plan, arm: str) -> bool:
 
 def _label(group: Group) -> str:
     arm, point = group
-    return " ".join([arm, *_words(point)])
-
-
-def _words(point: Point) -> list[str]:
-    return [f"{key.rpartition('.')[2]}={shown(value)}" for key, value in point]
+    return " ".join([arm, *words(point)])
 
 
 def _colors(plan: Plan) -> dict[str, str]:

@@ -13,8 +13,6 @@ from dsbert.experiment.cells import Cell, Point, shown
 from dsbert.experiment.paired_statistics import Estimate, estimate
 from dsbert.experiment.planning import Plan
 
-FORMATS = ("terminal", "markdown", "latex", "csv", "json")
-
 
 @dataclass(frozen=True)
 class Table:
@@ -29,7 +27,7 @@ def arms_table(plan: Plan) -> Table:
     """Each arm and grid point at its best swept values. loss: held-out MLM loss at the last step, nats per token; half
     way: the step at which half of the fall of the loss is behind."""
     rows = []
-    for group, cells in plan.groups.items():
+    for group in plan.groups:
         arm, point = group
         best = plan.best[group]
         chosen = plan.chosen(group)
@@ -42,7 +40,6 @@ def arms_table(plan: Plan) -> Table:
                 *_measured(results, len(chosen) or len(plan.experiment.seeds)),
             )
         )
-        del cells
     columns = ("density", "loss", "n", "half way", "FLOPs", "seconds", "dof", "removed new")
     header = ("arm", *map(_short, _grid_keys(plan)), *map(_short, _swept_keys(plan)), *columns)
     return Table("arms", header, tuple(rows))

@@ -16,13 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
 from dsbert.base.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.cluster.launcher import PARENT_PID_ENV, module_command
 from dsbert.experiment.cell_results import outcome
 from dsbert.experiment.cells import Cell, data_directory
+from dsbert.experiment.commands import pretrain_command, said_last
 from dsbert.experiment.definition import Experiment
 from dsbert.experiment.planning import Plan, make_plan, refreshed, run_directory
 
@@ -40,7 +40,7 @@ class _Training:
 
 @dataclass
 class Runner:
-    """jobs: trainings at a time; threads: of each. say: a line for people; advance: (cells done, cells known of)."""
+    """jobs: trainings at a time; threads: of each. say: a line for people; advance: told the plan as it is now."""
 
     experiment: Experiment
     directory: Path
@@ -102,15 +102,13 @@ class Runner:
     def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
         run_dir = run_directory(self.directory, cell)
         run_dir.mkdir(parents=True, exist_ok=True)
-        recipe = run_dir / "cell.yaml"
-        recipe.write_text(yaml.safe_dump(cell.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
             PARENT_PID_ENV: str(os.getpid()),
         }
         with (run_dir / "output.log").open("ab") as log:
             return subprocess.Popen(
-                module_command("dsbert.cli", "pretrain", str(recipe), "--run-dir", str(run_dir), "--nproc", "1"),
+                pretrain_command(cell, run_dir / "cell.yaml", run_dir),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -129,7 +127,8 @@ class Runner:
                 self._failures[name] = self._failures.get(name, 0) + 1
                 again = "tried once more" if self._failures[name] < _ATTEMPTS else "given up"
                 log = run_directory(self.directory, training.cell) / "output.log"
-                self.say(f"{training.cell.label} failed with {code}, {again}: {_last_line(log)} ({log})")
+                found = said_last(log.read_text(errors="replace"))
+                self.say(f"{training.cell.label} failed with {code}, {again}: {found} ({log})")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -170,14 +169,7 @@ def prepare_data(experiment: Experiment, directory: Path, say: Callable[[str], N
         command = module_command("dsbert.cli", "prepare", *sources, "--to", str(path), *sizes)
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise UserError(
-                (done.stderr.strip().splitlines() or ["dsbert prepare failed"])[-1].removeprefix("dsbert: ")
-            )
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+            raise UserError(said_last(done.stderr))
 
 
 def threads_for(jobs: int) -> int:

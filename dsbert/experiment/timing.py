@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import xxhash
-import yaml
 from filelock import FileLock
 
+from dsbert.base.durable import replace_durably
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
-from dsbert.cluster.launcher import module_command
 from dsbert.experiment.cells import Cell, overrides
+from dsbert.experiment.commands import pretrain_command, said_last
 from dsbert.experiment.planning import Plan
 
 _STEPS = 8
@@ -41,7 +41,7 @@ def seconds_per_step(plan: Plan, directory: Path, threads: int, show: Callable[[
         for number, shape in enumerate(todo):
             show(number, len(todo))
             timed[keys[shape]] = _time(pending[shape], threads)
-            path.write_text(json.dumps(timed, indent=1))
+            replace_durably(path, json.dumps(timed, indent=1).encode())
         show(len(todo), len(todo))
     return {name: known[shape] if shape in known else timed[keys[shape]] for name, shape in shapes.items()}
 
@@ -73,18 +73,14 @@ def _time(cell: Cell, threads: int) -> float:
         "eval.sequences": 0, "checkpoint.every_steps": _STEPS,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "timing.yaml"
-        recipe.write_text(yaml.safe_dump(cell.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         run_dir = Path(folder) / "run"
-        command = module_command("dsbert.cli", "pretrain", str(recipe), *overrides(settings), "--run-dir", str(run_dir))
         done = subprocess.run(
-            [*command, "--nproc", "1"],
+            pretrain_command(cell, Path(folder) / "timing.yaml", run_dir, *overrides(settings)),
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("dsbert: ")
-            raise UserError(f"{cell.label} cannot be timed: {last}")
+            raise UserError(f"{cell.label} cannot be timed: {said_last(done.stderr)}")
         records = list(JsonlFile(run_dir / "metrics.jsonl").read())
         return float(statistics.median(record["step_s"] for record in records if record["step"] > _WARM))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,9 +86,7 @@ def _setup_line(line: str) -> str:
 
 
 def _frozen(recipe: Recipe) -> list[str]:
-    # As JSON, which is YAML: a dumper of YAML 1.1 leaves words unquoted that are numbers in YAML 1.2.
-    text = json.dumps(recipe.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    return [f"IFS= read -r -d '' FROZEN <<'{_RECIPE_END}'", *text.splitlines(), _RECIPE_END]
+    return [f"IFS= read -r -d '' FROZEN <<'{_RECIPE_END}'", *recipe.as_document().splitlines(), _RECIPE_END]
 
 
 def _choice(recipes: Sequence[Recipe], task_dirs: Sequence[Path]) -> list[str]:

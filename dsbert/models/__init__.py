@@ -13,4 +13,4 @@ Another encoder is a module with a `SPEC`, a line in config/architectures.py, an
 from dsbert.base.optional_triton import triton_hidden
 
 with triton_hidden():  # transformers' models import torch's compiler
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo  # noqa: F401  # loaded here, so that it finds none

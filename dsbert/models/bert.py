@@ -16,7 +16,7 @@ from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.sections import ModelConfig
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import use_fast_layers_
-from dsbert.models.spec import ModelSpec, losses_and_hits
+from dsbert.models.spec import ModelSpec, losses_and_hits, shape_of
 from dsbert.sparse import BlockSparseLinear
 
 
@@ -43,16 +43,9 @@ def bert_config(model: ModelConfig, vocab_size: int, pad_token_id: int = 0) -> B
     """The transformers configuration of the recipe's model. The embedding of pad_token_id is zero at
     first, and padded positions do not move it (the MLM decoder, which is tied to it, does)."""
     return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        intermediate_size=model.intermediate_size,
-        max_position_embeddings=model.max_positions,
+        **shape_of(model, vocab_size, pad_token_id),
         hidden_dropout_prob=model.dropout,
         attention_probs_dropout_prob=model.dropout,
-        initializer_range=model.initializer_std,
-        pad_token_id=pad_token_id,
     )
 
 

@@ -19,7 +19,7 @@ from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.sections import ModelConfig
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import use_fast_layers_
-from dsbert.models.spec import ModelSpec, losses_and_hits
+from dsbert.models.spec import ModelSpec, losses_and_hits, shape_of
 
 # Matrices that add to the residual stream, or lead to the logits, begin smaller (`_init_weights` of transformers).
 _OUTPUTS = (".Wo", "head.dense")
@@ -58,17 +58,10 @@ class SparseModernBert(nn.Module):
 def modern_bert_config(model: ModelConfig, vocab_size: int, pad_token_id: int = 0) -> ModernBertConfig:
     """The transformers configuration of the recipe's model. Special tokens but for [PAD] get their ids on export."""
     return ModernBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        intermediate_size=model.intermediate_size,
-        max_position_embeddings=model.max_positions,
+        **shape_of(model, vocab_size, pad_token_id),
         attention_dropout=model.dropout,
         embedding_dropout=model.dropout,
         mlp_dropout=model.dropout,
-        initializer_range=model.initializer_std,
-        pad_token_id=pad_token_id,
         bos_token_id=None,
         cls_token_id=None,
         eos_token_id=None,

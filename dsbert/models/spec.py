@@ -89,3 +89,18 @@ def losses_and_hits(predictions: Sequence[tuple[Tensor, Tensor]], training: bool
         for number, (logits, labels) in enumerate(predictions):
             hits[number] = (logits.argmax(-1) == labels).sum()
     return losses, hits
+
+
+def shape_of(model: ModelConfig, vocab_size: int, pad_token_id: int) -> dict[str, Any]:
+    """A recipe's section as transformers' configurations of encoders call it, but for dropout, which each calls its own
+    way."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_positions,
+        "initializer_range": model.initializer_std,
+        "pad_token_id": pad_token_id,
+    }

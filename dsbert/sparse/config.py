@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
 
-from dsbert.base.fields import Flag, Number, Whole, whole
+from dsbert.base.fields import Flag, Number, Section, Whole, whole
 
 BUILT_IN_SCORES, BUILT_IN_RULES = ("l1", "l2", "linf"), ("random", "gradient", "mixed")
-_LATER = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale")
 
 
 def _one_of(module: str, table: str, built_in: tuple[str, ...]) -> BeforeValidator:
@@ -42,7 +37,7 @@ def _one_of(module: str, table: str, built_in: tuple[str, ...]) -> BeforeValidat
 BlockSize = Annotated[Literal[1, 4, 8, 16, 32, 64, 128], BeforeValidator(whole)]
 
 
-class SparsityConfig(BaseModel):
+class SparsityConfig(Section):
     """Which weights are sparse, how, and how the pattern moves (paper, algorithm 1).
 
     sparsity = 1 - density. modules: patterns (fnmatch) over the names of the nn.Linear modules to replace.
@@ -57,7 +52,7 @@ class SparsityConfig(BaseModel):
     1 / sqrt(density), by which outputs begin as large as a dense layer's.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    added_later = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale")
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
     sparsity: Number = Field(0.9, ge=0, lt=1)
@@ -85,15 +80,6 @@ class SparsityConfig(BaseModel):
                 f"expected sparsity.update_from below update_until {self.update_until:g}, found {self.update_from:g}"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Records say nothing of an option that is off, as they did before it was there."""
-        values: dict[str, Any] = dump(self)
-        for name in _LATER:
-            if values.get(name) == type(self).model_fields[name].default:
-                values.pop(name, None)
-        return values
 
     @property
     def density(self) -> float:

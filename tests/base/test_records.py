@@ -103,7 +103,7 @@ def test_a_wrong_field_is_named_in_one_line(field: str, value: Any, message: str
 def test_records_do_not_change() -> None:
     record = Attempt.from_json(json.loads(ATTEMPT))
     with pytest.raises(ValidationError, match="frozen"):
-        record.number = 3  # type: ignore[misc]
+        record.number = 3  # type: ignore[misc]  # mypy knows it too
     assert record.model_copy(update={"checkpoint": None}).checkpoint is None
 
 

@@ -233,7 +233,7 @@ def check_late(job: str, seen: str) -> list[Any]:
             Path(seen).touch()
         return found
 
-    rendezvous._Candidate._listens = listens  # type: ignore[assignment]
+    rendezvous._Candidate._listens = listens  # type: ignore[assignment]  # in place of the method
     while rank == 0 and not Path(seen).exists():
         time.sleep(0.01)
     return check_meeting(15, [_slurm(job, rank, 2) for rank in range(2)])
@@ -293,7 +293,7 @@ def check_stopped(port: int, process: str) -> list[Any]:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return found
 
-        SealedStore.peek = stop  # type: ignore[assignment]
+        SealedStore.peek = stop  # type: ignore[assignment]  # in place of the method
         _launched_by(_environment(port, 0, 2))
         rendezvous.meet(RankInfo(0, 2, 0), 60)
         return []

@@ -328,3 +328,10 @@ def test_updates_must_fit_their_part_of_the_run(override: str, message: str | No
         load_recipe("demo", [override])
     with pytest.raises(UserError, match="update_from below update_until"):
         load_recipe("demo", ["sparsity.update_from=0.5", "sparsity.update_until=0.5"])
+
+
+@pytest.mark.parametrize("name", ["1e5", "0o7", "yes", "12:30", "null"])
+def test_a_recipe_written_as_a_document_is_read_as_it_was(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe("demo").model_copy(update={"name": name})
+    (tmp_path / "written.yaml").write_text(recipe.as_document())
+    assert load_recipe(str(tmp_path / "written.yaml")) == recipe

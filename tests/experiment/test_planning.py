@@ -13,6 +13,7 @@ from dsbert.experiment.definition import load_experiment
 from dsbert.experiment.paired_statistics import estimate
 from dsbert.experiment.planning import Plan, make_plan
 from dsbert.experiment.result_tables import arms_table, as_json, as_text, cells_table, comparisons, notes
+from tests.commands import dsbert
 from tests.experiment.test_definition import TEXT, written
 
 
@@ -110,3 +111,15 @@ def test_records_give_the_same_tables_as_runs(cells, tmp_path):
     for form in ("markdown", "latex", "csv"):
         assert as_text(arms_table(again), form) == as_text(arms_table(plan), form)
     assert [json.loads(line)["name"] for line in records.read_text().splitlines()] == sorted(plan.results)
+
+
+def test_collect_keeps_what_other_experiments_have_shown(cells, tmp_path):
+    records = tmp_path / "records.jsonl"
+    others = {cell.name: result(cell, 4.0) for cell in cells[:2]}
+    assert {cell.arm for cell in cells[:2]} == {"dense"}
+    save_records(records, others)
+    lines = [line for line in TEXT.splitlines(keepends=True) if not line.startswith(("  dense", "  static", "compare"))]
+    fewer = written(tmp_path, "".join(lines))
+    done = dsbert("experiment", "collect", str(fewer), "--dir", str(tmp_path), "--to", str(records))
+    assert done.returncode == 0, done.stderr
+    assert load_records(records) == others
