@@ -125,7 +125,7 @@ def test_a_cell_that_fails_is_tried_twice_and_marked(tmp_path):
     text = SMOKE.read_text().replace("seeds: [1, 2]", "seeds: [1]").replace("name: smoke\n", "")
     file.write_text(text.partition("arms:")[0] + "arms: {static: {overrides: {optim.dense_lr: 1.0e+30}}}\n")
     said = ended(start(tmp_path, "--jobs", "2", "--threads", "1", file=file), 1)
-    assert "static seed=1 failed with 1, tried once more: dsbert: expected a finite gradient" in said
+    assert "static seed=1 failed with 1, tried once more: expected a finite gradient" in said
     assert "static seed=1 failed with 1, given up" in said
     done = dsbert_process("experiment", "table", str(file), "--dir", str(tmp_path), "--format", "csv")
     assert "static,,missing,0 of 1" in done.stdout
