@@ -15,7 +15,7 @@ from dsbert.base.splitmix64 import GOLDEN, WORD, finalize_, finalize_int
 UInt64s = NDArray[np.uint64]
 
 # First parts of keys, so that no two uses share their numbers.
-ORDER, SAMPLE, CHUNKS, WINDOWS, CUTS, PAIRS = 1, 2, 3, 4, 5, 6
+ORDER, SAMPLE, CHUNKS, WINDOWS, CUTS, PAIRS, SIDES = 1, 2, 3, 4, 5, 6, 7
 
 
 def mix64(values: UInt64s) -> UInt64s:

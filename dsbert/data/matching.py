@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dsbert.data.hashing import PAIRS, UInt64s, below, hash64
+from dsbert.data.hashing import PAIRS, SIDES, UInt64s, below, hash64
 from dsbert.data.profiles import OUTSIDE_BITS, UNIT, Cuts
 
 Int64s = NDArray[np.int64]
@@ -33,8 +33,9 @@ _SCATTER = 0x9E3779B1  # odd: multiplied by it, numbers of some bits are those n
 _PASSES = 12  # over the neighbours of a round: those that are left have other rounds
 
 
-def matched(cuts: Cuts, document: Int64s, first: int) -> tuple[Int64s, Int64s]:
-    """The partners of spans, and where they are cut: both int64 [n], itself and 0 for who has none.
+def matched(cuts: Cuts, document: Int64s, first: int) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
+    """The partners of spans and where they are cut, both int64 [n], itself and 0 for who has none; and the side that
+    each is on, bool [n]: that of its partner.
 
     Args:
         cuts: of n consecutive spans.
@@ -42,12 +43,14 @@ def matched(cuts: Cuts, document: Int64s, first: int) -> tuple[Int64s, Int64s]:
         first: the number of the first of them.
     """
     partner, a_length = np.arange(first, first + len(document)), np.zeros(len(document), dtype=np.int64)
+    outside = np.zeros(len(document), dtype=np.uint64)
     free = np.ones(len(document), dtype=np.bool_)
 
     def join(of: Cuts, u: Int64s, v: Int64s) -> None:
         for one, other in ((u, v), (v, u)):
             mine = of.span[one] - first
             partner[mine], a_length[mine], free[mine] = of.span[other], of.a_length[one], False
+            outside[mine] = of.outside[one]
 
     own = np.flatnonzero((cuts.distance == 0) & cuts.fits)
     join(cuts, *_equal(cuts, own, document[cuts.span[own] - first]))
@@ -60,7 +63,22 @@ def matched(cuts: Cuts, document: Int64s, first: int) -> tuple[Int64s, Int64s]:
         tried = tried[_order(cuts.outside[tried], profile[:, tried], number)]
         at, step, rank = _near(cuts.outside[tried], profile[:, tried], document[span[tried]], neighbours, apart)
         join(cuts, *_mutual(tried[at], tried[at + step], rank, span, len(document)))
-    return partner, a_length
+    return partner, a_length, _sides(partner - first, a_length, outside, first)
+
+
+def _sides(partner: Int64s, a_length: Int64s, outside: UInt64s, first: int) -> NDArray[np.bool_]:
+    """Drawn, but for partners that look alike from outside, two by two: the one and the other side.
+
+    So when one side exchanges Bs, half of what has a length and edges of one kind does, and not half of it by chance.
+    """
+    lower = np.flatnonzero(partner > np.arange(len(partner)))
+    together = a_length[lower] + a_length[partner[lower]]
+    order = lower[np.lexsort((together, outside[lower]))]
+    heads = np.repeat(order[::2] + first, 2)[: len(order)]
+    sides = np.zeros(len(partner), dtype=np.bool_)
+    sides[order] = (hash64([SIDES], heads) >> np.uint64(63)) ^ np.arange(len(order), dtype=np.uint64) & np.uint64(1)
+    sides[partner[lower]] = sides[lower]
+    return sides
 
 
 def _equal(cuts: Cuts, own: Int64s, document: Int64s) -> tuple[Int64s, Int64s]:

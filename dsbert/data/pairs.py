@@ -3,11 +3,12 @@
 Every span is CUT once and for all: at one of its sentence ends, or, if it is one sentence, at the word start nearest
 its middle. Spans of different documents whose Bs are alike from outside (as many tokens, first and last token of the
 same kinds, after a sentence end or within a sentence) and hold about the same punctuation are PARTNERS, two by two, and
-in every epoch a coin for the two decides whether they EXCHANGE their Bs. So every A and every B stands in true and in
-false pairs equally often, a false pair has the outside and the style of the true one whose place it takes, and every
-token is still read once an epoch. Who has no partner keeps its B and is not asked.
+in every second epoch they EXCHANGE their Bs: partners on one side in even epochs, those on the other side, who look the
+same from outside, in odd ones. So every A and every B stands in true and in false pairs equally often, a false pair has
+the outside and the style of the true one whose place it takes, half of each epoch's pairs are false, and every token is
+still read once an epoch. Who has no partner keeps its B and is not asked.
 
-Cuts and partners depend on data, seq_len and vocabulary alone; the coins are a hash of (seed, epoch, partners).
+Cuts, partners and sides depend on data, seq_len and vocabulary alone; which side begins is a hash of the seed.
 
 Legend: N spans; n spans asked about.
 """
@@ -34,7 +35,7 @@ from dsbert.data.tokenizer import Vocabulary
 
 Int64s = NDArray[np.int64]
 
-_FORMAT = 2
+_FORMAT = 3
 _ARRAYS = ("a_length", "partner")
 _BLOCK = 1 << 18  # spans among which partners are looked for: what memory that takes does not grow with the data
 
@@ -43,7 +44,8 @@ _BLOCK = 1 << 18  # spans among which partners are looked for: what memory that 
 class Pairs:
     """Where each span is cut, and who may exchange B with whom.
 
-    a_length uint16 [N]: tokens of A. partner int32 or int64 [N]: the span's partner, itself where there is none.
+    a_length uint16 [N]: tokens of A. partner int32 or int64 [N]: the span's partner, itself where there is none; for
+    those on one side the complement of that number (~), which is negative.
     """
 
     a_length: NDArray[np.uint16]
@@ -62,8 +64,8 @@ class Pairs:
                 continue
             cuts = Cuts.of(first, last, store, index, vocab)
             a_length[cuts.span[cuts.distance == 0]] = cuts.a_length[cuts.distance == 0]
-            found, cut = matched(cuts, index.document[first:last].astype(np.int64), first)
-            partner[first:last] = found
+            found, cut, side = matched(cuts, index.document[first:last].astype(np.int64), first)
+            partner[first:last] = np.where(side, ~found, found)
             a_length[first:last] = np.where(cut > 0, cut, a_length[first:last])
         return cls(a_length, partner)
 
@@ -91,12 +93,13 @@ class Pairs:
     def meet(self, spans: Int64s, epochs: Int64s, seed: int) -> tuple[Int64s, NDArray[np.bool_]]:
         """The partner of each span, int64 [n], itself where it has none; and whether they exchange Bs, bool [n].
 
-        A coin falls for two epochs: in one of them Bs are exchanged. So whoever remembers A and B from the epoch before
-        has not seen the two together.
+        In one of two epochs Bs are exchanged. So whoever remembers A and B from the epoch before has not seen the two
+        together.
         """
-        partners = self.partner[spans].astype(np.int64)
-        coins = hash64([seed, PAIRS], epochs >> 1, np.minimum(spans, partners)) >> np.uint64(63)
-        return partners, (coins ^ (epochs & 1).astype(np.uint64)) == 1
+        found = self.partner[spans].astype(np.int64)
+        side = found < 0
+        begins = hash64([seed, PAIRS], np.zeros(1, np.int64)) >> np.uint64(63)
+        return np.where(side, ~found, found), (side ^ ((epochs & 1) == 1)) ^ (begins == 1)
 
 
 def pair_index_name(split: str, seq_len: int) -> str:

@@ -27,7 +27,7 @@ from dsbert.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_digest
 
 IGNORE = -100
 # Runs whose samples were made in another way cannot go on: raise this with every change of what a batch holds.
-SAMPLES = 3
+SAMPLES = 4
 _MASK = 3  # what a sample's key is asked for
 
 Int64s = NDArray[np.int64]

@@ -42,7 +42,7 @@ STATE = (
     '{"forward": {"backend": "cpu", "ms": null, "speedup": null}, "dgrad": {"backend": "cpu", "ms": 1.5, "speedup": '
     '2.0}, "wgrad": {"backend": "cpu", "ms": null, "speedup": null}}}, "instructions": "AVX2"}, "recipe": {"name": '
     '"demo", "sparsity": {"pattern": "dynamic", "sparsity": 0.9, "block_size": 16, "more": [1, {"b": null}]}, "z": 1}, '
-    '"identity": {"model": {"num_layers": 2}, "seed": 1, "data_digest": "ab", "samples": 3}, "vocab_size": 2048, '
+    '"identity": {"model": {"num_layers": 2}, "seed": 1, "data_digest": "ab", "samples": 4}, "vocab_size": 2048, '
     '"layers": {"a": {"shape": [128, 128], "block_size": 16, "kept": 1536}}, "deepspeed": {"zero_optimization": '
     '{"stage": 0}}, "numerics": {"threads": 1}, "params": {"a.blocks": [6, 16, 16]}, "totals": {"tokens": 96332, '
     '"flops": 52848230400000000000, "flops_dense": 314069483520, "skipped": 0, "skipped_in_a_row": 0}}'

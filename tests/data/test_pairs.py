@@ -160,14 +160,31 @@ class TestExchange:
         assert np.sum(found, axis=0)[met].max() < 1
         assert (np.sum(found, axis=0)[met] == 0).mean() > 0.7
 
-    def test_coins_fall_anew_for_every_two_epochs(self, made):
+    def test_bs_are_exchanged_in_every_second_epoch(self, made):
         epochs = [self.meet(made, epoch) for epoch in range(4)]
         met = epochs[0][0] != np.arange(len(made[1]))
-        coins = np.array([coin[met] for _, coin in epochs])
-        assert (coins[0] != coins[1]).all()
-        assert (coins[2] != coins[3]).all()
-        for drawn in (coins[0], coins[2], coins[0] == coins[2], coins[0] == self.meet(made, 0, seed=6)[1][met]):
-            assert abs(drawn.mean() - 0.5) < 4 * 0.5 / np.sqrt(met.sum() / 2)
+        exchanged = np.array([exchange[met] for _, exchange in epochs])
+        assert (exchanged[0] != exchanged[1]).all()
+        assert (exchanged[0] == exchanged[2]).all()
+        assert {tuple(self.meet(made, 0, seed)[1][met]) for seed in range(20)} == {
+            tuple(exchanged[0]), tuple(exchanged[1])
+        }  # fmt: skip
+
+    def test_half_of_what_looks_alike_is_exchanged(self, made):
+        """So that a rule on lengths is at chance in one epoch of a few hundred pairs, too."""
+        _, index, pairs = made
+        partners, exchange = self.meet(made, 0)
+        asked = partners != np.arange(len(index))
+        assert abs(int(exchange[asked].sum()) * 2 - int(asked.sum())) <= 2
+        a_length = pairs.a_length.astype(int)
+        owner = np.where(exchange, partners, np.arange(len(index)))
+        b_length = index.length.astype(int)[owner] - a_length[owner]
+        for lengths, apart in ((b_length, 0.02), (a_length, 0.05)):
+            for value in range(5):
+                of_length = asked & (np.minimum(lengths // 8, 4) == value)
+                assert abs(exchange[of_length].mean() - 0.5) < apart, (value, of_length.sum())
+        sides = exchange[asked & (partners > np.arange(len(index)))]
+        assert 0.4 < (sides[1:] == sides[:-1]).mean() < 0.6
 
     def test_cuts_are_sentence_ends_or_word_starts(self, made):
         store, index, pairs = made

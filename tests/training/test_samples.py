@@ -27,7 +27,7 @@ def test_a_run_of_other_samples_is_not_resumed(data: Path, older: Path) -> None:
     before = (older / "attempts.jsonl").read_text()
     words = ["demo", "--run-dir", str(older), f"data.path={data}", *SMALL]
     found = complaint(dsbert_process("pretrain", *words))
-    assert "of samples as this dsbert makes them (version 3)" in found
+    assert "of samples as this dsbert makes them (version 4)" in found
     assert "found version 1: start anew in another --run-dir, or go on with the dsbert that began it" in found
     assert (older / "attempts.jsonl").read_text() == before
 
