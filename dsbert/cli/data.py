@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dsbert.base.cores import usable_cores
 from dsbert.base.errors import UserError
 from dsbert.cli.checkpoints import as_json_option, show
 from dsbert.cli.parameters import PathName, examples
@@ -120,7 +121,7 @@ def _processes(ranks: object) -> int:
         if given and not given.isdecimal():
             raise UserError(f"expected a number in SLURM_CPUS_PER_TASK, found {given!r}: give --nproc")
         return max(1, int(given or 1))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 @click.command(epilog=examples("dsbert data data/sotu --seq-len 64 --examples 1"))

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from dsbert.base.awake import AwakeClock
+from dsbert.base.cores import usable_cores
 from dsbert.base.errors import EXIT_REQUEUE, combine_exit_codes, printable
 from dsbert.cluster.memory_kills import memory_kills, why_killed
 from dsbert.cluster.secret import SECRET_ENV, new_secret
@@ -193,15 +194,8 @@ def _environment(rank: int, nproc: int, listener: socket.socket, secret: str) ->
     }
     if rank == 0:
         environment[LISTEN_FD_ENV] = str(listener.fileno())
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // nproc)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
     return environment
-
-
-def _usable_cores() -> int:
-    """Cores that this process may run on: a job's share, where the system says so, not the whole machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _supervise(

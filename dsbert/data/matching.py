@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsbert.data.hashing import PAIRS, SIDES, UInt64s, below, hash64
-from dsbert.data.profiles import OUTSIDE_BITS, UNIT, Cuts
+from dsbert.data.profiles import LENGTH_BITS, OUTSIDE_BITS, UNIT, Cuts
 
 Int64s = NDArray[np.int64]
 
@@ -72,8 +72,12 @@ def _sides(partner: Int64s, a_length: Int64s, outside: UInt64s, first: int) -> N
     So when one side exchanges Bs, half of what has a length and edges of one kind does, and not half of it by chance.
     """
     lower = np.flatnonzero(partner > np.arange(len(partner)))
-    together = a_length[lower] + a_length[partner[lower]]
-    order = lower[np.lexsort((together, outside[lower]))]
+    together = (a_length[lower] + a_length[partner[lower]]).astype(np.uint64)
+    bits = len(lower).bit_length()
+    packed = ((outside[lower] << np.uint64(LENGTH_BITS + 1)) | together) << np.uint64(bits)
+    packed |= np.arange(len(lower), dtype=np.uint64)
+    packed.sort()
+    order = lower[(packed & np.uint64((1 << bits) - 1)).astype(np.int64)]
     heads = np.repeat(order[::2] + first, 2)[: len(order)]
     sides = np.zeros(len(partner), dtype=np.bool_)
     sides[order] = (hash64([SIDES], heads) >> np.uint64(63)) ^ np.arange(len(order), dtype=np.uint64) & np.uint64(1)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dsbert.base.cores import usable_cores
 from dsbert.base.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, DsbertError, UserError
 from dsbert.cluster.launcher import PARENT_PID_ENV, module_command
 from dsbert.experiment.cell_results import outcome
@@ -174,7 +175,7 @@ def prepare_data(experiment: Experiment, directory: Path, say: Callable[[str], N
 
 def threads_for(jobs: int) -> int:
     """Of each of so many trainings at a time, where it is not said: the cores shared out."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, usable_cores() // jobs)
 
 
 def say(line: str) -> None:
