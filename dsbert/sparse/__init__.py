@@ -2,7 +2,7 @@
 
     config           which weights are sparse, how, and how the pattern moves; sparsity_errors.py what cannot be had
     convert          replaces a model's linear layers; linear.py is the layer
-    topology         where the blocks of one weight stand; balance.py as many in every row
+    topology         where the blocks of one weight stand; balance.py as many in every row or column
     draw             random choices without a generator
     mask_manager     one collective decision per update: regrow.py which blocks, schedule.py when and how many
     block_editor     how the manager reaches weights and moments; flat_blocks.py blocks in a slice of a flat parameter

@@ -42,8 +42,9 @@ class SparsityConfig(Section):
 
     sparsity = 1 - density. modules: patterns (fnmatch) over the names of the nn.Linear modules to replace.
     group_lasso: lambda of the decoupled Group Lasso, 0 = off. balance: "rows" keeps as many blocks in every block row,
-    for speed; the paper leaves that to chance. allow_density_error: accept a weight so small that whole blocks miss the
-    density by more than a quarter. kernels: what computes the products, see sparse/kernels/dispatch.py.
+    for speed, "even" the paper's number with rows and columns about equal; the paper leaves that to chance.
+    allow_density_error: accept a weight so small that whole blocks miss the density by more than a quarter. kernels:
+    what computes the products, see sparse/kernels/dispatch.py.
     prune_score, regrow: names of `PRUNE_SCORES` and `REGROW_RULES`, to which a program may add its own.
 
     Not the paper's, and off by default: update_every_steps in place of num_updates; update_from, update_until: the part
@@ -64,7 +65,7 @@ class SparsityConfig(Section):
     prune_score: Annotated[str, _one_of("flat_blocks", "PRUNE_SCORES", BUILT_IN_SCORES)] = "l1"
     regrow: Annotated[str, _one_of("regrow", "REGROW_RULES", BUILT_IN_RULES)] = "random"
     group_lasso: Number = Field(0.0, ge=0)
-    balance: Literal["none", "rows"] = "none"
+    balance: Literal["none", "rows", "even"] = "none"
     allow_density_error: Flag = False
     update_every_steps: Whole | None = Field(None, gt=0)
     update_from: Number = Field(0.0, ge=0, lt=1)
@@ -79,6 +80,8 @@ class SparsityConfig(Section):
             raise ValueError(
                 f"expected sparsity.update_from below update_until {self.update_until:g}, found {self.update_from:g}"
             )
+        if self.balance == "even" and self.regrow != "random":
+            raise ValueError(f"expected sparsity.regrow random beside balance even, found {self.regrow}")
         return self
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsbert.sparse.balance import prunable, smallest_in_rows
+from dsbert.sparse.balance import draw_evenly, prunable, smallest_in_rows
 from dsbert.sparse.draw import DrawKey, draw_positions, hash_positions, smallest
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate
 
@@ -82,8 +82,9 @@ def prune_and_regrow(
     gradient_norms: [R, C], for rules that need them.
     A block is eligible for regrowth if it was empty BEFORE the update, so a pruned one cannot come straight back; the
     number pruned is capped by the number of empty blocks. Freed slots and new positions are paired in ascending order;
-    with balance "rows" every row regrows what it lost. Raises ValueError for norms of another number, or no gradient
-    norms where the rule needs them. may_prune: bool [K], slots that may go; all if None.
+    with balance "rows" every row regrows what it lost, with "even" rows and columns that have fewest grow, whatever
+    the rule. may_prune: bool [K], slots that may go; all if None. Raises ValueError for norms of another number, or no
+    gradient norms where the rule needs them.
     """
     if norms.numel() != topology.num_active:
         raise ValueError(f"expected {topology.num_active} block norms, found {norms.numel()}")
@@ -102,7 +103,11 @@ def prune_and_regrow(
     else:
         count = min(num_pruned, old.numel(), eligible.numel() - topology.num_active)
         slots = old[smallest(norms.flatten()[old], count)]
-        if how.draw is not None:
+        if balance == "even":
+            stay = topology.mask().flatten()
+            stay[topology.positions()[slots]] = False
+            positions = draw_evenly(key, eligible, stay.view(topology.grid), count)
+        elif how.draw is not None:
             positions = how.draw(key, eligible.flatten(), count)
         else:
             empty = eligible.flatten().nonzero().flatten()

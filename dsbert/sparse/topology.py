@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from dsbert.sparse.balance import blocks_per_row, draw_in_rows
+from dsbert.sparse.balance import blocks_per_row, draw_evenly, draw_in_rows
 from dsbert.sparse.draw import DrawKey, draw_positions
 
 
@@ -61,13 +61,16 @@ class BlockTopology:
     def random(
         cls, shape: tuple[int, int], block_size: int, density: float, key: DrawKey, balance: str = "none"
     ) -> BlockTopology:
-        """`density` of the blocks, uniform without replacement (paper, algorithm 1), or as many in every row if balance
-        is "rows"; slots in row-major order."""
+        """`density` of the blocks, uniform without replacement (paper, algorithm 1), or as `balance` says; slots in
+        row-major order."""
         num_rows, num_cols = grid(shape, block_size)
         eligible = torch.ones(num_rows, num_cols, dtype=torch.bool)
         if balance == "rows":
             quotas = torch.full((num_rows,), blocks_per_row(num_cols, density))
             positions = draw_in_rows(key, eligible, quotas)
+        elif balance == "even":
+            kept = num_active_blocks(shape, block_size, density)
+            positions = draw_evenly(key, eligible, torch.zeros_like(eligible), kept)
         else:
             positions = draw_positions(key, eligible.flatten(), num_active_blocks(shape, block_size, density))
         return cls(shape, block_size, (positions // num_cols).int(), (positions % num_cols).int())

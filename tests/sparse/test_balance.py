@@ -77,10 +77,11 @@ def test_refuses_what_a_row_does_not_have():
     assert prunable(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), 3, torch.tensor([1, 0])).tolist() == [0]
 
 
-def test_the_manager_keeps_rows_balanced():
+@pytest.mark.parametrize("balance", ["rows", "even"])
+def test_the_manager_keeps_rows_balanced(balance):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 64))
-    config = SparsityConfig(sparsity=0.7, block_size=8, modules=("*",), num_updates=5, balance="rows")
+    config = SparsityConfig(sparsity=0.7, block_size=8, modules=("*",), num_updates=5, balance=balance)
     layers = sparsify_(model, config, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     masks = MaskManager(layers, config, total_steps=10, editor=TorchBlockEditor(optimizer), seed=1)
@@ -92,5 +93,75 @@ def test_the_manager_keeps_rows_balanced():
         masks.maybe_update(step)
     masks.verify_replicas()
     for name, layer in layers.items():
-        assert set(per_row(layer.topology)) == {layer.num_active // layer.topology.grid[0]}
+        if balance == "rows":
+            assert set(per_row(layer.topology)) == {layer.num_active // layer.topology.grid[0]}
+        assert spread(per_row(layer.topology)) <= 2
         assert layer.digest() != before[name]
+
+
+def spread(numbers):
+    return max(numbers) - min(numbers)
+
+
+def per_col(topology):
+    return torch.bincount(topology.cols.long(), minlength=topology.grid[1]).tolist()
+
+
+class TestEven:
+    @pytest.mark.parametrize(
+        ("shape", "size", "density"),
+        [((128, 128), 16, 0.1), ((128, 512), 16, 0.1), ((512, 128), 4, 0.1), ((64, 64), 8, 0.9), ((64, 32), 8, 1.0)],
+    )
+    def test_rows_and_columns_begin_as_equal_as_can_be(self, shape, size, density):
+        for seed in range(5):
+            key = DrawKey(seed, "init", 0, "x")
+            topology = BlockTopology.random(shape, size, density, key, "even")
+            assert topology.num_active == num_active_blocks(shape, size, density, "even")
+            assert topology.num_active == num_active_blocks(shape, size, density)
+            assert spread(per_row(topology)) <= 1
+            assert spread(per_col(topology)) <= (1 if density < 0.5 else 2)
+            assert topology.digest() == BlockTopology.random(shape, size, density, key, "even").digest()
+
+    def test_every_place_is_drawn_as_often(self):
+        hits, rounds = torch.zeros(8, 4), 600
+        for seed in range(rounds):
+            topology = BlockTopology.random((64, 32), 8, 0.19, DrawKey(seed, "init", 0, "x"), "even")
+            hits += topology.mask()
+        expected = rounds * 6 / 32
+        assert ((hits - expected) ** 2 / expected).sum().item() < 61.1  # 31 degrees of freedom, p = 0.001
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        rows=st.integers(1, 9), cols=st.integers(1, 9), density=st.floats(0.05, 1.0), seed=st.integers(0, 999),
+        asked=st.integers(0, 90),
+    )  # fmt: skip
+    def test_what_is_regrown_goes_where_least_is(self, rows, cols, density, seed, asked):
+        generator = torch.Generator().manual_seed(seed)
+        before = BlockTopology.random((4 * rows, 4 * cols), 4, density, DrawKey(seed, "init", 0, "x"))
+        norms = torch.randint(1000, (before.num_active,), generator=generator)
+        update = prune_and_regrow(before, norms, asked, DrawKey(seed, "regrow", 1, "x"), balance="even")
+        after = before.replace(update)
+        assert after.num_active == before.num_active
+        count = min(asked, rows * cols - before.num_active)
+        assert update.slots.tolist() == sorted(sorted(range(len(norms)), key=lambda slot: (norms[slot], slot))[:count])
+        new = set((update.rows.long() * cols + update.cols).tolist())
+        assert not new & set(before.positions().tolist())
+        # Nothing was grown in a row above one that had room for it.
+        room = [
+            any(row * cols + col not in {*before.positions().tolist(), *new} for col in range(cols))
+            for row in range(rows)
+        ]
+        numbers = per_row(after)
+        for row in {position // cols for position in new}:
+            assert all(numbers[row] <= numbers[other] + 1 for other in range(rows) if room[other])
+
+    def test_fills_empty_rows_and_columns_first(self):
+        shape, key = (128, 128), DrawKey(3, "regrow", 1, "x")
+        crowded = BlockTopology((shape), 16, torch.arange(8, dtype=torch.int32) // 4, torch.arange(8).int() % 4)
+        after = crowded.replace(prune_and_regrow(crowded, torch.arange(8.0), 6, key, balance="even"))
+        assert sum(number == 0 for number in per_row(after)) == 1
+        assert sum(number == 0 for number in per_col(after)) <= 2
+
+    def test_is_refused_beside_other_rules(self):
+        with pytest.raises(ValueError, match=r"expected sparsity\.regrow random beside balance even, found gradient"):
+            SparsityConfig(balance="even", regrow="gradient")
