@@ -83,7 +83,7 @@ def draw_evenly(key: DrawKey, eligible: Tensor, active: Tensor, count: int) -> T
     while left:
         of_rows, of_cols = _drawn_orders(key, drawn, num_rows, num_cols)
         drawn += 1
-        has_room = free.any(1)
+        has_room: NDArray[np.bool_] = np.logical_or.reduce(free, axis=1)
         rows = of_rows[has_room[of_rows] & (in_row[of_rows] == in_row[has_room].min())][:left]
         cols = _next_filled(in_col, of_cols, len(rows))
         fits = free[rows, cols]
