@@ -51,9 +51,18 @@ from dsbert.cli.parameters import PathName, examples
 @click.option("--min-words", type=click.IntRange(min=1), default=3, show_default=True, help="Drop shorter documents.")
 @click.option("--near-duplicates", is_flag=True, help="Drop documents that nearly repeat another, too (MinHash).")
 @click.option("--text-column", default="text", show_default=True, help="What tables call their text.")
+@click.option(
+    "--seq-len",
+    multiple=True,
+    type=int,
+    metavar="TOKENS",
+    help="Index samples of this length now: else the first start does, while its ranks wait. Repeatable.",
+)
 @click.option("--nproc", type=click.IntRange(min=1), help="Processes here. Default: one per core; of a rank, one.")
 @as_json_option
-def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool, **options: Any) -> None:
+def prepare(
+    source: tuple[str, ...], to: Path, seq_len: tuple[int, ...], nproc: int | None, as_json: bool, **options: Any
+) -> None:
     """Turn text into a tokenizer and token shards.
 
     Run it again after any interruption, and it goes on where it stopped. Under mpiexec or srun all ranks share the
@@ -65,7 +74,11 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     from dsbert.data.preparing.prepare import prepare as run
     from dsbert.data.preparing.prepare import work_directory
     from dsbert.data.preparing.work_queue import PeerFailedError, join_work_queue
+    from dsbert.data.spans import check_length
+    from dsbert.data.stream import index_samples
 
+    for length in seq_len:
+        check_length(length)
     ranks = ranks_from_environment()
     try:
         with (
@@ -76,6 +89,8 @@ def prepare(source: tuple[str, ...], to: Path, nproc: int | None, as_json: bool,
     except PeerFailedError as error:  # that rank has said it
         raise SystemExit(error.exit_code) from None
     if queue.is_main:
+        for length in seq_len:
+            index_samples(to, length)
         for_people = {
             "left_out": left_out_lines(summary["left_out"]) or "no file",
             "unknown": f"{summary['unknown']:.2%} of the tokens are [UNK]",

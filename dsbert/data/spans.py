@@ -54,8 +54,7 @@ class SpanIndex:
         Raises:
             UserError: seq_len is out of bounds.
         """
-        if not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
-            raise UserError(f"seq_len must be in [{MIN_SEQ_LEN}, {MAX_SEQ_LEN}], got {seq_len}")
+        check_length(seq_len)
         parts: list[SpanIndex] = []
         first_document = 0
         for shard, first_token in zip(store.shards, store.token_offsets, strict=False):
@@ -84,6 +83,12 @@ class SpanIndex:
 
         arrays, numbers = find_or_make(Path(data_dir) / span_index_name(split, seq_len), meta, make, suspect)
         return cls(**{name: arrays[name] for name in _ARRAYS}, dropped_tokens=numbers["dropped_tokens"])
+
+
+def check_length(seq_len: int) -> None:
+    """Raises UserError where samples cannot be so long."""
+    if not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
+        raise UserError(f"seq_len must be in [{MIN_SEQ_LEN}, {MAX_SEQ_LEN}], got {seq_len}")
 
 
 def span_index_name(split: str, seq_len: int) -> str:

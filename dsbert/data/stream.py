@@ -85,6 +85,14 @@ def assert_samples(identity: Mapping[str, Any], run_dir: Path) -> None:
         )
 
 
+def index_samples(data_dir: str | Path, seq_len: int) -> None:
+    """Make the indices of all splits, which the first run would make while its other ranks wait. Raises UserError and
+    DataError as `SampleStream.open`."""
+    for split, entry in load_manifest(data_dir).splits.items():
+        if entry.tokens > 1:
+            SampleStream.open(data_dir, split, seq_len, seed=0)
+
+
 @dataclass(frozen=True)
 class _Texts:
     """What stands in each row, all int64 [b]: the tokens of A and B as (global start, length), and the NSP label."""

@@ -19,9 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsbert.data.manifest import Manifest, load_manifest
+from dsbert.data.manifest import SPLITS, Manifest, load_manifest
+from dsbert.data.pairs import Pairs
 from dsbert.data.preparing import pieces
 from dsbert.data.preparing.prepare import prepare
+from dsbert.data.spans import SpanIndex
+from dsbert.data.stream import SampleStream
 from tests.commands import dsbert
 from tests.data.conftest import make_text
 
@@ -67,6 +70,21 @@ def test_piece_size_and_processes_change_nothing(corpus, alone, tmp_path):
     for path in (tmp_path / "two").rglob("*"):
         if path.is_file() and path.name != "manifest.json":
             assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / "two")).read_bytes()
+
+
+def test_samples_are_indexed_where_their_length_is_given(corpus, tmp_path, monkeypatch):
+    """Then the first start, with its many ranks, makes none."""
+    to = tmp_path / "data"
+    assert dsbert(*arguments(corpus, to, "--seq-len", "32", "--seq-len", "64"))[0] == 0
+    made = sorted(path.name for path in to.glob("*-*-*"))
+    assert made == sorted(f"{kind}-{split}-{n}" for kind in ("pairs", "spans") for split in SPLITS for n in (32, 64))
+    for module in (SpanIndex, Pairs):
+        monkeypatch.setattr(module, "build", None)
+    for split in SPLITS:
+        assert SampleStream.open(to, split, 32, seed=1).num_samples
+    code, _, err = dsbert(*arguments(corpus, tmp_path / "other", "--seq-len", "5"))
+    assert (code, err) == (2, "dsbert: seq_len must be in [8, 32768], got 5\n")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
