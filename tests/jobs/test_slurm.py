@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dsbert.cluster.launcher import module_command
 from dsbert.config.recipe_files import RECIPES
@@ -306,6 +307,53 @@ def test_one_task_of_an_array_is_requeued_alone(
     assert_equal_to(last_checkpoint(other.run_dir), last_checkpoint(one.run_dir))
     what = "SLURM: the signal to one task of an array: it alone is requeued, and ends as its undisturbed sibling"
     fault_table.identical([fault_table.row("5", what, time.time() - struck, [75], None)])
+
+
+def test_an_experiment_is_an_array_of_its_cells(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
+    """Four cells on four nodes; while they are queued nobody submits them again, and what is done is never again."""
+    small = dict(word.split("=", 1) for word in SMALL) | {"data.path": str(data)}
+    arms = {name: {"overrides": {"sparsity.pattern": name}} for name in ("static", "dynamic")}
+    file = tmp_path / "cells.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "base": "demo", "seeds": [1, 2], "arms": arms, "compare": [["dynamic", "static"]],
+                "overrides": {key: yaml.safe_load(value) for key, value in small.items()},
+            }
+        )
+    )  # fmt: skip
+    command = [sys.executable, "-m", "dsbert", "experiment"]
+    place = ["--dir", str(tmp_path / "cells")]
+
+    def submit(*words: str) -> subprocess.CompletedProcess[str]:
+        slurm = ["--slurm", "--nodes", "1", "--time", "30", "--json"]
+        return cluster.run(
+            *command, str(file), *place, *slurm, *words, cwd=tmp_path, env=ENVIRONMENT | _LEFT_OVER, check=False
+        )
+
+    held = submit("--sbatch=--hold")
+    assert held.returncode == 0, held.stderr
+    number = json.loads(held.stdout)["job_id"]
+    again = submit()
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "4 cells are queued or at work already" in again.stderr
+    cluster.run("scontrol", "release", number)
+
+    def done() -> int:
+        states = tmp_path.glob("cells/cells/*/status.json")
+        return sum(json.loads(path.read_text())["outcome"] == "done" for path in states)
+
+    wait_for(lambda: done() == 4, START_S, "four cells", step_s=0.2)
+    shown = subprocess.run(
+        [*command, "table", str(file), *place, "--format", "json"], capture_output=True, text=True, env=ENVIRONMENT,
+        check=True,
+    )  # fmt: skip
+    found = json.loads(shown.stdout)
+    assert found["notes"] == []
+    assert [row["n"] for row in found["arms"]] == ["2", "2"]
+    over = submit()
+    assert over.returncode == 2
+    assert "found none of 4" in over.stderr
 
 
 def test_a_users_mistake_is_not_requeued(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
