@@ -17,11 +17,16 @@ from torch import Tensor
 @dataclass(frozen=True)
 class PruneScore:
     """A block's score, exact under any sharding: integer terms (fp32 [...] -> int64 [...]), combined by sum or max over
-    a block and over ranks. A term is `scale` times what it stands for."""
+    a block and over ranks. A term is `scale` times what it stands for.
+
+    by_age(scores int64 [K], ages int64 [K]): what is compared in place of the combined scores: [K], of any ordered
+    dtype, on the CPU, by arithmetic that is the same on every machine. ages: see `MaskManager`.
+    """
 
     terms: Callable[[Tensor], Tensor]
     combine: Literal["sum", "max"]
     scale: float
+    by_age: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 # Fixed point. Integer sums do not depend on the order or on where shards are cut, so equal weights give equal scores
@@ -39,11 +44,31 @@ def _squared(w: Tensor) -> Tensor:
     return w.square().clamp_(max=_L2_MAX).mul_(_L2_SCALE).long()
 
 
+# A tenth of the paper's 80 updates: from then on a block is judged by what it is, not by the time that it had.
+_GROWN_UPDATES = 8
+
+
+def _per_root_of_age(scores: Tensor, ages: Tensor) -> Tensor:
+    """What a block has grown beyond what chance makes of one of its age: float64 [K].
+
+    A regrown block begins at zero, and Adam moves each of its weights by about the learning rate in every step,
+    whatever the size of the gradient. Where gradients are noise alone the signs of these steps are those of a coin,
+    and |w| grows as the square root of their number; where they agree it grows as the number itself. So norm /
+    sqrt(age) is the same at every age for a block that nothing but noise moves, which gains nothing by being young,
+    and for one that is of use it rises with the age. Dividing by the age itself would keep what is new and noise before
+    what is old and of use. The blocks of the start did not begin at zero: they are compared as they are, as those are
+    that have had `_GROWN_UPDATES` intervals, since weight decay and a falling rate end what was linear.
+    """
+    # Multiplication, division and square root of doubles are rounded alike everywhere.
+    return scores.double() * (_GROWN_UPDATES / ages.clamp(max=_GROWN_UPDATES).double()).sqrt()
+
+
 # What `SparsityConfig.prune_score` may name; a program may add scores of its own. l2 is the norm's square.
 PRUNE_SCORES: dict[str, PruneScore] = {
     "l1": PruneScore(_absolute, "sum", _L1_SCALE),
     "l2": PruneScore(_squared, "sum", _L2_SCALE),
     "linf": PruneScore(_absolute, "max", _L1_SCALE),
+    "l1_by_age": PruneScore(_absolute, "sum", _L1_SCALE, _per_root_of_age),
 }
 
 

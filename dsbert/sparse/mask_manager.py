@@ -25,6 +25,9 @@ from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest, pack_bits, unpack_bits
 
+# The age of blocks that stand where the start has put them, in updates.
+_OLDEST = 2**31 - 1
+
 
 @dataclass(frozen=True, eq=False)
 class MaskUpdate:
@@ -49,6 +52,7 @@ class MaskManager:
     Call `maybe_update(step)` after every optimizer step, step = 1, 2, ... If the rule of regrowth
     needs it, the layers are armed one step ahead to collect the dense gradient: fp32 [out, in] per layer, alive during
     that step only, and one all-reduce of all of them. PeerError on every rank if the ranks' topologies ever differ.
+    The age of a block is counted in updates, so that it does not depend on how many steps lie between them.
     """
 
     def __init__(
@@ -155,7 +159,7 @@ class MaskManager:
     def _update(self, number: int, step: int, schedule: UpdateSchedule) -> MaskUpdate:
         start = time.perf_counter()
         self.verify_replicas()  # the update rewrites the kernels' buffers: it must not heal what went wrong before it
-        scores = self._reduced_scores()
+        scores = self._reduced_scores(number)
         gradient_norms = self._reduced_gradient_norms()
         updates = {}
         for name, topology in self.topologies.items():
@@ -177,11 +181,14 @@ class MaskManager:
         )
 
     def _may_prune(self, name: str, number: int) -> Tensor | None:
-        """bool [K]: blocks that update `number` may prune; None if all. Those of the start are not young."""
-        if not self.config.min_age_updates:
-            return None
-        born = self._born[name]
-        return (born == 0) | (number - born >= self.config.min_age_updates)
+        """bool [K]: blocks that update `number` may prune; None if all."""
+        return self._ages(name, number) >= self.config.min_age_updates if self.config.min_age_updates else None
+
+    def _ages(self, name: str, number: int) -> Tensor:
+        """int64 [K]: at update `number`, how many updates ago each block was allocated, 1 or more. Those of the start,
+        which did not begin at zero, are not young at any time."""
+        born = self._born[name].long()
+        return torch.where(born == 0, _OLDEST, number - born)
 
     def _apply(self, name: str, update: TopologyUpdate, number: int) -> None:
         layer = self.layers[name]
@@ -191,11 +198,14 @@ class MaskManager:
         self._born[name][update.slots] = number
         self._explored[name][update.rows.long(), update.cols.long()] = True
 
-    def _reduced_scores(self) -> dict[str, Tensor]:
-        """Scores of all blocks by layer (int64 [K], CPU), after ONE all-reduce over all layers."""
+    def _reduced_scores(self, number: int) -> dict[str, Tensor]:
+        """By layer what update `number` compares blocks by ([K], CPU), after ONE all-reduce over all layers."""
         parts = [self._editor.block_scores(layer, self._score) for layer in self.layers.values()]
-        scores = all_reduce(torch.cat(parts), self._score.combine, self._group).cpu()
-        return dict(zip(self.layers, scores.split([part.numel() for part in parts]), strict=True))
+        flat = all_reduce(torch.cat(parts), self._score.combine, self._group).cpu()
+        scores = dict(zip(self.layers, flat.split([part.numel() for part in parts]), strict=True))
+        if (by_age := self._score.by_age) is not None:
+            scores = {name: by_age(own, self._ages(name, number)) for name, own in scores.items()}
+        return scores
 
     def _reduced_gradient_norms(self) -> dict[str, Tensor]:
         """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if unused. A
