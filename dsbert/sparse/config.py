@@ -51,10 +51,19 @@ class SparsityConfig(Section):
     Not the paper's, and off by default: update_every_steps in place of num_updates; update_from, update_until: the part
     of the run in which updates fall; min_age_updates: a block that an update has allocated is not pruned before so many
     intervals have passed; initial_scale: "inverse_sqrt" multiplies the initial values of sparse weights by
-    1 / sqrt(density), by which outputs begin as large as a dense layer's.
+    1 / sqrt(density), by which outputs begin as large as a dense layer's; fresh_moments: what Adam knows of a regrown
+    block: nothing ("zero", the paper), the "mean" second moment of the blocks of its weight that stay, or nothing but
+    its own step "count", by which the bias of its moments is corrected (sparse/fresh_moments.py).
     """
 
-    added_later = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale")
+    added_later = (
+        "update_every_steps",
+        "update_from",
+        "update_until",
+        "min_age_updates",
+        "initial_scale",
+        "fresh_moments",
+    )
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
     sparsity: Number = Field(0.9, ge=0, lt=1)
@@ -73,6 +82,7 @@ class SparsityConfig(Section):
     update_until: Number = Field(1.0, gt=0, le=1)
     min_age_updates: Whole = Field(0, ge=0)
     initial_scale: Literal["none", "inverse_sqrt"] = "none"
+    fresh_moments: Literal["zero", "mean", "count"] = "zero"
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
     @model_validator(mode="after")

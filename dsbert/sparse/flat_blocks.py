@@ -77,6 +77,14 @@ def _whole_blocks(offset: int, numel: int, block_numel: int) -> tuple[int, int]:
     return -(-offset // block_numel), (offset + numel) // block_numel
 
 
+def per_element(values: Tensor, offset: int, numel: int, block_numel: int) -> Tensor:
+    """Of each element of the slice [offset, offset + numel) the value of its block: values [num_blocks] -> [numel]."""
+    if numel == 0:
+        return values[:0]
+    first, last = offset // block_numel, (offset + numel - 1) // block_numel
+    return values[first : last + 1].repeat_interleave(block_numel)[offset - first * block_numel :][:numel]
+
+
 def partial_scores(flat: Tensor, offset: int, num_blocks: int, block_numel: int, score: PruneScore) -> Tensor:
     """What the slice contributes to the scores of all blocks: int64 [num_blocks], zero where it covers nothing.
 
@@ -102,8 +110,8 @@ def partial_scores(flat: Tensor, offset: int, num_blocks: int, block_numel: int,
     return out
 
 
-def zero_blocks_(flat: Tensor, offset: int, block_numel: int, slots: Tensor) -> None:
-    """Zero, in the slice, whatever belongs to the blocks `slots` (int64 [n], ascending)."""
+def fill_blocks_(flat: Tensor, offset: int, block_numel: int, slots: Tensor, value: float = 0.0) -> None:
+    """Set to `value`, in the slice, whatever belongs to the blocks `slots` (int64 [n], ascending)."""
     numel = flat.numel()
     if numel == 0 or slots.numel() == 0:
         return
@@ -111,8 +119,8 @@ def zero_blocks_(flat: Tensor, offset: int, block_numel: int, slots: Tensor) -> 
     if first < last:
         inside = slots[(slots >= first) & (slots < last)] - first
         start = first * block_numel - offset
-        flat.narrow(0, start, (last - first) * block_numel).view(-1, block_numel).index_fill_(0, inside, 0)
+        flat.narrow(0, start, (last - first) * block_numel).view(-1, block_numel).index_fill_(0, inside, value)
     for block in {offset // block_numel, (offset + numel - 1) // block_numel}:
         if not first <= block < last and bool((slots == block).any()):
             start = max(block * block_numel - offset, 0)
-            flat[start : (block + 1) * block_numel - offset].zero_()
+            flat[start : (block + 1) * block_numel - offset].fill_(value)
