@@ -175,7 +175,7 @@ def test_without_the_option_the_reference_is_another_one():
 
 def test_old_blocks_are_left_alone():
     """Those of 17,320 steps with beta2 = 0.999: nothing is left to correct in fp32. Younger ones are corrected."""
-    births = torch.tensor([0, 1000, 20000, 37320, 37330], dtype=torch.int32)
+    births = torch.tensor([0, 1000, 20000, 26840, 37330], dtype=torch.int32)
     weights, m = torch.zeros(5 * NUMEL), torch.ones(5 * NUMEL)
     group = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-6}
     correct_bias_(weights, (m, m.clone()), 0, NUMEL, births=births, step=37340, group=group)
@@ -187,6 +187,17 @@ def test_old_blocks_are_left_alone():
         moments = m[first:second], m[first:second]
         correct_bias_(part, moments, first, NUMEL, births=births, step=37340, group=group)
         assert torch.equal(part, weights[first:second])
+
+
+def test_what_the_optimizer_holds_still_is_not_corrected():
+    """torch leaves alone what has no gradient."""
+    toy = Toy(fresh_moments="count")
+    toy.train(stop=5)
+    before = [layer.blocks.detach().clone() for layer in toy.layers.values()]
+    toy.optimizer.zero_grad()
+    toy.optimizer.step()
+    for layer, blocks in zip(toy.layers.values(), before, strict=True):
+        assert torch.equal(layer.blocks, blocks)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 10])
