@@ -2,7 +2,7 @@
 
     step_00001000/
         fragments-00000-of-00002.safetensors    weights and moments, one file per rank (fragments.py)
-        topology.safetensors                    rows, cols, birth and explored positions of every sparse weight
+        topology.safetensors                    rows, cols, births and explored positions of every sparse weight
         state.json                              counters, identity, recipe, shapes
         tokenizer/, unigram.npy                 what evaluation and export need of the data
         manifest.json                           name, size and checksum of every file above

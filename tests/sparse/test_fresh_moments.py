@@ -1,4 +1,3 @@
-import functools
 import itertools
 import math
 from fractions import Fraction
@@ -36,7 +35,7 @@ def test_the_mean_is_exact_whatever_the_shards(data):
     found = exact_mean(torch.stack(parts).sum(0), int(kept.sum()) * NUMEL)
     chosen = [value for value, keep in zip(moments.view(-1, NUMEL).tolist(), kept.tolist(), strict=True) if keep]
     numbers = [Fraction(number) for block in chosen for number in block]
-    expected = sum(numbers) / len(numbers) if numbers else Fraction(0)
+    expected = sum(numbers, Fraction(0)) / max(len(numbers), 1)
     assert abs(Fraction(found) - expected) <= max(expected / 2**52, Fraction(1, 2**87))
 
 
@@ -226,9 +225,10 @@ def test_another_optimizer_is_refused(fresh_moments):
         toy.masks = toy.manager()
         toy.train(stop=4)
 
-    for make in (functools.partial(torch.optim.SGD, momentum=0.9), functools.partial(torch.optim.Adam, amsgrad=True)):
-        toy.optimizer = make(toy.model.parameters(), lr=1e-2)
-        toy.editor = TorchBlockEditor(toy.optimizer)
+    parameters = list(toy.model.parameters())
+    for optimizer in (torch.optim.SGD(parameters, lr=0.1, momentum=0.9), torch.optim.Adam(parameters, amsgrad=True)):
+        toy.optimizer = optimizer  # type: ignore[assignment]
+        toy.editor = TorchBlockEditor(optimizer)
         with pytest.raises(ValueError, match="expected Adam or AdamW without amsgrad"):
             train()
 
