@@ -6,7 +6,7 @@ the arithmetic of which blocks such a slice covers, without a loop over slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,12 +77,24 @@ def _whole_blocks(offset: int, numel: int, block_numel: int) -> tuple[int, int]:
     return -(-offset // block_numel), (offset + numel) // block_numel
 
 
-def per_element(values: Tensor, offset: int, numel: int, block_numel: int) -> Tensor:
-    """Of each element of the slice [offset, offset + numel) the value of its block: values [num_blocks] -> [numel]."""
+def runs(offset: int, numel: int, block_numel: int) -> Iterator[tuple[slice, int, int]]:
+    """Of the slice [offset, offset + numel): (which of its elements, first block, number of blocks), for the rest of a
+    block that begins before it, whole blocks, and the part of one that ends behind it; none is empty.
+
+    Such elements, seen as [blocks, -1], have a row for each block.
+    """
     if numel == 0:
-        return values[:0]
-    first, last = offset // block_numel, (offset + numel - 1) // block_numel
-    return values[first : last + 1].repeat_interleave(block_numel)[offset - first * block_numel :][:numel]
+        return
+    first, last = _whole_blocks(offset, numel, block_numel)
+    if first > last:
+        yield slice(0, numel), last, 1
+        return
+    head, tail = first * block_numel - offset, offset + numel - last * block_numel
+    for start, stop, block, blocks in (
+        (0, head, first - 1, 1), (head, numel - tail, first, last - first), (numel - tail, numel, last, 1),
+    ):  # fmt: skip
+        if start < stop:
+            yield slice(start, stop), block, blocks
 
 
 def partial_scores(flat: Tensor, offset: int, num_blocks: int, block_numel: int, score: PruneScore) -> Tensor:

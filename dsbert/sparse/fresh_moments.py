@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsbert.sparse.flat_blocks import per_element
+from dsbert.sparse.flat_blocks import runs
 
 # Fixed point in three words of 36 bits, from 2^20 down to 2^-88: integer sums depend neither on their order nor on
 # where shards are cut, as those of scores. One word, as there, would lose second moments, which are squares of small
@@ -33,14 +33,16 @@ def exact_sum(exp_avg_sq: Tensor, offset: int, block_numel: int, kept: Tensor) -
 
     exp_avg_sq: [n]. The sums of slices and ranks, added up, are what `exact_mean` takes.
     """
-    chosen = per_element(kept.to(exp_avg_sq.device), offset, exp_avg_sq.numel(), block_numel)
-    rest = exp_avg_sq[chosen].double().clamp_(max=_MOST)
-    words = []
-    for scale in _SCALES:
-        word = (rest * scale).floor_()
-        words.append(word.long().sum())
-        rest -= word / scale
-    return torch.stack(words)
+    total = torch.zeros(NUM_WORDS, dtype=torch.int64, device=exp_avg_sq.device)
+    for part, first, blocks in runs(offset, exp_avg_sq.numel(), block_numel):
+        rows = kept[first : first + blocks].nonzero().flatten().to(exp_avg_sq.device)
+        rest = exp_avg_sq[part].view(blocks, -1)[rows].float().clamp_(max=_MOST)
+        for number, scale in enumerate(_SCALES):
+            # Exact: a power of two scales, and what is left after rounding down is the end of the same mantissa.
+            word = (rest * scale).floor_()
+            total[number] += word.long().sum()
+            rest -= word.div_(scale)
+    return total
 
 
 def exact_mean(words: Tensor, count: int) -> float:
@@ -77,13 +79,16 @@ def correct_bias_(
         return
     corrections = torch.ones(2, births.numel())
     corrections[:, young] = _corrections(betas, counts[young])
-    device, numel = weights.device, weights.numel()
-    chosen = per_element(young.to(device), offset, numel, block_numel).nonzero().flatten()
-    own = [per_element(part, offset, numel, block_numel)[chosen] for part in corrections.to(device)]
     common = _corrections(betas, torch.tensor([step])).flatten().tolist()
-    m, root = moments[0][chosen].float(), moments[1][chosen].float().sqrt()
-    taken = m * common[0] / (root * common[1] + eps)
-    weights[chosen] += (lr * (taken - m * own[0] / (root * own[1] + eps))).to(weights.dtype)
+    for part, first, blocks in runs(offset, weights.numel(), block_numel):
+        rows = young[first : first + blocks].nonzero().flatten()
+        own = corrections[:, first + rows, None].to(weights.device)
+        rows = rows.to(weights.device)
+        w, m, v = (tensor[part].view(blocks, -1) for tensor in (weights, *moments))
+        momentum, root = m[rows].float(), v[rows].float().sqrt_()
+        taken = (root * common[1]).add_(eps).reciprocal_().mul_(momentum).mul_(lr * common[0])
+        taken -= root.mul_(own[1]).add_(eps).reciprocal_().mul_(momentum).mul_(lr * own[0])
+        w.index_add_(0, rows, taken.to(w.dtype))
 
 
 def _corrections(betas: tuple[float, float], counts: Tensor) -> Tensor:

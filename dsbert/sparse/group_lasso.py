@@ -5,8 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from dsbert.sparse.flat_blocks import per_element
-
 _EPS = 1e-6
 
 
@@ -23,4 +21,7 @@ def shrink_factors(squared_norms: Tensor, *, strength: float, weight_std: float,
 @torch.no_grad()
 def shrink_slice_(flat: Tensor, offset: int, block_numel: int, factors: Tensor) -> None:
     """Apply `factors` [K] to the elements [offset, offset + n) of a flattened [K, B, B] parameter."""
-    flat.mul_(per_element(factors, offset, flat.numel(), block_numel))
+    if flat.numel():
+        first, last = offset // block_numel, (offset + flat.numel() - 1) // block_numel
+        spread = factors[first : last + 1].repeat_interleave(block_numel)
+        flat.mul_(spread[offset - first * block_numel :][: flat.numel()])
