@@ -2,7 +2,7 @@
 
     step_00001000/
         fragments-00000-of-00002.safetensors    weights and moments, one file per rank (fragments.py)
-        topology.safetensors                    rows, cols, birth and explored positions of every sparse weight
+        topology.safetensors                    rows, cols, births and explored positions of every sparse weight
         state.json                              counters, identity, recipe, shapes
         tokenizer/, unigram.npy                 what evaluation and export need of the data
         manifest.json                           name, size and checksum of every file above
@@ -31,6 +31,7 @@ from dsbert.checkpoint.fragments import FragmentReader, fragments_name
 from dsbert.checkpoint.state import MANIFEST, STATE, CheckpointState, manifest_object, read_manifest, read_state
 from dsbert.engine.zero_shards import forward_copies, set_adam_step
 from dsbert.sparse import BlockTopology, MaskManager
+from dsbert.sparse.mask_manager import state_parts
 from dsbert.sparse.topology import combined_digest
 
 if TYPE_CHECKING:
@@ -180,10 +181,11 @@ def _contradictions(path: Path) -> list[Problem]:
 def _topology_digest(path: Path, state: CheckpointState) -> str:
     """Of the topology in the file. Raises CheckpointError, or ValueError if it does not fit the layers."""
     tensors, digests = read_topology(path), {}
+    kinds = state_parts(state.recipe.sparsity.fresh_moments)
     for name, layer in state.layers.items():
         if layer.block_size is None:
             continue
-        parts = [f"{name}.{part}" for part in ("rows", "cols", "born", "explored")]
+        parts = [f"{name}.{kind}" for kind in kinds]
         if missing := [part for part in parts if part not in tensors]:
             raise ValueError(f"expected {missing[0]}, found nothing of that name")
         rows, cols = tensors[parts[0]], tensors[parts[1]]

@@ -60,11 +60,12 @@ class EngineRecord(Record):
 
 
 class SparsityRecord(Record):
-    """What `dsbert inspect` needs of a recipe."""
+    """What `dsbert inspect` needs of a recipe, and whoever reads the mask manager's state."""
 
     pattern: str
     sparsity: float
     block_size: Number
+    fresh_moments: str = "zero"  # left out where it is
 
 
 class RecipeRecord(OpenRecord):

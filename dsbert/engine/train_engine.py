@@ -24,6 +24,7 @@ from dsbert.engine.ds_config import load_ds_config, precision, zero_stage
 from dsbert.engine.ds_engine import initialize
 from dsbert.engine.layout_proof import prove_layout
 from dsbert.engine.micro_batches import MicroBatch, counts_of, cut
+from dsbert.engine.shard_editor import ShardEditor
 from dsbert.engine.step_guard import StepGuard
 from dsbert.engine.zero_shards import (
     ParamShard,
@@ -34,12 +35,11 @@ from dsbert.engine.zero_shards import (
     loss_scaler,
     param_shard,
     set_loss_scaler,
-    zero_blocks,
 )
 from dsbert.models.device_batch import DeviceBatch, any_batch
 from dsbert.models.spec import model_spec
 from dsbert.sparse import BlockSparseLinear
-from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
+from dsbert.sparse.flat_blocks import PRUNE_SCORES
 from dsbert.sparse.group_lasso import shrink_factors, shrink_slice_
 from dsbert.sparse.kernel_plan import KernelPlan, plan_kernels
 from dsbert.sparse.kernels.record import KernelRecord
@@ -75,7 +75,7 @@ class StepResult:
         return tuple(loss / max(count, 1) for loss, count in zip(self.losses.tolist(), self.counts, strict=True))
 
 
-class TrainEngine:
+class TrainEngine(ShardEditor):
     """Wraps the model in DeepSpeed. Also a BlockEditor: the mask manager's hands on DeepSpeed's shards.
 
     recipe: with the micro-batch that this many ranks have.
@@ -93,7 +93,7 @@ class TrainEngine:
         run_dir: Path | None = None,
     ) -> None:
         recipe = recipe.model_copy(update={"batch": recipe.batch.on_ranks(world.world_size)})
-        self.recipe, self.world, self.layers = recipe, world, layers
+        self.recipe, self.layers = recipe, layers
         self._spec = model_spec(recipe.model)
         self.objectives = self._spec.objectives
         self.step = 0
@@ -102,7 +102,7 @@ class TrainEngine:
         self.accumulation_steps = -(-recipe.batch.global_batch // (micro_batch * world.world_size))
         config = self.ds_config = load_ds_config(recipe, world.world_size, self.accumulation_steps, run_dir)
         self.zero_stage, self.precision = zero_stage(config), precision(config)
-        self._engine = initialize(recipe, model, config, world)
+        super().__init__(initialize(recipe, model, config, world), world)
         # Names as in the model; DeepSpeed keeps the parameter objects.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         scaled = self.precision == "fp16"
@@ -238,19 +238,6 @@ class TrainEngine:
     def loss_scale(self) -> float:
         """What losses are multiplied by; 1 unless fp16."""
         return loss_scale(self._engine)
-
-    # BlockEditor
-
-    @torch.no_grad()
-    def block_scores(self, layer: BlockSparseLinear, score: PruneScore) -> Tensor:
-        shard = param_shard(self._engine, layer.blocks).owned(self.world.rank, self.world.world_size)
-        return partial_scores(shard.master, shard.offset, layer.num_active, layer.block_size**2, score)
-
-    def zero_blocks(self, layer: BlockSparseLinear, slots: Tensor) -> None:
-        zero_blocks(self._engine, layer.blocks, slots)
-
-    def gradient_divisor(self) -> float:
-        return self.world.world_size * loss_scale(self._engine)
 
     # Parts of a step
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsbert.sparse.block_editor import even_share
-from dsbert.sparse.flat_blocks import zero_blocks_
+from dsbert.sparse.flat_blocks import fill_blocks_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,13 +24,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ParamShard:
     """Elements [offset, offset + numel) of a flattened parameter: views of the master weight and of its moments.
 
-    replicated: every rank holds all of it (stage 0). moments is empty before the first optimizer step.
+    replicated: every rank holds all of it (stage 0). moments is empty before the first optimizer step. owner: the
+    tensor of the inner optimizer that this is a slice of.
     """
 
     offset: int
     master: Tensor
     moments: dict[str, Tensor] = field(default_factory=dict)
     replicated: bool = False
+    owner: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -42,7 +44,7 @@ class ParamShard:
             return self
         start, length = even_share(self.numel, rank, world_size)
         moments = {name: tensor.narrow(0, start, length) for name, tensor in self.moments.items()}
-        return ParamShard(self.offset + start, self.master.narrow(0, start, length), moments)
+        return ParamShard(self.offset + start, self.master.narrow(0, start, length), moments, owner=self.owner)
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:
@@ -66,10 +68,10 @@ def param_shard(engine: Any, param: Any) -> ParamShard:
         return _stage12_shard(outer, state, param)
     flat = _half_precision_master(outer, param)
     if flat is None:  # fp32 at stage 0: the parameter is its own master
-        return ParamShard(0, param.data.view(-1), _moments(state, param, 0, param.numel()), True)
+        return ParamShard(0, param.data.view(-1), _moments(state, param, 0, param.numel()), True, param)
     tensor, start = flat
     master = tensor.data.view(-1).narrow(0, start, param.numel())
-    return ParamShard(0, master, _moments(state, tensor, start, param.numel()), True)
+    return ParamShard(0, master, _moments(state, tensor, start, param.numel()), True, tensor)
 
 
 def _stage3_shard(outer: Any, state: Any, param: Any) -> ParamShard:
@@ -77,7 +79,7 @@ def _stage3_shard(outer: Any, state: Any, param: Any) -> ParamShard:
     flat = outer.fp32_partitioned_groups_flat[group]
     offset = outer._get_param_partition_rank(param) * length
     length = max(0, min(length, param.ds_numel - offset))  # the last rank's partition ends in padding
-    return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length))
+    return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length), owner=flat)
 
 
 def _stage12_shard(outer: Any, state: Any, param: Any) -> ParamShard:
@@ -92,7 +94,7 @@ def _stage12_shard(outer: Any, state: Any, param: Any) -> ParamShard:
         start, offset, length = address.start, mapping.lp_fragment_address.start, address.numel
         flat = outer.fp32_groups_flat_partition[mapping.param_group_index]
     # The state that DeepSpeed's mapping caches goes stale after a load; optimizer.state is always the live one.
-    return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length))
+    return ParamShard(offset, flat.data.narrow(0, start, length), _moments(state, flat, start, length), owner=flat)
 
 
 def _stage12_place(outer: Any, param: Any) -> tuple[int, int, int, int]:
@@ -148,16 +150,16 @@ def _partition_rank(param: Any) -> int:
 
 
 @torch.no_grad()
-def zero_blocks(engine: Any, param: nn.Parameter, slots: Tensor) -> None:
+def zero_blocks(engine: Any, param: nn.Parameter, slots: Tensor, second_moment: float = 0.0) -> None:
     """Zero the blocks `slots` (int64 [n], ascending) of a [K, B, B] parameter in this rank's master and moments and in
-    every copy that forward reads. Local: no communication."""
+    every copy that forward reads. second_moment: what exp_avg_sq becomes. Local: no communication."""
     shape = full_shape(param)
     block_numel = shape[1] * shape[2]
     shard = param_shard(engine, param)
-    for tensor in (shard.master, *shard.moments.values()):
-        zero_blocks_(tensor, shard.offset, block_numel, slots)
+    for kind, tensor in {"master": shard.master, **shard.moments}.items():
+        fill_blocks_(tensor, shard.offset, block_numel, slots, second_moment if kind == "exp_avg_sq" else 0.0)
     for tensor, offset in forward_copies(param):
-        zero_blocks_(tensor, offset, block_numel, slots)
+        fill_blocks_(tensor, offset, block_numel, slots)
 
 
 def flat_masters(engine: Any) -> list[Tensor]:

@@ -18,10 +18,10 @@ from dsbert.checkpoint.loading import TOPOLOGY, Problem, read_topology
 from dsbert.checkpoint.state import MANIFEST, STATE
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.sparse import BlockTopology
+from dsbert.sparse.mask_manager import state_parts
 from dsbert.sparse.topology import combined_digest, grid, unpack_bits
 
 _CHUNK = 1 << 22  # elements that are looked at in one piece
-_PARTS = ("rows", "cols", "born", "explored")
 
 
 def state_problems(state: dict[str, Any], manifest: dict[str, Any]) -> Iterator[Problem]:
@@ -53,11 +53,12 @@ def state_problems(state: dict[str, Any], manifest: dict[str, Any]) -> Iterator[
 
 
 def topology_problems(path: Path, state: dict[str, Any], digest: str) -> Iterator[Problem]:
-    """Of topology.safetensors: slots in range and unique, as many as the layer has blocks, all of them explored; the
-    digest is the manifest's."""
+    """Of topology.safetensors: slots in range and unique, as many as the layer has blocks, all of them explored and no
+    younger than the run; the digest is the manifest's."""
     tensors = read_topology(path)
     sparse = {name: layer for name, layer in state["layers"].items() if layer["block_size"] is not None}
-    expected = {f"{name}.{part}" for name in sparse for part in _PARTS}
+    parts = state_parts(state["recipe"]["sparsity"].get("fresh_moments", "zero"))
+    expected = {f"{name}.{part}" for name in sparse for part in parts}
     for key in sorted(expected ^ tensors.keys()):
         yield Problem(TOPOLOGY, f"{key}: {'missing' if key in expected else 'belongs to no layer'}")
     if not expected <= tensors.keys():
@@ -65,10 +66,11 @@ def topology_problems(path: Path, state: dict[str, Any], digest: str) -> Iterato
     digests = {}
     for name, layer in sparse.items():
         shape, block_size = (layer["shape"][0], layer["shape"][1]), layer["block_size"]
-        rows, cols, born, explored = (tensors[f"{name}.{part}"] for part in _PARTS)
+        rows, cols, born, explored, *own_steps = (tensors[f"{name}.{part}"] for part in parts)
         slots = state["params"][f"{name}.blocks"][0]
         num_rows, num_cols = grid(shape, block_size)
-        if rows.numel() != slots or born.numel() != slots or explored.numel() != -(-num_rows * num_cols // 8):
+        per_slot = {part.numel() for part in (rows, born, *own_steps)}
+        if per_slot != {slots} or explored.numel() != -(-num_rows * num_cols // 8):
             yield Problem(TOPOLOGY, f"{name}: expected {slots} slots and a {num_rows} x {num_cols} grid, found others")
             continue
         try:
@@ -78,6 +80,8 @@ def topology_problems(path: Path, state: dict[str, Any], digest: str) -> Iterato
             continue
         if bool((topology.mask() & ~unpack_bits(explored, topology.grid)).any()):
             yield Problem(TOPOLOGY, f"{name}: expected active blocks to count as explored, found some that do not")
+        if any(not 0 <= int(count) <= state["adam_step"] for births in own_steps for count in births.aminmax()):
+            yield Problem(TOPOLOGY, f"{name}: expected blocks of Adam's steps 0..{state['adam_step']}, found others")
         digests[name] = topology.digest()
     if len(digests) == len(sparse) and combined_digest(digests) != digest:
         yield Problem(TOPOLOGY, f"expected the topology {digest} as in {MANIFEST}, found {combined_digest(digests)}")

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dsbert.base.errors import CheckpointError, UserError
 from dsbert.base.jsonl import first_difference, value_differences
@@ -22,6 +24,7 @@ from dsbert.checkpoint.loading import fragment_reader, read_topology, resolve_ch
 from dsbert.checkpoint.state import read_state
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.sparse import BlockTopology
+from dsbert.sparse.mask_manager import state_parts
 from dsbert.sparse.topology import combined_digest
 
 _CHUNK = 1 << 22  # elements of a dense parameter that are compared in one piece
@@ -38,6 +41,7 @@ class _Side:
         self.state = read_state(self.path)
         self.has_moments = self.state.adam_step > 0
         self.topologies: dict[str, BlockTopology] = {}
+        self.births: dict[str, list[Tensor]] = {}  # by layer: when each slot was allocated
         try:
             tensors = read_topology(self.path)
             for name, layer in self.state.layers.items():
@@ -45,6 +49,8 @@ class _Side:
                     rows, cols = tensors[f"{name}.rows"], tensors[f"{name}.cols"]
                     topology = BlockTopology(layer.out_in, layer.block_size, rows, cols)
                     self.topologies[f"{name}.blocks"] = topology
+                    kinds = state_parts(self.state.recipe.sparsity.fresh_moments)
+                    self.births[name] = [tensors[f"{name}.{kind}"] for kind in kinds if kind.startswith("born")]
             self._reader: FragmentReader = fragment_reader(self.path)
         except CheckpointError:
             raise
@@ -83,9 +89,9 @@ def compare_checkpoints(
     """Of two checkpoints, or the newest ones of runs that verify.
 
     Returns {a, b, identical, counters, identity, topology, layers}. identical: same step and Adam step, same topology
-    in slot order, same weights and moments bit for bit; identity, world and cut into files may differ. layers: an entry
-    per parameter, whose weights and moments are compared where both have the block, at whatever slots. Raises UserError
-    if their models have different shapes, CheckpointError if one is damaged.
+    in slot order, slots of the same ages, same weights and moments bit for bit; identity, world and cut into files may
+    differ. layers: an entry per parameter, whose weights and moments are compared where both have the block, at
+    whatever slots. Raises UserError if their models have different shapes, CheckpointError if one is damaged.
     """
     one, other = _Side(a), _Side(b)
     _assert_same_shapes(one, other)
@@ -97,14 +103,17 @@ def compare_checkpoints(
     both = one.counters(), other.counters()
     counters = {key: {"a": both[0][key], "b": both[1][key]} for key in _COUNTERS if both[0][key] != both[1][key]}
     topology = _total([layer["topology"] for layer in layers if layer["topology"]])
-    topology |= {"digest_a": one.digest(), "digest_b": other.digest()}
+    topology |= {"digest_a": one.digest(), "digest_b": other.digest(), "same_ages": _same_ages(one, other)}
     same_bits = all(
         layer[kind] is None or layer[kind]["bit_identical"] for layer in layers for kind in ("master", *MOMENTS)
     )
     return {
         "a": one.summary(),
         "b": other.summary(),
-        "identical": not counters.keys() & {"step", "adam_step"} and topology["same_slots"] and same_bits,
+        "identical": not counters.keys() & {"step", "adam_step"}
+        and topology["same_slots"]
+        and topology["same_ages"]
+        and same_bits,
         "counters": counters,
         "identity": [
             {"key": key, "a": a, "b": b}
@@ -131,6 +140,8 @@ def summary_lines(report: dict[str, Any]) -> Iterator[str]:
         f"  topology: {topology['common']} blocks in both ({topology['moved']} at different slots), "
         f"{topology['only_a']} only in a, {topology['only_b']} only in b, Jaccard {topology['jaccard']:.4f}"
     )
+    if topology["same_slots"] and not topology["same_ages"]:
+        yield "  ages: some slots were allocated at another update or step of Adam's"
     changed = [layer for layer in report["layers"] if not layer["master"]["bit_identical"]]
     yield f"  weights: {len(changed)} of {len(report['layers'])} parameters differ where both have them"
     changed.sort(key=lambda layer: -(layer["master"]["l2_relative"] or 0.0))
@@ -143,6 +154,12 @@ def summary_lines(report: dict[str, Any]) -> Iterator[str]:
     for moment in MOMENTS:
         count = sum(layer[moment] is not None and not layer[moment]["bit_identical"] for layer in report["layers"])
         yield f"  {moment}: {count} of {len(report['layers'])} parameters differ where both have them"
+
+
+def _same_ages(one: _Side, other: _Side) -> bool:
+    """Whether each slot was allocated at the same update in both and, where that is kept, at the same Adam step."""
+    pairs = [(one.births[name], other.births[name]) for name in one.births]
+    return all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in pairs)
 
 
 def _assert_same_shapes(one: _Side, other: _Side) -> None:

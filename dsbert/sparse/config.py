@@ -14,7 +14,7 @@ from pydantic_core import PydanticKnownError
 
 from dsbert.base.fields import Flag, Number, Section, Whole, whole
 
-BUILT_IN_SCORES, BUILT_IN_RULES = ("l1", "l2", "linf"), ("random", "gradient", "mixed")
+BUILT_IN_SCORES, BUILT_IN_RULES = ("l1", "l2", "linf", "l1_by_age"), ("random", "gradient", "mixed")
 
 
 def _one_of(module: str, table: str, built_in: tuple[str, ...]) -> BeforeValidator:
@@ -45,15 +45,25 @@ class SparsityConfig(Section):
     for speed, "even" the paper's number with rows and columns about equal; the paper leaves that to chance.
     allow_density_error: accept a weight so small that whole blocks miss the density by more than a quarter. kernels:
     what computes the products, see sparse/kernels/dispatch.py.
-    prune_score, regrow: names of `PRUNE_SCORES` and `REGROW_RULES`, to which a program may add its own.
+    prune_score, regrow: names of `PRUNE_SCORES` and `REGROW_RULES`, to which a program may add its own. "l1_by_age":
+    the L1 norm over the square root of a block's age in updates (8 at most), so that the young are compared fairly.
 
     Not the paper's, and off by default: update_every_steps in place of num_updates; update_from, update_until: the part
     of the run in which updates fall; min_age_updates: a block that an update has allocated is not pruned before so many
     intervals have passed; initial_scale: "inverse_sqrt" multiplies the initial values of sparse weights by
-    1 / sqrt(density), by which outputs begin as large as a dense layer's.
+    1 / sqrt(density), by which outputs begin as large as a dense layer's; fresh_moments: what Adam knows of a regrown
+    block: nothing ("zero", the paper), the "mean" second moment of the blocks of its weight that stay, or nothing but
+    its own step "count", by which the bias of its moments is corrected (sparse/fresh_moments.py).
     """
 
-    added_later = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale")
+    added_later = (
+        "update_every_steps",
+        "update_from",
+        "update_until",
+        "min_age_updates",
+        "initial_scale",
+        "fresh_moments",
+    )
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
     sparsity: Number = Field(0.9, ge=0, lt=1)
@@ -72,6 +82,7 @@ class SparsityConfig(Section):
     update_until: Number = Field(1.0, gt=0, le=1)
     min_age_updates: Whole = Field(0, ge=0)
     initial_scale: Literal["none", "inverse_sqrt"] = "none"
+    fresh_moments: Literal["zero", "mean", "count"] = "zero"
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
     @model_validator(mode="after")

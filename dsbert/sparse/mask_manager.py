@@ -20,10 +20,19 @@ from dsbert.sparse.block_editor import BlockEditor
 from dsbert.sparse.config import SparsityConfig
 from dsbert.sparse.draw import DrawKey
 from dsbert.sparse.flat_blocks import PRUNE_SCORES
+from dsbert.sparse.fresh_moments import exact_mean
 from dsbert.sparse.linear import BlockSparseLinear
 from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest, pack_bits, unpack_bits
+
+# The age of blocks that stand where the start has put them, in updates.
+_OLDEST = 2**31 - 1
+
+
+def state_parts(fresh_moments: str) -> tuple[str, ...]:
+    """What `MaskManager.state_dict` holds of each layer, under such a configuration."""
+    return ("rows", "cols", "born", "explored") + (("born_step",) if fresh_moments == "count" else ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +58,7 @@ class MaskManager:
     Call `maybe_update(step)` after every optimizer step, step = 1, 2, ... If the rule of regrowth
     needs it, the layers are armed one step ahead to collect the dense gradient: fp32 [out, in] per layer, alive during
     that step only, and one all-reduce of all of them. PeerError on every rank if the ranks' topologies ever differ.
+    The age of a block is counted in updates, so that it does not depend on how many steps lie between them.
     """
 
     def __init__(
@@ -74,6 +84,11 @@ class MaskManager:
         # Which positions were ever active (bool [R, C]); the update that allocated each slot (int32 [K], 0 = start).
         self._explored = {name: topology.mask() for name, topology in self.topologies.items()}
         self._born = {name: torch.zeros(layer.num_active, dtype=torch.int32) for name, layer in layers.items()}
+        # Adam's step count when an update allocated each slot (int32 [K], 0 = start), where each counts its own.
+        self._born_step: dict[str, Tensor] = {}
+        if "born_step" in state_parts(config.fresh_moments):
+            self._born_step = {name: torch.zeros_like(born) for name, born in self._born.items()}
+            editor.count_own_steps(layers, self._born_step)
         self._arm(step=1)
 
     def maybe_update(self, step: int) -> MaskUpdate | None:
@@ -119,14 +134,14 @@ class MaskManager:
         assert_replicas_agree("the topology", kernels, self._group)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that is not in the parameters: topology, birth of every slot, explored positions as
-        bits (CPU tensors)."""
+        """Everything that is not in the parameters, as `state_parts` names it: topology, birth of every slot, explored
+        positions as bits (CPU tensors)."""
         state = {}
         for name, topology in self.topologies.items():
             state[f"{name}.rows"], state[f"{name}.cols"] = topology.rows, topology.cols
             state[f"{name}.born"] = self._born[name].clone()
             state[f"{name}.explored"] = pack_bits(self._explored[name])
-        return state
+        return state | {f"{name}.born_step": births.clone() for name, births in self._born_step.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], *, step: int) -> None:
         """Restore after `step` optimizer steps. Raises ValueError if shapes or K differ."""
@@ -137,6 +152,8 @@ class MaskManager:
             self.topologies[name] = topology
             self._born[name] = state[f"{name}.born"].clone()
             self._explored[name] = unpack_bits(state[f"{name}.explored"], topology.grid)
+        for name, births in self._born_step.items():
+            births.copy_(state[f"{name}.born_step"])  # in place: the editor reads them
         self._arm(step + 1)
 
     def _share(self, count: Callable[[str], int]) -> float:
@@ -155,7 +172,7 @@ class MaskManager:
     def _update(self, number: int, step: int, schedule: UpdateSchedule) -> MaskUpdate:
         start = time.perf_counter()
         self.verify_replicas()  # the update rewrites the kernels' buffers: it must not heal what went wrong before it
-        scores = self._reduced_scores()
+        scores = self._reduced_scores(number)
         gradient_norms = self._reduced_gradient_norms()
         updates = {}
         for name, topology in self.topologies.items():
@@ -165,37 +182,61 @@ class MaskManager:
                 topology, scores[name], count, key, self.config.regrow, gradient_norms.get(name), self.config.balance,
                 self._may_prune(name, number),
             )  # fmt: skip
+        second_moments = self._fresh_second_moments(updates)
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0
         for name, update in updates.items():
             removed_new += int((self._born[name][update.slots] == number - 1).sum()) if number > 1 else 0
             pruned += update.num_pruned
-            self._apply(name, update, number)
+            self._apply(name, update, number, second_moments.get(name, 0.0))
+        if self._born_step:
+            for name, count in self._editor.step_counts(self.layers).items():
+                self._born_step[name][updates[name].slots] = count
         self.verify_replicas()
         return MaskUpdate(
             number, step, updates, removed_new / max(pruned, 1), self.dof, self.digest(), time.perf_counter() - start
         )
 
     def _may_prune(self, name: str, number: int) -> Tensor | None:
-        """bool [K]: blocks that update `number` may prune; None if all. Those of the start are not young."""
-        if not self.config.min_age_updates:
-            return None
-        born = self._born[name]
-        return (born == 0) | (number - born >= self.config.min_age_updates)
+        """bool [K]: blocks that update `number` may prune; None if all."""
+        return self._ages(name, number) >= self.config.min_age_updates if self.config.min_age_updates else None
 
-    def _apply(self, name: str, update: TopologyUpdate, number: int) -> None:
+    def _ages(self, name: str, number: int) -> Tensor:
+        """int64 [K]: at update `number`, how many updates ago each block was allocated, 1 or more. Those of the start,
+        which did not begin at zero, are not young at any time."""
+        born = self._born[name].long()
+        return torch.where(born == 0, _OLDEST, number - born)
+
+    def _apply(self, name: str, update: TopologyUpdate, number: int, second_moment: float) -> None:
         layer = self.layers[name]
-        self._editor.zero_blocks(layer, update.slots.to(layer.rows.device))
+        self._editor.zero_blocks(layer, update.slots.to(layer.rows.device), second_moment)
         self.topologies[name] = self.topologies[name].replace(update)
         layer.set_topology(self.topologies[name])
         self._born[name][update.slots] = number
         self._explored[name][update.rows.long(), update.cols.long()] = True
 
-    def _reduced_scores(self) -> dict[str, Tensor]:
-        """Scores of all blocks by layer (int64 [K], CPU), after ONE all-reduce over all layers."""
+    def _reduced_scores(self, number: int) -> dict[str, Tensor]:
+        """By layer what update `number` compares blocks by ([K], CPU), after ONE all-reduce over all layers."""
         parts = [self._editor.block_scores(layer, self._score) for layer in self.layers.values()]
-        scores = all_reduce(torch.cat(parts), self._score.combine, self._group).cpu()
-        return dict(zip(self.layers, scores.split([part.numel() for part in parts]), strict=True))
+        flat = all_reduce(torch.cat(parts), self._score.combine, self._group).cpu()
+        scores = dict(zip(self.layers, flat.split([part.numel() for part in parts]), strict=True))
+        if (by_age := self._score.by_age) is not None:
+            scores = {name: by_age(own, self._ages(name, number)) for name, own in scores.items()}
+        return scores
+
+    def _fresh_second_moments(self, updates: dict[str, TopologyUpdate]) -> dict[str, float]:
+        """By layer what Adam's second moment of regrown blocks begins as, after ONE all-reduce; {} where it is zero."""
+        if self.config.fresh_moments != "mean":
+            return {}
+        kept = {name: torch.ones(layer.num_active, dtype=torch.bool) for name, layer in self.layers.items()}
+        for name, update in updates.items():
+            kept[name][update.slots] = False
+        parts = [self._editor.second_moment_sum(layer, kept[name]) for name, layer in self.layers.items()]
+        sums = all_reduce(torch.stack(parts), "sum", self._group).cpu()
+        return {
+            name: exact_mean(words, int(kept[name].sum()) * layer.block_size**2)
+            for (name, layer), words in zip(self.layers.items(), sums, strict=True)
+        }
 
     def _reduced_gradient_norms(self) -> dict[str, Tensor]:
         """L1 norms [R, C] of the blocks of the GLOBAL batch's dense gradient, after ONE all-reduce; {} if unused. A

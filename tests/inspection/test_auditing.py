@@ -266,6 +266,41 @@ def test_a_topology_that_is_wrong_is_named(
     assert_found(checkpoint, "topology.safetensors", problem)
 
 
+def count_own_steps(checkpoint: Path, edit: Callable[[dict[str, Any]], object] = lambda tensors: None) -> None:
+    """Make it one of a run whose blocks count their own steps."""
+
+    def add(tensors: dict[str, Any]) -> None:
+        for name in [key for key in tensors if key.endswith(".born")]:
+            tensors[f"{name}_step"] = np.where(tensors[name] > 0, 3 * tensors[name], 0).astype(np.int32)
+        edit(tensors)
+
+    edit_state(checkpoint, lambda state: state["recipe"]["sparsity"].update(fresh_moments="count"))
+    edit_topology(checkpoint, add)
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda tensors: None, None),
+        (lambda tensors: tensors.pop(f"{LAYER}.born_step"), f"{LAYER}.born_step"),
+        (set_to(f"{LAYER}.born_step", np.zeros(3, np.int32)), "expected 4 slots"),
+        (set_to(f"{LAYER}.born_step", np.full(4, 13, np.int32)), f"{LAYER}: expected blocks of Adam's steps 0..12"),
+        (set_to(f"{LAYER}.born_step", np.full(4, -1, np.int32)), f"{LAYER}: expected blocks of Adam's steps 0..12"),
+    ],
+)
+def test_own_step_counts_are_there_and_no_older_than_the_run(
+    edit: Callable[[dict[str, Any]], object], problem: str | None, checkpoint: Path
+) -> None:
+    count_own_steps(checkpoint, edit)
+    if problem is None:
+        assert verify(checkpoint)["ok"]
+        assert checkpoint_problems(checkpoint) == []
+    else:
+        assert_found(checkpoint, "topology.safetensors", problem)
+    if problem == f"{LAYER}.born_step":
+        assert [found.file for found in checkpoint_problems(checkpoint)] == ["topology.safetensors"]
+
+
 def drop_piece(tensors: dict[str, Any], index: dict[str, list[int]]) -> None:
     del index[BIAS]
     for kind in KINDS:
@@ -647,6 +682,31 @@ def test_slots_in_another_order_are_the_same_weights_but_not_identical(run: Path
     assert all(layer[kind]["bit_identical"] for layer in report["layers"] for kind in KINDS)
     topology = report["topology"]
     assert (topology["moved"], topology["only_a"], topology["only_b"], topology["same_slots"]) == (2, 0, 0, False)
+
+
+def test_slots_of_another_age_are_not_identical(run: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """They would go on otherwise: another step of Adam's, or another block that is pruned."""
+
+    def older(tensors: dict[str, Any]) -> None:
+        tensors[f"{LAYER}.born_step"][2] = 1
+
+    def younger(tensors: dict[str, Any]) -> None:
+        tensors[f"{LAYER}.born"][2] = 3
+
+    count_own_steps(checkpoint)
+    other = shutil.copytree(checkpoint, tmp_path / "other" / checkpoint.name)
+    assert diff(checkpoint, other)["identical"]
+    edit_topology(other, older)
+    report = diff(checkpoint, other)
+    assert (report["identical"], report["topology"]["same_slots"], report["topology"]["same_ages"]) == (
+        False,
+        True,
+        False,
+    )
+    assert any(line.startswith("  ages: ") for line in dsbert("diff", str(checkpoint), str(other)).stdout.splitlines())
+    original = run / "checkpoints" / "step_00000012"
+    edit_topology(shutil.copytree(original, tmp_path / "another" / original.name), younger)
+    assert not diff(original, tmp_path / "another" / original.name)["identical"]
 
 
 def swap_blocks(tensors: dict[str, Any], index: dict[str, list[int]], run: Path) -> None:

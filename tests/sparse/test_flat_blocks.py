@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsbert.sparse.flat_blocks import PRUNE_SCORES, partial_scores, zero_blocks_
+from dsbert.sparse.flat_blocks import PRUNE_SCORES, fill_blocks_, partial_scores, runs
 
 NUMEL = 16  # elements of a block
 
@@ -93,16 +93,27 @@ def test_zeroing_slices_equals_zeroing_blocks(cut, data):
     slots = sorted(data.draw(st.sets(st.integers(0, len(weights) - 1))))
     flat = weights.flatten().clone()
     for start, stop in itertools.pairwise(edges):
-        zero_blocks_(flat[start:stop], start, NUMEL, torch.tensor(slots, dtype=torch.int64))
+        fill_blocks_(flat[start:stop], start, NUMEL, torch.tensor(slots, dtype=torch.int64))
     expected = weights.clone()
     expected[slots] = 0
     assert torch.equal(flat.view_as(weights), expected)
+
+
+@pytest.mark.parametrize("block_numel", [1, 4])
+def test_runs_have_a_row_for_each_block(block_numel):
+    for first, second in itertools.combinations_with_replacement(range(13), 2):
+        elements, found = torch.arange(first, second), []
+        for part, block, blocks in runs(first, second - first, block_numel):
+            rows = elements[part].view(blocks, -1)
+            assert torch.equal(rows // block_numel, torch.arange(block, block + blocks)[:, None].expand_as(rows))
+            found += rows.flatten().tolist()
+        assert found == elements.tolist(), (first, second)
 
 
 def test_zeroing_every_slice_of_three_blocks():
     for first, second in itertools.combinations_with_replacement(range(13), 2):
         for slots in ([0], [1], [2], [0, 2], [0, 1, 2]):
             flat = torch.ones(12)
-            zero_blocks_(flat[first:second], first, 4, torch.tensor(slots))
+            fill_blocks_(flat[first:second], first, 4, torch.tensor(slots))
             expected = [float(not (first <= i < second and i // 4 in slots)) for i in range(12)]
             assert flat.tolist() == expected, (first, second, slots)

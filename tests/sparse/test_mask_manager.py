@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dsbert.base.collectives import gather_json
 from dsbert.base.errors import PeerError
 from dsbert.sparse import BlockTopology, DrawKey, UpdateSchedule
-from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore
+from dsbert.sparse.flat_blocks import PRUNE_SCORES, PruneScore, partial_scores
 from dsbert.sparse.regrow import REGROW_RULES, RegrowRule
 from tests.helpers import run_distributed
 from tests.sparse.toys import TOTAL_STEPS, Toy, batch, dense_autograd, plain_draw
@@ -162,7 +162,7 @@ def test_a_rule_and_a_score_of_ones_own(balance, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValidationError, match="Input should be 'random', 'gradient' or 'mixed'"):
         Toy(regrow="last")
-    with pytest.raises(ValidationError, match="Input should be 'l1', 'l2' or 'linf'"):
+    with pytest.raises(ValidationError, match="Input should be 'l1', 'l2', 'linf' or 'l1_by_age'"):
         Toy(prune_score="signed")
 
 
@@ -399,7 +399,7 @@ def check_ranks():
     for accumulation in (1, 3):
         error = dense_gradient_error(rank, world_size, accumulation) if 12 % (world_size * accumulation) == 0 else 0.0
         assert error < 1e-5, (accumulation, error)
-    decisions = {score: fixed_weight_digests(score) for score in ("l1", "l2", "linf")}
+    decisions = {score: fixed_weight_digests(score) for score in ("l1", "l2", "linf", "l1_by_age")}
     dist.destroy_process_group()
     return {"digests": digests, "decisions": decisions}
 
@@ -500,3 +500,56 @@ def test_the_young_are_not_pruned(min_age, balance):
             allocated[name] |= dict.fromkeys(change.slots.tolist(), update.number)
             assert change.num_pruned == len(set(change.slots.tolist()))
     assert min(youngest) == max(min_age, 1)
+
+
+@pytest.mark.parametrize("balance", ["none", "rows"])
+def test_blocks_are_compared_by_norm_over_the_root_of_their_age(balance):
+    """Ages are counted here from what updates say they did, and go beyond the 8 updates after which none counts."""
+    toy = Toy(prune_score="l1_by_age", balance=balance, schedule="constant", max_prune_ratio=0.1, num_updates=24)
+    torch.manual_seed(0)
+    allocated: dict[str, dict[int, int]] = {name: {} for name in toy.layers}
+    oldest, decided_by_age = 0, 0
+    for step in range(1, TOTAL_STEPS + 1):
+        for layer in toy.layers.values():
+            torch.nn.init.normal_(layer.blocks)  # so that norms say nothing about ages
+        before = {name: layer.blocks.detach().double().abs().sum((1, 2)).tolist() for name, layer in toy.layers.items()}
+        room = {name: (~layer.topology.mask()).sum(1).tolist() for name, layer in toy.layers.items()}
+        rows = {name: layer.topology.rows.tolist() for name, layer in toy.layers.items()}
+        update = toy.masks.maybe_update(step)
+        for name, change in update.layers.items() if update else ():
+            ages = [update.number - allocated[name].get(slot, -8) for slot in range(len(before[name]))]
+            fair = [norm / math.sqrt(min(age, 8)) for norm, age in zip(before[name], ages, strict=True)]
+            pruned = plainly_pruned(fair, rows[name], room[name], change.num_pruned, balance)
+            assert change.slots.tolist() == pruned
+            decided_by_age += pruned != plainly_pruned(before[name], rows[name], room[name], len(pruned), balance)
+            oldest = max(oldest, *(update.number - born for born in allocated[name].values()), 0)
+            allocated[name] |= dict.fromkeys(change.slots.tolist(), update.number)
+    assert oldest > 8
+    assert decided_by_age
+
+
+def plainly_pruned(norms, rows, room, count, balance):
+    """The slots of the smallest norms, one after the other; with rows as many of one as it has room for."""
+    pruned: list[int] = []
+    for slot in sorted(range(len(norms)), key=lambda slot: (norms[slot], slot)):
+        full = sum(rows[other] == rows[slot] for other in pruned) == room[rows[slot]]
+        if len(pruned) < count and not (balance == "rows" and full):
+            pruned.append(slot)
+    return sorted(pruned)
+
+
+def test_noise_alone_scores_alike_at_every_age():
+    """The reason for the root: AdamW on gradients of noise, an update every 100 steps. With the age itself the eighth
+    would have a third of the first."""
+    torch.manual_seed(0)
+    weights = torch.zeros(50 * 256, requires_grad=True)
+    optimizer = torch.optim.AdamW([weights], lr=1e-3)
+    score, found = PRUNE_SCORES["l1_by_age"], []
+    for step in range(1, 801):
+        weights.grad = torch.randn(weights.shape) * 1e-3
+        optimizer.step()
+        if step % 100 == 0:
+            scores = partial_scores(weights.detach(), 0, 50, 256, score)
+            assert score.by_age is not None
+            found.append(score.by_age(scores, torch.full((50,), step // 100)).mean().item())
+    assert max(found) / min(found) < 1.15
