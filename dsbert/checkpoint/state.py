@@ -38,7 +38,8 @@ class Manifest(Record):
 
 
 class LayerRecord(Record):
-    """A fully connected weight [out, in]; block_size is None where it is dense. kept: weights that are trained."""
+    """A fully connected weight [out, in]; block_size is None where it is dense. kept: weights that are trained, also
+    those of a low-rank term."""
 
     shape: Annotated[list[Number], Field(min_length=2, max_length=2)]
     block_size: Number | None
@@ -60,11 +61,12 @@ class EngineRecord(Record):
 
 
 class SparsityRecord(Record):
-    """What `dsbert inspect` needs of a recipe."""
+    """What `dsbert inspect` and `verify` need of a recipe."""
 
     pattern: str
     sparsity: float
     block_size: Number
+    low_rank: Count = 0  # not there while it is off
 
 
 class RecipeRecord(OpenRecord):

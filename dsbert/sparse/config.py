@@ -50,10 +50,12 @@ class SparsityConfig(Section):
     Not the paper's, and off by default: update_every_steps in place of num_updates; update_from, update_until: the part
     of the run in which updates fall; min_age_updates: a block that an update has allocated is not pruned before so many
     intervals have passed; initial_scale: "inverse_sqrt" multiplies the initial values of sparse weights by
-    1 / sqrt(density), by which outputs begin as large as a dense layer's.
+    1 / sqrt(density), by which outputs begin as large as a dense layer's; low_rank: the rank r of a term U V beside the
+    blocks of every sparse weight (sparse/low_rank.py), 0 = none. It comes on top of the density, which is that of the
+    blocks; a dense weight (pattern "dense") has none.
     """
 
-    added_later = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale")
+    added_later = ("update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale", "low_rank")
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
     sparsity: Number = Field(0.9, ge=0, lt=1)
@@ -72,6 +74,7 @@ class SparsityConfig(Section):
     update_until: Number = Field(1.0, gt=0, le=1)
     min_age_updates: Whole = Field(0, ge=0)
     initial_scale: Literal["none", "inverse_sqrt"] = "none"
+    low_rank: Whole = Field(0, ge=0)
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
     @model_validator(mode="after")
