@@ -25,7 +25,7 @@ def _recipe(stage: int, dtype: str = "fp32") -> Any:
     return bench.recipe(
         model={"dropout": 0.0},  # whose draws plain torch does not know
         sparsity={"pattern": "static", "low_rank": RANK},
-        optim={"total_steps": 20, "warmup_steps": 2, "lr": 5e-3, "weight_decay": 0.1},
+        optim={"total_steps": 20, "warmup_steps": 2, "lr": 5e-3, "weight_decay": 1.0},
         deepspeed=bench.zero_config(stage, dtype),
     )
 
@@ -78,10 +78,10 @@ def _plain() -> tuple[list[list[float]], list[dict[str, Any]]]:
     recipe = _recipe(0)
     model, layers = build_model(recipe, bench.VOCAB_SIZE)
     for layer in layers.values():
-        layer.forward = _summed(layer)  # type: ignore[method-assign]
+        layer.forward = _summed(layer)  # type: ignore[assignment]
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() == 1]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 1.0}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6)
     losses, weights = [], []
     for step in range(1, STEPS + FURTHER + 1):
@@ -172,6 +172,29 @@ def test_goes_on_at_another_stage_and_number_of_ranks(plain: Any, tmp_path: Path
     for own, expected in zip(found, plain[0][STEPS:], strict=True):
         assert own == pytest.approx(expected, abs=1e-4)
     _same(_saved(tmp_path / "on", STEPS + FURTHER), plain[1][-1], 4e-3)
+
+
+def shrink(stage: int) -> None:
+    """A step with a strong Group Lasso and one without: other blocks, the same U and V, which had the same gradient."""
+    import torch
+
+    from dsbert.cluster import process_group
+    from tests import workbench as bench
+
+    world, found = process_group.init(60), []
+    for strength in (0.0, 50.0):
+        recipe = _recipe(stage)
+        sparsity = recipe.sparsity.model_copy(update={"group_lasso": strength})
+        engine, _ = bench.engine_and_masks(recipe.model_copy(update={"sparsity": sparsity}), world)
+        engine.train_step(bench.step_batches(engine, bench.stream(), 0))
+        found.append({name: shard.master.clone() for name, shard in engine.shards().items()})
+    for name, without in found[0].items():
+        assert torch.equal(found[1][name], without) != (name.endswith(".blocks") and without.numel() > 0), name
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_group_lasso_pulls_the_blocks_alone(stage: int) -> None:
+    run_distributed(shrink, 1, {"stage": stage})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsbert.base.errors import UserError
 from dsbert.config.recipe import Recipe, load_recipe
 from dsbert.experiment.cells import overrides
 from dsbert.experiment.definition import load_experiment
@@ -61,7 +62,7 @@ def test_the_model_is_transformers_with_the_summed_weights(architecture: str) ->
 def test_it_begins_as_without_the_term(architecture: str) -> None:
     """Bit for bit, whatever else has been drawn; V with the std of plain matrices, also where others begin smaller or,
     for their density, larger."""
-    scale = {"initial_scale": "inverse_sqrt"}
+    scale: dict[str, Any] = {"initial_scale": "inverse_sqrt"}
     plain, _ = build_model(recipe(architecture, 0, **scale), bench.VOCAB_SIZE)
     model, layers = build_model(recipe(architecture, **scale), bench.VOCAB_SIZE)
     torch.manual_seed(99)
@@ -81,6 +82,11 @@ def test_it_begins_as_without_the_term(architecture: str) -> None:
     assert torch.equal(model(batch)[0], plain(batch)[0])
 
 
+def test_a_rank_that_no_weight_can_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^expected sparsity\.low_rank of at most 32 for bert\..*, 32 x 32, found 33$"):
+        build_model(recipe("bert", 33), bench.VOCAB_SIZE)
+
+
 def hand_count(hidden: int, intermediate: int, rank: int, architecture: str) -> int:
     """Weights of the terms of a layer, written out."""
     if architecture == "bert":  # query, key, value, output; up, down
@@ -91,7 +97,7 @@ def hand_count(hidden: int, intermediate: int, rank: int, architecture: str) -> 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("sparsity", [{}, {"pattern": "dense"}, {"balance": "rows"}])
-def test_planned_flops_are_those_of_the_model(architecture: str, sparsity: dict[str, str]) -> None:
+def test_planned_flops_are_those_of_the_model(architecture: str, sparsity: dict[str, Any]) -> None:
     config = recipe(architecture, **sparsity)
     spec, model = model_spec(config.model), config.model
     built, _ = build_model(config, bench.VOCAB_SIZE)
