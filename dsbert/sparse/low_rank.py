@@ -38,6 +38,7 @@ def reset_low_rank_(u: Tensor, v: Tensor, std: float, generator: torch.Generator
 def add_low_rank_(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """y + (X V^T) U^T, in the memory of y [T, out]; x [T, in], all of one dtype. r (in + out) multiplications a token:
     the dense U V is never made."""
-    if is_slow(x) and not torch.is_autocast_enabled("cpu"):
-        return y.add_((x.float() @ v.float().t()) @ u.float().t())
+    if is_slow(x):
+        with torch.autocast("cpu", enabled=False):  # which would take it back
+            return y.add_((x.float() @ v.float().t()) @ u.float().t())
     return y.addmm_(x @ v.t(), u.t())
