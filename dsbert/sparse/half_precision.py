@@ -15,4 +15,4 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def is_slow(x: Tensor) -> bool:
     """Whether dense products of x are better done in fp32 and rounded."""
-    return x.device.type == "cpu" and not multiplies(x.dtype)
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not multiplies(x.dtype)
