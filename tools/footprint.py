@@ -28,12 +28,15 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     from dsbert.models.construction import build_model, encoder_linears
     from dsbert.models.spec import model_spec
     from dsbert.sparse.kernels.dense import scratch_bytes
+    from dsbert.sparse.low_rank import PARTS
 
     world = process_group.init(120)
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     model, layers = build_model(recipe, arguments["vocab_size"], world.device)
     names = {
-        f"{name}.{part}" for name in encoder_linears(model, model_spec(recipe.model)) for part in ("weight", "blocks")
+        f"{name}.{part}"
+        for name in encoder_linears(model, model_spec(recipe.model))
+        for part in ("weight", "blocks", *PARTS)
     }
     sent: Counter[str] = Counter()
 

@@ -38,7 +38,8 @@ class Manifest(Record):
 
 
 class LayerRecord(Record):
-    """A fully connected weight [out, in]; block_size is None where it is dense. kept: weights that are trained."""
+    """A fully connected weight [out, in]; block_size is None where it is dense. kept: weights that are trained, also
+    those of a low-rank term."""
 
     shape: Annotated[list[Number], Field(min_length=2, max_length=2)]
     block_size: Number | None
@@ -60,12 +61,13 @@ class EngineRecord(Record):
 
 
 class SparsityRecord(Record):
-    """What `dsbert inspect` needs of a recipe, and whoever reads the mask manager's state."""
+    """What `dsbert inspect` and `verify` need of a recipe, and whoever reads the mask manager's state."""
 
     pattern: str
     sparsity: float
     block_size: Number
     fresh_moments: str = "zero"  # left out where it is
+    low_rank: Count = 0
 
 
 class RecipeRecord(OpenRecord):

@@ -21,7 +21,6 @@ from dsbert.data.manifest import load_manifest
 from dsbert.data.stream import SAMPLES
 from dsbert.engine.ds_config import merged_config
 from dsbert.experiment.definition import Choices, Experiment, Value
-from dsbert.sparse.flops import sequence_flops
 
 # Raised by whoever changes what a run of the same recipe gives by more than rounding: cells of before are not mixed in.
 NUMERICS = 1
@@ -58,13 +57,10 @@ class Cell:
 
     @property
     def flops(self) -> int:
-        """Of the whole training, as the paper counts them, without building the model: every encoder weight keeps the
-        density."""
-        recipe, model = self.recipe, self.recipe.model
-        weights = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.intermediate_size
-        kept = round(weights * recipe.sparsity.density) * model.num_layers
-        per_sequence = sequence_flops(recipe.data.seq_len, model.hidden_size, model.num_layers, [kept])
-        return per_sequence * recipe.batch.global_batch * recipe.optim.total_steps
+        """Of the whole training, as the paper counts them and as its metrics will: `flops_total` of the last step."""
+        from dsbert.models.construction import recipe_flops  # transformers, which the other commands do without
+
+        return recipe_flops(self.recipe) * self.recipe.batch.global_batch * self.recipe.optim.total_steps
 
     @property
     def group(self) -> tuple[str, Point]:

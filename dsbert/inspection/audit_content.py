@@ -18,6 +18,7 @@ from dsbert.checkpoint.loading import TOPOLOGY, Problem, read_topology
 from dsbert.checkpoint.state import MANIFEST, STATE
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.sparse import BlockTopology
+from dsbert.sparse.low_rank import PARTS
 from dsbert.sparse.mask_manager import state_parts
 from dsbert.sparse.topology import combined_digest, grid, unpack_bits
 
@@ -50,6 +51,12 @@ def state_problems(state: dict[str, Any], manifest: dict[str, Any]) -> Iterator[
             yield Problem(
                 STATE, f"expected {name}.{part} to fit its layer, {layer}, found {params.get(f'{name}.{part}')}"
             )
+        # Left out of records while it is off.
+        rank = 0 if block_size is None else state["recipe"]["sparsity"].get("low_rank", 0)
+        for part, own in zip(PARTS, ([shape[0], rank], [rank, shape[1]]), strict=True):
+            if params.get(f"{name}.{part}") != (own if rank else None):
+                found = params.get(f"{name}.{part}")
+                yield Problem(STATE, f"expected {name}.{part} of rank {rank}, {own if rank else None}, found {found}")
 
 
 def topology_problems(path: Path, state: dict[str, Any], digest: str) -> Iterator[Problem]:

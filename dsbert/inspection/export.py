@@ -23,11 +23,14 @@ from dsbert.checkpoint.state import read_manifest
 from dsbert.data.manifest import TOKENIZER
 from dsbert.data.preparing.tokenizer_check import check_saved
 from dsbert.data.tokenizer import Vocabulary, load_tokenizer, save_tokenizer
+from dsbert.sparse.low_rank import PARTS
 
 _TEMPORARY = ".dsbert-export-"
 COMPACT = "sparse.safetensors"
 RECORD = "export.json"
-_FORMAT, _COMPACT_FORMAT = "dsbert-export-1", "dsbert-compact-1"
+_FORMAT = "dsbert-export-1"
+# The second has low-rank terms: who knows the first alone is to refuse it, and not to take blocks for the weight.
+_COMPACT_FORMATS = ("dsbert-compact-1", "dsbert-compact-2")
 _MOST_BYTES = 1 << 20  # of a record, and of the header of a compact file
 _SHOWN_FILES = 3
 # Exports of before there was a record have these.
@@ -39,6 +42,8 @@ def export(path: Path, to: Path) -> dict[str, Any]:
 
     config.json, model.safetensors and the tokenizer, for transformers' class of the model and AutoTokenizer;
     sparse.safetensors with "<layer>.blocks" [K, B, B], ".rows", ".cols" (int32 [K]) and every dense parameter by name;
+    of a model with sparsity.low_rank also ".low_rank_u" [out, r] and ".low_rank_v" [r, in], where the weight is the
+    blocks and U V, and the format in its metadata is dsbert-compact-2 in place of dsbert-compact-1;
     and export.json. Of an earlier export in `to`, its own files are replaced, one by one and each whole.
     Raises UserError if `to` holds something else or cannot be written, CheckpointError without a valid checkpoint.
     """
@@ -134,7 +139,7 @@ def _is_compact(path: Path) -> bool:
     head = _head(path)
     header = parse_object(head[8 : 8 + int.from_bytes(head[:8], "little")]) or {}
     metadata = header.get("__metadata__")
-    return isinstance(metadata, dict) and metadata.get("format") == _COMPACT_FORMAT
+    return isinstance(metadata, dict) and metadata.get("format") in _COMPACT_FORMATS
 
 
 def _put(temporary: Path, to: Path, record: dict[str, Any], before: dict[str, str | None] | None) -> None:
@@ -211,13 +216,14 @@ def _limit_tokenizer(path: Path, max_positions: int) -> None:
 
 
 def dense_state(restored: Any) -> dict[str, Any]:
-    """The parameters of the transformers model by name: sparse weights as dense [out, in] ones."""
+    """The parameters of the transformers model by name: sparse weights as dense [out, in] ones, with what stands beside
+    their blocks."""
     state = {}
     for name, param in restored.model.named_parameters():
-        layer = restored.layers.get(name.removesuffix(".blocks"))
+        layer = restored.layers.get(name.rpartition(".")[0])
         if layer is not None and name.endswith(".blocks"):
             state[name.removesuffix("blocks") + "weight"] = layer.to_dense()
-        else:
+        elif layer is None or not name.endswith(PARTS):
             state[name] = param.detach()
     return state
 
@@ -229,5 +235,6 @@ def _save_compact(restored: Any, path: Path) -> None:
     for name, layer in restored.layers.items():
         tensors[f"{name}.rows"], tensors[f"{name}.cols"] = layer.rows.contiguous(), layer.cols.contiguous()
     shapes = {name: [*layer.shape, layer.block_size] for name, layer in restored.layers.items()}
-    metadata = {"format": _COMPACT_FORMAT, "layers": json.dumps(shapes), "step": str(restored.state.step)}
+    form = _COMPACT_FORMATS[any(layer.low_rank for layer in restored.layers.values())]
+    metadata = {"format": form, "layers": json.dumps(shapes), "step": str(restored.state.step)}
     save_file(tensors, path, metadata=metadata)

@@ -20,13 +20,15 @@ from dsbert.inspection.audit_run import CHECKPOINTS, bytes_below, kind_of, read_
 from dsbert.inspection.text_table import table
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.config import density_of
+from dsbert.sparse.low_rank import PARTS
 from dsbert.sparse.topology import combined_digest, unpack_bits
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Of a checkpoint, or the newest one of a run. Bytes: encoder_* count the sparse weights of the encoder with their
-    coordinates (weights) and both Adam moments (optimizer), beside what the dense weights would take in the same dtype.
-    Raises UserError or CheckpointError."""
+    """Of a checkpoint, or the newest one of a run. Densities are those of blocks; low_rank is there where they have a
+    term beside them. Bytes: encoder_* count the sparse weights of the encoder with their coordinates and low-rank terms
+    (weights) and both Adam moments (optimizer), beside what the dense weights would take in the same dtype. Raises
+    UserError or CheckpointError."""
     path = resolve_checkpoint(path)
     state, tensors = read_state(path), read_topology(path)
     sparsity = state.recipe.sparsity
@@ -56,6 +58,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "step": state.step,
         "density": active / positions if positions else 1.0,
         "block_size": sparsity.block_size if digests else None,
+        **({"low_rank": sparsity.low_rank} if sparsity.low_rank and digests else {}),
         "dof": explored / positions if positions else 1.0,
         "digest": combined_digest(digests),
         "layers": layers,
@@ -77,6 +80,7 @@ def inspect_kernels(path: Path) -> dict[str, Any]:
 def inspect_lines(report: dict[str, Any]) -> Iterator[str]:
     """What `inspect_checkpoint` returned, for people."""
     block = f"blocks of {report['block_size']}" if report["block_size"] else "no sparse weights"
+    block += f" and rank {report['low_rank']} beside them" if "low_rank" in report else ""
     yield f"step {report['step']}, density {report['density']:.4f}, {block}, explored {report['dof']:.1%}"
     sizes = report["bytes"]
     for what in ("weights", "optimizer"):
@@ -106,7 +110,7 @@ def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
 
 def _measure(path: Path, names: list[str], dense_numel: int, topology: dict[str, Any]) -> dict[str, int]:
     sizes = {"master": 0} | dict.fromkeys(MOMENTS, 0)
-    wanted = {f"{name}.{part}" for name in names for part in ("blocks", "weight")}
+    wanted = {f"{name}.{part}" for name in names for part in ("blocks", "weight", *PARTS)}
     for file in fragment_files(path):
         for key, size in tensor_bytes(file).items():
             name, _, kind = key.rpartition("/")

@@ -15,6 +15,9 @@ from dsbert.config.recipe import Recipe
 from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.models.spec import ModelSpec, model_spec
 from dsbert.sparse import BlockSparseLinear, sparsify_
+from dsbert.sparse.convert import num_kept_weights
+from dsbert.sparse.flops import sequence_flops
+from dsbert.sparse.low_rank import PARTS
 
 
 def build_model(
@@ -47,12 +50,23 @@ def encoder_linears(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
     }
 
 
+def recipe_flops(recipe: Recipe) -> int:
+    """FLOPs of a sequence (sparse/flops.py) in training by a recipe, from shapes alone: no topology is drawn."""
+    spec, seq_len = model_spec(recipe.model), recipe.data.seq_len
+    with torch.device("meta"):
+        model = spec.build(recipe.model, 1, 0)
+    shapes = {name: entry["shape"] for name, entry in layer_shapes(model, spec).items()}
+    kept = (num_kept_weights(name, (shape[0], shape[1]), recipe.sparsity) for name, shape in shapes.items())
+    return sequence_flops(seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, seq_len), kept)
+
+
 def layer_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, dict[str, Any]]:
-    """Shape [out, in], block size (None where dense) and kept weights of every fully connected encoder weight."""
+    """Shape [out, in], block size (None where dense) and kept weights of every fully connected encoder weight, those of
+    a low-rank term among them."""
     shapes: dict[str, dict[str, Any]] = {}
     for name, module in encoder_linears(model, spec).items():
         if isinstance(module, BlockSparseLinear):
-            shapes[name] = {"shape": list(module.shape), "block_size": module.block_size, "kept": module.blocks.numel()}
+            shapes[name] = {"shape": list(module.shape), "block_size": module.block_size, "kept": module.num_weights}
         else:
             assert isinstance(module, torch.nn.Linear)
             shape = [module.out_features, module.in_features]
@@ -64,16 +78,15 @@ def _materialize_(model: nn.Module, spec: ModelSpec, recipe: Recipe, device: tor
     """Give every meta parameter and buffer memory and its initial value, keeping ties.
 
     Matrices: normal truncated at two std (paper: 0.02; Glorot and variance-preserving scaling were not better), each
-    from a generator of its own, keyed by (seed, name). LayerNorm 1, biases 0. The embedding of [PAD] 0.
+    from a generator of its own, keyed by (seed, name). LayerNorm 1, biases 0. The embedding of [PAD] 0. A low-rank term
+    as `reset_low_rank_` says.
     """
     made: dict[Tensor, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for name, meta in list(module.named_parameters(recurse=False)):
             if meta not in made:
                 full = f"{prefix}.{name}"
-                std = spec.initial_std(full, recipe.model)
-                if isinstance(module, BlockSparseLinear) and recipe.sparsity.initial_scale == "inverse_sqrt":
-                    std /= math.sqrt(recipe.sparsity.density)
+                std = _std(full, module, spec, recipe)
                 value = _initial(full, module, meta, std, recipe.seed)
                 made[meta] = nn.Parameter(value.to(device))
             module.register_parameter(name, made[meta])
@@ -86,11 +99,20 @@ def _materialize_(model: nn.Module, spec: ModelSpec, recipe: Recipe, device: tor
     spec.fill_buffers(model, device)
 
 
+def _std(name: str, module: nn.Module, spec: ModelSpec, recipe: Recipe) -> float:
+    if name.endswith(PARTS):  # no part of what blocks make up for, and what is read is not what is written
+        return recipe.model.initializer_std
+    std = spec.initial_std(name, recipe.model)
+    if isinstance(module, BlockSparseLinear) and recipe.sparsity.initial_scale == "inverse_sqrt":
+        std /= math.sqrt(recipe.sparsity.density)
+    return std
+
+
 def _initial(name: str, module: nn.Module, meta: Tensor, std: float, seed: int) -> Tensor:
     value = torch.empty(meta.shape, dtype=meta.dtype)
     if isinstance(module, nn.LayerNorm):
         value.fill_(1.0 if name.endswith("weight") else 0.0)
-    elif meta.dim() == 1:
+    elif meta.dim() == 1 or name.endswith(PARTS[0]):
         value.zero_()
     else:
         word = xxhash.xxh3_64_intdigest(f"{seed}\0init\0{name}".encode())

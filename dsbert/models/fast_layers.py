@@ -9,7 +9,6 @@ dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h h
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dsbert.sparse.half_precision import is_slow
 from dsbert.sparse.kernels import cpu
 
 ATTENTION = "dsbert"
@@ -67,23 +67,11 @@ class Dropout(nn.Dropout):
         return drop(x, self.p, self.training)
 
 
-@functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this machine's CPU multiplies matrices of a dtype without taking each number apart."""
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return supported is None or not hasattr(torch.ops.mkldnn, supported) or getattr(torch.ops.mkldnn, supported)()
-
-
-def _is_slow(x: Tensor) -> bool:
-    """Whether products of x are better done in fp32 and rounded."""
-    return x.device.type == "cpu" and not _multiplies(x.dtype)
-
-
 class Linear(nn.Linear):
     """nn.Linear, in fp32 around half precisions that the machine cannot multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _is_slow(x) or torch.is_autocast_enabled("cpu"):
+        if not is_slow(x) or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
@@ -100,7 +88,7 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen."""
-    if _is_slow(query):
+    if is_slow(query):
         q, k, v = query.float(), key.float(), value.float()
         found, _ = attention(module, q, k, v, attention_mask, dropout, scaling, **options)
         return found.to(query.dtype), None

@@ -1,7 +1,7 @@
 """Block-sparse layers and dynamic sparsity for any torch model.
 
     config           which weights are sparse, how, and how the pattern moves; sparsity_errors.py what cannot be had
-    convert          replaces a model's linear layers; linear.py is the layer
+    convert          replaces a model's linear layers; linear.py is the layer, low_rank.py the term beside its blocks
     topology         where the blocks of one weight stand; balance.py as many in every row or column
     draw             random choices without a generator
     mask_manager     one collective decision per update: regrow.py which blocks, schedule.py when and how many
@@ -10,6 +10,7 @@
     journal          the updates as JSON, to be replayed
     group_lasso      pulls whole blocks towards zero; flops.py counts as the paper does
     kernel_plan      which kernels a model runs on, alike on all ranks; kernels/ the products themselves
+    half_precision   where a CPU is better off in fp32
 
 A library of its own: it needs torch, numpy, pydantic and xxhash, and neither DeepSpeed nor transformers. `REGROW_RULES`
 (regrow.py) and `PRUNE_SCORES` (flat_blocks.py) are tables that a program may add to.

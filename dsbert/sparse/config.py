@@ -53,17 +53,15 @@ class SparsityConfig(Section):
     intervals have passed; initial_scale: "inverse_sqrt" multiplies the initial values of sparse weights by
     1 / sqrt(density), by which outputs begin as large as a dense layer's; fresh_moments: what Adam knows of a regrown
     block: nothing ("zero", the paper), the "mean" second moment of the blocks of its weight that stay, or nothing but
-    its own step "count", by which the bias of its moments is corrected (sparse/fresh_moments.py).
+    its own step "count", by which the bias of its moments is corrected (sparse/fresh_moments.py); low_rank: the rank r
+    of a term U V beside the blocks of every sparse weight (sparse/low_rank.py), 0 = none. It comes on top of the
+    density, which is that of the blocks; a dense weight (pattern "dense") has none.
     """
 
     added_later = (
-        "update_every_steps",
-        "update_from",
-        "update_until",
-        "min_age_updates",
-        "initial_scale",
-        "fresh_moments",
-    )
+        "update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale", "fresh_moments",
+        "low_rank",
+    )  # fmt: skip
 
     pattern: Literal["dense", "static", "dynamic"] = "dynamic"
     sparsity: Number = Field(0.9, ge=0, lt=1)
@@ -83,6 +81,7 @@ class SparsityConfig(Section):
     min_age_updates: Whole = Field(0, ge=0)
     initial_scale: Literal["none", "inverse_sqrt"] = "none"
     fresh_moments: Literal["zero", "mean", "count"] = "zero"
+    low_rank: Whole = Field(0, ge=0)
     kernels: Literal["auto", "reference", "cpu", "triton", "dense"] = "auto"
 
     @model_validator(mode="after")

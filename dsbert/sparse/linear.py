@@ -1,6 +1,6 @@
-"""BlockSparseLinear: a linear layer whose only weight is its active blocks.
+"""BlockSparseLinear: a linear layer whose weight is its active blocks, and at will a low-rank term beside them.
 
-Shapes: K active blocks, B block size, T tokens.
+Shapes: K active blocks, B block size, T tokens, r rank.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.dispatch import KERNELS, choose
 from dsbert.sparse.kernels.index import KernelIndex, order_size
 from dsbert.sparse.kernels.record import Choice
+from dsbert.sparse.low_rank import add_low_rank_, num_low_rank_weights, reset_low_rank_
 from dsbert.sparse.topology import BlockTopology, block_density, topology_digest
 
 
@@ -27,12 +28,16 @@ class BlockSparseLinear(nn.Module):
     three products is `choice`, measured on the first call unless it was set before, and again where the layer is moved
     to a device or dtype that they cannot compute on (see kernels/dispatch.py).
     activation "gelu" has the layer return gelu(y), the exact one, from the same kernel where the backend can.
+    low_rank: the rank of a term U V that is added to W, of parameters low_rank_u [out, r] and low_rank_v [r, in]
+    (low_rank.py); 0 = none, and then neither parameter. GELU follows the sum of both, in a pass of its own.
     Raises ValueError for unknown kernels, KernelError where the kernels asked for cannot run.
     """
 
     rows: Tensor
     cols: Tensor
     order: Tensor
+    low_rank_u: nn.Parameter
+    low_rank_v: nn.Parameter
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class BlockSparseLinear(nn.Module):
         *,
         bias: bool = True,
         kernels: str = "auto",
+        low_rank: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -56,6 +62,10 @@ class BlockSparseLinear(nn.Module):
         size = (self.num_active, self.block_size, self.block_size)
         self.blocks = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.low_rank = low_rank
+        if low_rank:
+            self.low_rank_u = nn.Parameter(torch.empty(self.out_features, low_rank, device=device, dtype=dtype))
+            self.low_rank_v = nn.Parameter(torch.empty(low_rank, self.in_features, device=device, dtype=dtype))
         buffer_device = torch.device("cpu") if self.blocks.device.type == "meta" else self.blocks.device
         self.register_buffer("rows", topology.rows.clone().to(buffer_device))
         self.register_buffer("cols", topology.cols.clone().to(buffer_device))
@@ -68,10 +78,13 @@ class BlockSparseLinear(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, topology: BlockTopology, kernels: str = "auto") -> BlockSparseLinear:
+    def from_linear(
+        cls, linear: nn.Linear, topology: BlockTopology, kernels: str = "auto", low_rank: int = 0
+    ) -> BlockSparseLinear:
         """The layer that keeps the active blocks of `linear`'s weight (values, dtype, device) and its bias."""
-        weight = linear.weight
-        layer = cls(topology, bias=linear.bias is not None, kernels=kernels, device=weight.device, dtype=weight.dtype)
+        weight, bias = linear.weight, linear.bias is not None
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        layer = cls(topology, bias=bias, kernels=kernels, low_rank=low_rank, **place)
         if weight.device.type != "meta":
             num_rows, num_cols = topology.grid
             size = topology.block_size
@@ -83,11 +96,22 @@ class BlockSparseLinear(nn.Module):
         return layer
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Truncated normal blocks (paper, section on initialization), zero bias."""
+        """Truncated normal blocks (paper, section on initialization), zero bias, a low-rank term of zero."""
         if self.blocks.device.type != "meta":
             nn.init.trunc_normal_(self.blocks, std=std, a=-2 * std, b=2 * std)
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
+            self.reset_low_rank(std)
+
+    def reset_low_rank(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """U zero, V truncated normal from a CPU generator: see `reset_low_rank_`. Nothing where there is no term."""
+        if self.low_rank and self.blocks.device.type != "meta":
+            reset_low_rank_(self.low_rank_u, self.low_rank_v, std, generator)
+
+    @property
+    def num_weights(self) -> int:
+        """That a token is multiplied with: those of the blocks, U and V."""
+        return self.num_active * self.block_size**2 + num_low_rank_weights(self.shape, self.low_rank)
 
     @property
     def index(self) -> KernelIndex:
@@ -110,15 +134,15 @@ class BlockSparseLinear(nn.Module):
         index = ops.FlatIndex(self.rows, self.cols, self.order, self.shape)
         arguments = (flat, blocks, bias, *index, self.choice)
         y: Tensor
-        if self.dense_gradient is not None:
+        if self.activation is not None and self.dense_gradient is None and not self.low_rank:
+            y, _ = ops.linear_gelu(*arguments)
+        else:
             y = ops.linear(*arguments)
-            if y.requires_grad:
+            if self.low_rank:
+                y = add_low_rank_(y, flat, self.low_rank_u.to(flat.dtype), self.low_rank_v.to(flat.dtype))
+            if self.dense_gradient is not None and y.requires_grad:
                 y.register_hook(_Collector(self.dense_gradient, flat.detach()))
             y = y if self.activation is None else functional.gelu(y)
-        elif self.activation is None:
-            y = ops.linear(*arguments)
-        else:
-            y, _ = ops.linear_gelu(*arguments)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -127,8 +151,9 @@ class BlockSparseLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """A dense copy [out, in] of the weight, for export and tests."""
-        return dense_weight(self.shape, self.blocks, self.rows, self.cols)
+        """A dense copy [out, in] of the weight, of blocks and U V, for export and tests."""
+        dense = dense_weight(self.shape, self.blocks, self.rows, self.cols)
+        return dense.addmm_(self.low_rank_u, self.low_rank_v) if self.low_rank else dense
 
     @property
     def topology(self) -> BlockTopology:
@@ -178,6 +203,7 @@ class BlockSparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
             f"num_active={self.num_active}, density={density:.4f}, bias={self.bias is not None}"
+            + (f", low_rank={self.low_rank}" if self.low_rank else "")
         )
 
 

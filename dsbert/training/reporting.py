@@ -76,13 +76,14 @@ class Reporter:
         log = recipe.log
         self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
         sparsity = recipe.sparsity
+        beside = f" and rank {sparsity.low_rank} beside" if sparsity.low_rank and sparsity.pattern != "dense" else ""
         rate = f"peak lr {recipe.peak_lr:.3g}"
         if recipe.optim.dense_lr is not None:
             factor, rule = recipe.peak_lr / recipe.optim.dense_lr, _RULES[recipe.optim.lr_rule]
             rate += f" (dense {recipe.optim.dense_lr:.3g} x {factor:.2f}, {rule})"
         self.say(
-            f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}, {rate}, "
-            f"{recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
+            f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}{beside}, "
+            f"{rate}, {recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
             f"{recipe.optim.warmup_steps} of warm-up, {config_label(recipe)}"
         )
         self.say(self._batch_line())

@@ -303,7 +303,10 @@ def test_rates_by_density() -> None:
 def test_options_that_are_off_leave_no_trace_in_records() -> None:
     """So that runs that began before there were any are resumed."""
     found = load_recipe("demo").model_dump(mode="json")
-    later = {"update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale", "fresh_moments"}
+    later = {
+        "update_every_steps", "update_from", "update_until", "min_age_updates", "initial_scale", "fresh_moments",
+        "low_rank",
+    }  # fmt: skip
     assert not later & set(found["sparsity"])
     assert "lr_rule" not in found["optim"]
     on = load_recipe("demo", ["sparsity.update_every_steps=20", "sparsity.min_age_updates=2", "optim.lr_rule=inverse"])

@@ -19,7 +19,7 @@ STEPS, SAVE_AT = 20, 10
 FURTHER_BF16 = [(0, 2), (2, 2), (3, 2), (0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
+def train_save_resume(stage: int, dtype: str, directory: str, low_rank: int = 0) -> dict[str, Any]:
     """Train 20 steps with 4 mask updates, saving at 10; load that into a second engine and train the rest again."""
     import torch
 
@@ -28,7 +28,7 @@ def train_save_resume(stage: int, dtype: str, directory: str) -> dict[str, Any]:
     from tests import workbench as bench
 
     world = process_group.init(60)
-    recipe = bench.recipe(deepspeed=bench.zero_config(stage, dtype))
+    recipe = bench.recipe(deepspeed=bench.zero_config(stage, dtype), sparsity={"low_rank": low_rank})
     source = bench.stream()
     engine, masks = bench.engine_and_masks(recipe, world)
     masks.verify_replicas()

@@ -16,12 +16,13 @@ from dsbert.models.bert import bert_config
 from dsbert.models.construction import build_model
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import attention, drop, use_fast_layers_
+from dsbert.sparse import half_precision
 from tests import workbench as bench
 
 
 def multiplies_half(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     """As on a CPU that can, or cannot, multiply half precisions."""
-    monkeypatch.setattr(fast_layers, "_multiplies", lambda dtype: able or dtype == torch.float32)
+    monkeypatch.setattr(half_precision, "multiplies", lambda dtype: able or dtype == torch.float32)
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
