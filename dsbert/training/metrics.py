@@ -215,7 +215,8 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=UNREACHABLE_S):
             return True
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError as error:
+        error.close()
         return True
     except OSError as error:
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
