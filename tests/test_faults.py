@@ -364,11 +364,11 @@ def test_damaged_records_do_not_hold_up_the_next_attempt(damage: bytes, data: Pa
 
     directory, small = RunDirectory(tmp_path), recipe(data={"path": str(data)})
     for nonce in ("first", "second"):
-        directory.share(nonce)
+        directory.mark(nonce)
         directory.open_attempt(small, {}, None, nonce, 1)
     for name in ("attempts.jsonl", "attempt.json", "status.json"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() * (name == "attempts.jsonl") + damage)
-    directory.share("third")
+    directory.mark("third")
     third = directory.open_attempt(small, {}, None, "third", 1)
     assert (third.number, third.previous) == (3, None)
     assert directory.owns(third)

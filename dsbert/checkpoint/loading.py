@@ -92,7 +92,7 @@ def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[P
         found = gather_json(
             [
                 _manifest_checksum(path),
-                [vars(problem) for problem in verify_checkpoint(path, share=(rank, world_size))],
+                [vars(problem) for problem in verify_checkpoint(path, part=(rank, world_size))],
             ]
         )
         problems = [problem for _, own in found for problem in own]
@@ -108,9 +108,9 @@ def newest_checkpoint(root: Path, rank: int = 0, world_size: int = 1) -> tuple[P
 
 
 def verify_checkpoint(
-    path: Path, share: tuple[int, int] = (0, 1), count: Callable[[int], object] = lambda nbytes: None
+    path: Path, part: tuple[int, int] = (0, 1), count: Callable[[int], object] = lambda nbytes: None
 ) -> list[Problem]:
-    """Read everything; what is wrong, or nothing. share = (k, n): of the files, read every n-th from the k-th on.
+    """Read everything; what is wrong, or nothing. part = (k, n): of the files, read every n-th from the k-th on.
 
     count: told the bytes of every piece that was read.
     """
@@ -128,7 +128,7 @@ def verify_checkpoint(
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         return [Problem(MANIFEST, f"unreadable: {' '.join(str(error).split())}")]
     problems = [Problem(name, "not in the manifest") for name in sorted(needed - {name for name, *_ in entries})]
-    for name, size, expected in entries[share[0] :: share[1]]:
+    for name, size, expected in entries[part[0] :: part[1]]:
         file = path / name
         try:
             if not file.is_file():

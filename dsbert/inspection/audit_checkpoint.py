@@ -91,9 +91,9 @@ def _file_problems(path: Path, manifest: dict[str, Any], count: Callable[[int], 
     files = manifest["files"]
     found: dict[Problem, None] = {}  # what concerns all files is found with each of them
     for number, name in enumerate(files):
-        found |= dict.fromkeys(verify_checkpoint(path, share=(number, len(files))))
+        found |= dict.fromkeys(verify_checkpoint(path, part=(number, len(files))))
         count(files[name]["bytes"])
-    found |= dict.fromkeys(verify_checkpoint(path, share=(0, 1)) if not files else ())
+    found |= dict.fromkeys(verify_checkpoint(path, part=(0, 1)) if not files else ())
     return list(found)
 
 

@@ -106,12 +106,12 @@ class MaskManager:
     @property
     def density(self) -> float:
         """Share of all sparse weights' positions that are active now."""
-        return self._share(lambda name: self.topologies[name].num_active)
+        return self._fraction(lambda name: self.topologies[name].num_active)
 
     @property
     def dof(self) -> float:
         """Explored degrees of freedom: share of all positions that were active at any time so far (paper, measures)."""
-        return self._share(lambda name: int(self._explored[name].count_nonzero()))
+        return self._fraction(lambda name: int(self._explored[name].count_nonzero()))
 
     def digest(self) -> str:
         """32 hex digits over all layers, from the buffers that the kernels read."""
@@ -156,7 +156,7 @@ class MaskManager:
             births.copy_(state[f"{name}.born_step"])  # in place: the editor reads them
         self._arm(step + 1)
 
-    def _share(self, count: Callable[[str], int]) -> float:
+    def _fraction(self, count: Callable[[str], int]) -> float:
         total = sum(mask.numel() * self.layers[name].block_size ** 2 for name, mask in self._explored.items())
         kept = sum(count(name) * layer.block_size**2 for name, layer in self.layers.items())
         return kept / total if total else 1.0

@@ -64,7 +64,7 @@ def _assert_same_everywhere(recipe: Recipe, data_digest: str, run_dir: Path) -> 
 
 def _assert_shared(directory: RunDirectory, nonce: str, hosts: list[str], patience_s: float) -> None:
     """Raise UserError on every rank unless all see the directory that rank 0 makes."""
-    on_main_rank(lambda: directory.share(nonce))
+    on_main_rank(lambda: directory.mark(nonce))
     seen = gather_json([directory.sees(nonce, patience_s), str(directory.path.resolve())])
     for rank, (sees, path) in enumerate(seen):
         if not sees:

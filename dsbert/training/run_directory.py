@@ -56,7 +56,7 @@ class RunDirectory:
         """Where the ranks of an attempt say that they live."""
         return self.path / "heartbeats" / nonce
 
-    def share(self, nonce: str) -> None:
+    def mark(self, nonce: str) -> None:
         """Make the directory, with a mark in it that every rank must see. Raises OSError."""
         self.heartbeats(nonce).mkdir(parents=True)
         (self.heartbeats(nonce) / _MARK).write_text(nonce)

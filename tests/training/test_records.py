@@ -69,7 +69,7 @@ def begin(run: Path, data: Path) -> Attempt:
     from tests.workbench import recipe
 
     directory, small = RunDirectory(run), recipe(data={"path": str(data)})
-    directory.share("again")
+    directory.mark("again")
     checkpoint = directory.find_checkpoint("auto", 0, 1)
     assert checkpoint is not None
     identity = json.loads((checkpoint / "state.json").read_text())["identity"]
@@ -350,7 +350,7 @@ def test_a_run_that_never_saved_begins_anew(data: Path, tmp_path: Path) -> None:
     from tests.workbench import recipe
 
     directory = RunDirectory(tmp_path)
-    directory.share("first")
+    directory.mark("first")
     first = directory.open_attempt(recipe(data={"path": str(data)}), {}, None, "first", 1)
     directory.metrics.append({"step": 5})
     directory.metrics.close()
