@@ -14,9 +14,13 @@ from tests.engine.test_engine import train_save_resume
 from tests.helpers import run_distributed
 
 RANK, STEPS, FURTHER = 3, 6, 2
-FIRST = [(1, 2), (3, 2)]
-SLOW = [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (2, 2)]
-CELLS = [*FIRST, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW)]
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
+EXHAUSTIVE = [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2)]
+CELLS = [
+    (1, 2),
+    *(pytest.param(*cell, marks=slow) for cell in ((0, 2), (3, 2))),
+    *(pytest.param(*cell, marks=exhaustive) for cell in EXHAUSTIVE),
+]
 
 
 def _recipe(stage: int, dtype: str = "fp32") -> Any:
@@ -147,7 +151,9 @@ def test_trains_as_plain_torch_does(stage: int, world_size: int, plain: Any, tmp
     assert sorted(largest)[6] > 5e-3
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+@pytest.mark.parametrize(
+    "stage", [1, pytest.param(3, marks=slow), *(pytest.param(stage, marks=exhaustive) for stage in (0, 2))]
+)
 def test_trains_in_bf16_about_as_plain_torch_does(stage: int, plain: Any, tmp_path: Path) -> None:
     ranks = run_distributed(train, 2, {"stage": stage, "directory": str(tmp_path), "dtype": "bf16"})
     assert ranks[0] == ranks[1]
@@ -192,7 +198,7 @@ def shrink(stage: int) -> None:
         assert torch.equal(found[1][name], without) != (name.endswith(".blocks") and without.numel() > 0), name
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=exhaustive)])
 def test_group_lasso_pulls_the_blocks_alone(stage: int) -> None:
     run_distributed(shrink, 1, {"stage": stage})
 
@@ -200,11 +206,11 @@ def test_group_lasso_pulls_the_blocks_alone(stage: int) -> None:
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [
-        (1, "fp32"),
         (3, "bf16"),
+        *(pytest.param(stage, "fp32", marks=slow) for stage in (0, 2)),
         *(
-            pytest.param(stage, dtype, marks=pytest.mark.slow)
-            for stage, dtype in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"))
+            pytest.param(stage, dtype, marks=exhaustive)
+            for stage, dtype in ((1, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"))
         ),
     ],
 )
