@@ -233,7 +233,7 @@ def _in_update(step: int, deed: Callable[..., object]) -> Callable[[], object]:
 
     calls: list[str] = []
 
-    def third(_masks: Any, name: str, _update: Any, number: int) -> None:
+    def third(_masks: Any, name: str, _update: Any, number: int, _second_moment: float) -> None:
         if number == step:
             calls.append(name)
             if len(calls) == 3:
