@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dsbert.experiment.cell_results import CellResult, Measurement
 from dsbert.experiment.cells import words
 from dsbert.experiment.planning import Group, Plan
 
+_STYLES = ("-", "--", "-.", ":")
 _LOSS = "held-out MLM loss, nats per masked token"
 
 
@@ -54,17 +56,16 @@ def _pareto(plan: Plan, cost: Callable[[Measurement], float], label: str) -> str
 
 
 def _curves(plan: Plan) -> str:
+    """A color for each arm, a style of line for each grid point; a line for each seed."""
     with _figure(1) as (figure, (axes,)):
         colors = _colors(plan)
-        named = set()
+        styles = dict(zip(dict.fromkeys(point for _, point in plan.groups), itertools.cycle(_STYLES), strict=False))
         for group in plan.groups:
-            for result in _results(plan, group):
-                label = None if group[0] in named else group[0]
-                named.add(group[0])
-                steps = [one.step for one in result.measurements]
+            for number, result in enumerate(_results(plan, group)):
                 axes.plot(
-                    steps, [one.loss for one in result.measurements], color=colors[group[0]], alpha=0.7, label=label
-                )
+                    [one.step for one in result.measurements], [one.loss for one in result.measurements],
+                    styles[group[1]], color=colors[group[0]], alpha=0.7, label=None if number else _label(group),
+                )  # fmt: skip
         axes.set(xlabel="step", ylabel=_LOSS)
         axes.legend(frameon=False, fontsize="small")
         return _svg(figure)
