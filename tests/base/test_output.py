@@ -18,7 +18,8 @@ from tests.commands import ENVIRONMENT, SMALL
 from tests.faults import status
 
 DSBERT = f"{sys.executable} -m dsbert"
-DRY_RUN = f"{DSBERT} submit demo data.path=DATA --run-dir DATA.run --nodes 1 --gpus-per-node 1 --time 60 --dry-run --json"
+SUBMIT = f"{DSBERT} submit demo data.path=DATA --run-dir DATA.run"
+DRY_RUN = f"{SUBMIT} --nodes 1 --gpus-per-node 1 --time 1:00:00 --dry-run --json"
 NOISY = """
 import logging, os, sys, threading, warnings
 from dsbert.base.output import flush, lose_output_too, protect
