@@ -17,8 +17,8 @@ from pathlib import Path
 
 from dsbert.experiment.definition import load_experiment
 from dsbert.experiment.planning import Plan, make_plan
-from dsbert.experiment.plots import pictures
-from dsbert.experiment.result_tables import arms_table, as_text, comparisons_table, notes
+from dsbert.experiment.plots import file_name, pictures
+from dsbert.experiment.result_tables import as_text, main_tables, notes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -29,10 +29,7 @@ _SHOWN = re.compile(r"\(results/([a-z0-9-]+\.svg)\)")
 
 def tables(plan: Plan) -> str:
     """Of an experiment, in Markdown: arms, differences, and what a reader must know."""
-    parts = [as_text(arms_table(plan), "markdown")]
-    if plan.experiment.compare:
-        parts.append(as_text(comparisons_table(plan), "markdown"))
-    return "\n\n".join([*parts, *notes(plan)])
+    return "\n\n".join([*(as_text(table, "markdown") for table in main_tables(plan)), *notes(plan)])
 
 
 def refreshed(page: str) -> tuple[str, dict[str, Plan]]:
@@ -56,7 +53,7 @@ def draw(page: str, plans: dict[str, Plan], to: Path) -> None:
     for name, plan in plans.items():
         if any(file.startswith(name) for file in wanted):
             for title, svg in pictures(plan).items():
-                file = f"{name}-{title.lower().replace(' ', '-')}.svg"
+                file = f"{name}-{file_name(title)}"
                 if file in wanted:
                     (to / file).write_text(svg, encoding="utf-8")
                     wanted.discard(file)

@@ -128,12 +128,10 @@ def status(file: Path, size: str | None, directory: Path | None, records: Path |
 @click.option("--cells", is_flag=True, help="Also every cell, with its run.")
 def table(file: Path, size: str | None, directory: Path | None, records: Path | None, form: str, cells: bool) -> None:
     """Losses with 95 % intervals, and differences paired by seed; missing cells are marked."""
-    from dsbert.experiment.result_tables import arms_table, cells_table, comparisons_table, notes
+    from dsbert.experiment.result_tables import cells_table, main_tables, notes
 
     plan = _plan(file, size, directory or _DEFAULT, records)
-    tables = [arms_table(plan)]
-    if plan.experiment.compare:
-        tables.append(comparisons_table(plan))
+    tables = main_tables(plan)
     if cells:
         tables.append(cells_table(plan))
     _print_tables(tables, notes(plan), form)
@@ -148,7 +146,7 @@ def table(file: Path, size: str | None, directory: Path | None, records: Path | 
 def plot(file: Path, size: str | None, directory: Path | None, records: Path | None, to: Path) -> None:
     """Losses against FLOPs and seconds, curves, and one HTML page that needs no network."""
     from dsbert.experiment.page import page
-    from dsbert.experiment.plots import pictures
+    from dsbert.experiment.plots import file_name, pictures
 
     plan = _plan(file, size, directory or _DEFAULT, records)
     to.mkdir(parents=True, exist_ok=True)
@@ -157,7 +155,7 @@ def plot(file: Path, size: str | None, directory: Path | None, records: Path | N
     )
     (to / "page.html").write_text(page(plan, command), encoding="utf-8")
     for title, svg in pictures(plan).items():
-        (to / f"{title.lower().replace(' ', '-')}.svg").write_text(svg, encoding="utf-8")
+        (to / file_name(title)).write_text(svg, encoding="utf-8")
     print(to / "page.html")
 
 

@@ -6,7 +6,7 @@ from html import escape
 
 from dsbert.experiment.planning import Plan
 from dsbert.experiment.plots import pictures
-from dsbert.experiment.result_tables import Table, arms_table, cells_table, comparisons_table, notes
+from dsbert.experiment.result_tables import Table, cells_table, main_tables, notes
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -30,8 +30,7 @@ def page(plan: Plan, command: str) -> str:
     parts = [
         f"<h1>{title}</h1>",
         *(f'<p class="note">{escape(text)}</p>' for text in (experiment.note, *notes(plan)) if text),
-        _table(arms_table(plan)),
-        *([_table(comparisons_table(plan))] if experiment.compare else []),
+        *map(_table, main_tables(plan)),
         '<div class="pictures">',
         *(f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in pictures(plan).items()),
         "</div>",

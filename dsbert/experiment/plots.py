@@ -34,6 +34,11 @@ def pictures(plan: Plan) -> dict[str, str]:
     return found
 
 
+def file_name(title: str) -> str:
+    """Of a picture."""
+    return f"{title.lower().replace(' ', '-')}.svg"
+
+
 def _pareto(plan: Plan, cost: Callable[[Measurement], float], label: str) -> str:
     """Arms as lines over their grid points; a dense arm is the curve that the others are judged by."""
     with _figure(1) as (figure, (axes,)):

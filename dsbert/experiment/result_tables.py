@@ -23,6 +23,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
+def main_tables(plan: Plan) -> list[Table]:
+    """The arms, and their differences where the file asks for some."""
+    return [arms_table(plan), *([comparisons_table(plan)] if plan.experiment.compare else [])]
+
+
 def arms_table(plan: Plan) -> Table:
     """Each arm and grid point at its best swept values. loss: held-out MLM loss at the last step, nats per token; half
     way: the step at which half of the fall of the loss is behind."""

@@ -82,7 +82,7 @@ def _plain() -> tuple[list[list[float]], list[dict[str, Any]]]:
     recipe = _recipe(0)
     model, layers = build_model(recipe, bench.VOCAB_SIZE)
     for layer in layers.values():
-        layer.forward = _summed(layer)  # type: ignore[assignment]
+        layer.forward = _summed(layer)  # type: ignore[assignment]  # in place of the method
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() == 1]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 1.0}, {"params": vectors, "weight_decay": 0.0}]

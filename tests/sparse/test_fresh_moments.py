@@ -227,7 +227,7 @@ def test_another_optimizer_is_refused(fresh_moments):
 
     parameters = list(toy.model.parameters())
     for optimizer in (torch.optim.SGD(parameters, lr=0.1, momentum=0.9), torch.optim.Adam(parameters, amsgrad=True)):
-        toy.optimizer = optimizer  # type: ignore[assignment]
+        toy.optimizer = optimizer  # type: ignore[assignment]  # another than the toy declares
         toy.editor = TorchBlockEditor(optimizer)
         with pytest.raises(ValueError, match="expected Adam or AdamW without amsgrad"):
             train()
