@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from dsbert.base.errors import printable
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 @contextmanager
@@ -56,10 +61,13 @@ def overall_bar(weights: Mapping[str, float], show: bool = True) -> Iterator[Cal
 
 
 class TrainingBar:
-    """A progress bar on standard error; where that is no terminal, a line at every tenth of the run."""
+    """A progress bar on standard error; where that is no terminal, a line a minute and one at the end, with the time."""
 
-    def __init__(self, total: int, step: int) -> None:
-        """total, step: optimizer steps of the run, and those taken."""
+    def __init__(
+        self, total: int, step: int, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """total, step: optimizer steps of the run, and those taken. every_s: between lines; the first comes with the
+        first step, for whoever waits to see that it goes."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -68,6 +76,8 @@ class TrainingBar:
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("", total=total, completed=step)
         self._total, self._speed = total, ""
+        self._clock, self._every_s = clock, every_s
+        self._first, self._said = (step, clock()), (step, -math.inf)  # (steps taken, when)
         self._progress.start()
 
     def show(self, record: dict[str, Any], objective: str) -> None:
@@ -77,13 +87,23 @@ class TrainingBar:
         if loss is not None:
             self.print(f"step {record['step']}: held-out {objective.upper()} loss {loss:.3f}, dof {record['dof']:.2f}")
 
-    def advance(self, step: int, losses: Mapping[str, float]) -> None:
+    def advance(self, step: int, losses: Mapping[str, float], lr: float, grad_norm: float) -> None:
         """Move to `step`, which had these losses by objective: their sum is shown, and the first one."""
         name, first = next(iter(losses.items()))
-        text = f"loss {sum(losses.values()):.3f}  {name} {first:.3f}  {self._speed}".rstrip()
-        self._progress.update(self._task, completed=step, description=text)
-        if self._progress.disable and step % max(1, self._total // 10) == 0:
-            self.print(f"step {step} of {self._total}  {text}")
+        text = f"loss {sum(losses.values()):.3f}  {name} {first:.3f}"
+        self._progress.update(self._task, completed=step, description=f"{text}  {self._speed}".rstrip())
+        now = self._clock()
+        if not self._progress.disable or (now - self._said[1] < self._every_s and step < self._total):
+            return
+        before = self._first if self._said[1] == -math.inf else self._said
+        step_s = (now - before[1]) / max(step - before[0], 1)
+        left_s = (now - self._first[1]) / max(step - self._first[0], 1) * (self._total - step)
+        self._said = (step, now)
+        self.print(
+            f"{time.strftime('%H:%M:%S')}  step {step} of {self._total}  {text}  lr {lr:.2e}  grad {grad_norm:.3g}  "
+            f"{step_s:.3g} s a step  {self._speed + '  ' if self._speed else ''}{_memory()}  "
+            f"{duration(left_s)} left"
+        )
 
     def print(self, line: str) -> None:
         """A line above the bar."""
@@ -92,3 +112,23 @@ class TrainingBar:
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._progress.stop()
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit that fits, with one digit where it is small: 45 s, 3.5 min, 12 h."""
+    for size, unit in _UNITS:
+        if seconds >= size:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _memory() -> str:
+    """Of this process: resident, and on a GPU the most that tensors have taken."""
+    import psutil
+
+    resident = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return resident
+    return f"{resident}, GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"

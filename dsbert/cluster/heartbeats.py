@@ -65,13 +65,22 @@ class Culprit:
         return f"rank {self.rank} on {self.host} {self.how}, last seen at step {self.step}{where}"
 
 
-def last_steps(directory: Path) -> dict[int, int]:
-    """The last step that each rank was seen at; {} without heartbeats."""
-    steps = {}
+@dataclass(frozen=True)
+class SeenBeat:
+    """A rank's heartbeat, and when its file was last written, in seconds since 1970 by the clock of the files."""
+
+    beat: Beat
+    time: float
+
+
+def beats_in(directory: Path) -> list[SeenBeat]:
+    """Of every rank of an attempt, by rank; none without heartbeats."""
+    found = []
     for path in directory.glob("[0-9]*.json"):
-        if record := read_beat(path):
-            steps[record.rank] = record.step
-    return steps
+        with suppress(OSError):
+            if record := read_beat(path):
+                found.append(SeenBeat(record, path.stat().st_mtime))
+    return sorted(found, key=lambda seen: seen.beat.rank)
 
 
 def living_rank(directory: Path) -> Beat | None:

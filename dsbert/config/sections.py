@@ -147,9 +147,13 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """A record in metrics.jsonl (and W&B) every_steps; steps with an update or an evaluation are always logged."""
+    """A record in metrics.jsonl (and W&B) every_steps; steps with an update or an evaluation are always logged.
+    lines_every_s: seconds between two lines for people, where standard error is no terminal."""
+
+    added_later = ("lines_every_s",)
 
     every_steps: Whole = Field(10, gt=0)
+    lines_every_s: Number = Field(60.0, gt=0)
     wandb: Flag = True
     wandb_project: Text = "dsbert"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsbert.cluster.heartbeats import last_steps
+from dsbert.cluster.heartbeats import beats_in
 from dsbert.experiment.planning import Plan, run_directory
 
 
@@ -23,7 +23,7 @@ def progress_of(plan: Plan, directory: Path) -> list[str]:
 def _last_step(run_dir: Path) -> int | None:
     """Of the newest attempt, by its heartbeats."""
     folders = sorted((run_dir / "heartbeats").glob("*"), key=lambda path: path.stat().st_mtime)
-    return max(last_steps(folders[-1]).values(), default=None) if folders else None
+    return max((seen.beat.step for seen in beats_in(folders[-1])), default=None) if folders else None
 
 
 @contextmanager

@@ -21,12 +21,14 @@ class CulpritRecord(Record):
 
 
 class Ending(Record):
-    """How an attempt ended: done | requeue | failed; outcome None where it has not said so."""
+    """How an attempt ended: done | requeue | failed; outcome None where it has not said so. time: when, or when its
+    ranks were seen last, in seconds since 1970."""
 
     outcome: str | None = None
     step: Count | None = None
     cause: str | None = None
     culprit: CulpritRecord | None = None
+    time: float | None = None
 
 
 class Attempt(Record):
@@ -48,7 +50,7 @@ class Attempt(Record):
 
 class Status(Record):
     """status.json: how the last attempt ended, outcome None while it goes on. saved: the newest checkpoint that it
-    knows of."""
+    knows of. time: when this was written, in seconds since 1970."""
 
     attempt: Number
     job_id: str | None = None
@@ -58,11 +60,12 @@ class Status(Record):
     cause: str | None
     culprit: CulpritRecord | None
     saved: CheckpointName | None = None
+    time: float | None = None
 
     @property
     def ending(self) -> Ending:
         """What the next attempt says of this one."""
-        return Ending(outcome=self.outcome, step=self.step, cause=self.cause, culprit=self.culprit)
+        return Ending(outcome=self.outcome, step=self.step, cause=self.cause, culprit=self.culprit, time=self.time)
 
 
 class StepRecord(Record):

@@ -87,7 +87,7 @@ class Reporter:
             f"{recipe.optim.warmup_steps} of warm-up, {config_label(recipe)}"
         )
         self.say(self._batch_line())
-        self._bar = TrainingBar(recipe.optim.total_steps, step)
+        self._bar = TrainingBar(recipe.optim.total_steps, step, recipe.log.lines_every_s)
 
     def _batch_line(self) -> str:
         """What a step is on this many ranks, and how much of it is filler where another micro-batch would have less."""
@@ -137,7 +137,7 @@ class Reporter:
             self._wandb.log(record)
             self._directory.metrics.append(record)
             self._bar.show(record, self._objectives[0].name)
-        self._bar.advance(step, self._losses(result))
+        self._bar.advance(step, self._losses(result), result.lr, result.grad_norm)
 
     def _warn_of_waste(self, update: MaskUpdate) -> None:
         """Once: where most of what an update prunes is what the one before it has allocated."""
@@ -193,6 +193,7 @@ class Reporter:
         stepping_s = now - since - waits["save"] - waits["validation"]
         return {
             "step": step,
+            "time": round(time.time(), 3),
             "loss": sum(losses.values()),
             **{f"loss_{name}": loss for name, loss in losses.items()},
             **self._validated(validation),

@@ -28,7 +28,7 @@ from dsbert.base.jsonl import JsonlFile, first_difference, to_json
 from dsbert.base.records import JsonObject, RecordT, read_record, valid_records
 from dsbert.checkpoint.loading import LATEST, newest_checkpoint, published
 from dsbert.checkpoint.state import read_state
-from dsbert.cluster.heartbeats import Beat, last_steps
+from dsbert.cluster.heartbeats import Beat, beats_in
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.data.stream import assert_samples
@@ -196,6 +196,7 @@ class RunDirectory:
             cause=cause,
             culprit=culprit,
             saved=self._saved,
+            time=time.time(),
         )
         self._replace("status.json", to_json(status.to_json()) + "\n")
 
@@ -212,8 +213,13 @@ class RunDirectory:
             return None
         if status.outcome is not None:
             return status.ending
-        steps = last_steps(self.heartbeats(before.nonce))
-        return Ending(outcome=None, step=max(steps.values(), default=None), cause="ended without a word")
+        beats = beats_in(self.heartbeats(before.nonce))
+        return Ending(
+            outcome=None,
+            step=max((seen.beat.step for seen in beats), default=None),
+            cause="ended without a word",
+            time=max((seen.time for seen in beats), default=None),
+        )
 
     def _record(self, name: str, kind: type[RecordT]) -> RecordT | None:
         """What a small file says; None unless it is a record of this kind, for the file may be damaged."""

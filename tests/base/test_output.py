@@ -148,16 +148,21 @@ def test_a_terminal_that_goes(nohup: bool, data: Path, tmp_path: Path) -> None:
 
 
 def test_a_progress_line_shows_its_own_steps_loss(capsys: pytest.CaptureFixture[str]) -> None:
-    """A tenth of the run need not be a step that is logged."""
+    """A line a minute, whatever steps are logged; the first with the first step, the last with the last."""
     from dsbert.base.progress import TrainingBar
 
-    bar = TrainingBar(total=120, step=0)
-    for step in range(1, 25):
+    now = [0.0]
+    bar = TrainingBar(total=26, step=4, clock=lambda: now[0])
+    for step in range(5, 27):
+        now[0] += 20.0
         if step % 10 == 0:
             bar.show({"step": step, "tokens_per_s": 1000.0, "val_mlm_loss": None}, "mlm")
-        bar.advance(step, {"mlm": 10.0 / step, "nsp": 1.0})
+        bar.advance(step, {"mlm": 10.0 / step, "nsp": 1.0}, lr=2e-4, grad_norm=0.5)
     bar.close()
-    assert capsys.readouterr().err.splitlines() == [
-        "dsbert: step 12 of 120  loss 1.833  mlm 0.833  1,000 tokens/s",
-        "dsbert: step 24 of 120  loss 1.417  mlm 0.417  1,000 tokens/s",
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split("step ")[1].split()[0]) for line in lines] == [5, 8, 11, 14, 17, 20, 23, 26]
+    assert "step 5 of 26  loss 3.000  mlm 2.000  lr 2.00e-04  grad 0.5  20 s a step  " in lines[0]
+    assert "1,000 tokens/s" not in lines[1]
+    assert "1,000 tokens/s" in lines[2]
+    assert lines[2].endswith("5.0 min left")
+    assert lines[-1].endswith("0 s left")

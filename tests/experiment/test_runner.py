@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dsbert.base.errors import EXIT_REQUEUE
-from dsbert.cluster.heartbeats import last_steps
+from dsbert.cluster.heartbeats import beats_in
 from tests.commands import ENVIRONMENT, complaint, dsbert_process
 
 SMOKE = Path(__file__).parents[2] / "experiments" / "smoke.yaml"
@@ -106,7 +106,7 @@ def test_a_signal_has_trainings_save(tmp_path):
     file.write_text(text.replace("name: smoke\n", ""))
     caller = start(tmp_path, "--threads", "1", file=file)
     deadline = time.monotonic() + 120
-    while not any(max(last_steps(path).values(), default=0) >= 5 for path in tmp_path.glob("cells/*/heartbeats/*")):
+    while not any(seen.beat.step >= 5 for path in tmp_path.glob("cells/*/heartbeats/*") for seen in beats_in(path)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     caller.send_signal(signal.SIGTERM)

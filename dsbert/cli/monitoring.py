@@ -1,0 +1,69 @@
+"""The subcommands that look at how runs go: status, runs, watch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsbert.base.errors import UserError
+from dsbert.cli.checkpoints import as_json_option
+from dsbert.cli.parameters import PathName, examples
+
+_DEFAULT = Path("runs")
+
+
+@click.command(epilog=examples("dsbert status runs/demo", "dsbert status --json"))
+@click.argument("run_dirs", metavar="[RUN]...", nargs=-1, type=PathName())
+@as_json_option
+def status(run_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """How runs go: state, step, time left, loss, speed, restarts and what they cost.
+
+    Without RUN: those below runs/. From files alone: any machine that sees them will do, and a job may still wait.
+    """
+    from dsbert.base.jsonl import to_json
+    from dsbert.monitoring.run_status import read_status
+    from dsbert.monitoring.status_lines import status_lines
+
+    found = [read_status(path) for path in run_dirs or _runs_below(_DEFAULT)]
+    if as_json:
+        print(to_json([one.to_json() for one in found]))
+        return
+    print("\n\n".join("\n".join(status_lines(one)) for one in found))
+
+
+@click.command(epilog=examples("dsbert runs", "dsbert runs /scratch/me --json"))
+@click.argument("folder", metavar="[DIR]", default=_DEFAULT, type=PathName())
+@as_json_option
+def runs(folder: Path, as_json: bool) -> None:
+    """The runs below a folder, a line each."""
+    from dsbert.base.jsonl import to_json
+    from dsbert.monitoring.run_status import read_status
+    from dsbert.monitoring.status_lines import status_table
+
+    found = [read_status(path) for path in _runs_below(folder)]
+    print(to_json([one.to_json() for one in found]) if as_json else status_table(found))
+
+
+@click.command(epilog=examples("dsbert watch runs/demo", "dsbert watch runs/*"))
+@click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=PathName())
+@click.option("--every", "every_s", default=2.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds.")
+def watch(run_dirs: tuple[Path, ...], every_s: float) -> None:
+    """The same, again and again, until Ctrl-C or until all runs are over."""
+    from dsbert.monitoring.watching import watch_runs
+
+    watch_runs(run_dirs, every_s)
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    from dsbert.monitoring.finding import find_runs
+
+    found = find_runs(folder) if folder.is_dir() else []
+    if not found:
+        raise UserError(
+            f"expected runs below {folder}, found none: name a folder in which `dsbert pretrain` has begun one"
+        )
+    return found
+
+
+MONITORING_COMMANDS = (status, runs, watch)

@@ -1,0 +1,138 @@
+"""All that is to be said of how a run goes, in one record."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsbert.monitoring.run_files import RunFiles, read_files
+from dsbert.monitoring.state import Standing, heartbeat_age_s, standing
+from dsbert.monitoring.timeline import Spending, Stretch, spending, step_seconds, stretches
+
+# Losses are shown over the run by so many points.
+CURVE_POINTS = 30
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run goes. Seconds, steps, tokens; None where it is not known (yet).
+
+    step: the newest that is known, of total_steps; eta_s: until the last step, by the newest records, evaluations and
+    saves included. loss: of the newest record; val_loss: held-out MLM loss, of the newest evaluation; curve: training
+    losses over the run, at most CURVE_POINTS. flops_per_s: of all ranks, by the paper's count. slowest: the rank that
+    has taken fewest steps, if not all have taken as many.
+    """
+
+    run: str
+    name: str | None
+    standing: Standing
+    ranks: int | None
+    hosts: tuple[str, ...]
+    step: int
+    total_steps: int | None
+    eta_s: float | None
+    loss: float | None
+    val_loss: float | None
+    curve: tuple[float, ...]
+    step_s: float | None
+    tokens_per_s: float | None
+    flops_per_s: float | None
+    skipped: int
+    attempts: tuple[Stretch, ...]
+    spending: Spending
+    checkpoint: str | None
+    checkpoint_age_s: float | None
+    heartbeat_age_s: float | None
+    slowest: str | None
+
+    @property
+    def lost_steps(self) -> int:
+        """Taken again after restarts."""
+        return sum(one.lost_steps for one in self.attempts)
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: as the fields, and what follows from them."""
+        values = asdict(self)
+        state = values.pop("standing")
+        derived = {"lost_steps": self.lost_steps, "goodput": self.spending.goodput, "restarts": self.restarts}
+        return {"run": values.pop("run"), **state, **values, **derived}
+
+    @property
+    def restarts(self) -> int:
+        return max(0, len(self.attempts) - 1)
+
+
+def read_status(path: Path) -> RunStatus:
+    """Of the run in a directory. Raises UserError where there is none."""
+    return status_of(read_files(path))
+
+
+def status_of(files: RunFiles) -> RunStatus:
+    """Of what was read."""
+    found, attempts, last = standing(files), stretches(files), files.metrics[-1] if files.metrics else {}
+    at_work = found.state in ("running", "starting", "silent")
+    step = last.get("step", 0)
+    if at_work and files.beats:
+        step = max(step, *(seen.beat.step for seen in files.beats))
+    losses = [record["loss"] for record in files.metrics if isinstance(record.get("loss"), int | float)]
+    evaluated = [record["val_mlm_loss"] for record in files.metrics if record.get("val_mlm_loss") is not None]
+    seconds = step_seconds(files)
+    tokens = last.get("tokens_per_s")
+    return RunStatus(
+        run=str(files.path),
+        name=files.recipe.get("name"),
+        standing=found,
+        ranks=files.attempt.world_size if files.attempt else None,
+        hosts=tuple(sorted({seen.beat.host for seen in files.beats})),
+        step=step,
+        total_steps=files.total_steps,
+        eta_s=_eta_s(files, step) if found.state in ("running", "starting") else None,
+        loss=losses[-1] if losses else None,
+        val_loss=evaluated[-1] if evaluated else None,
+        curve=thinned(losses, CURVE_POINTS),
+        step_s=seconds,
+        tokens_per_s=tokens if isinstance(tokens, int | float) else None,
+        flops_per_s=_flops_per_s(files, seconds),
+        skipped=sum(record.get("skipped") or 0 for record in files.metrics),
+        attempts=tuple(attempts),
+        spending=spending(files, attempts),
+        checkpoint=files.saved[0] if files.saved else None,
+        checkpoint_age_s=max(0.0, files.now - files.saved[1]) if files.saved else None,
+        heartbeat_age_s=heartbeat_age_s(files) if at_work else None,
+        slowest=_slowest(files) if at_work else None,
+    )
+
+
+def thinned(values: list[float], most: int) -> tuple[float, ...]:
+    """At most so many, evenly spread, the last among them."""
+    if len(values) <= most:
+        return tuple(values)
+    return tuple(values[round(index * (len(values) - 1) / (most - 1))] for index in range(most))
+
+
+def _eta_s(files: RunFiles, step: int) -> float | None:
+    """By the clock between the newest records of this attempt; by the time of steps where there is one only."""
+    if files.total_steps is None:
+        return None
+    started = (files.attempt.started if files.attempt else None) or 0.0
+    recent = [one for one in files.metrics[-20:] if isinstance(one.get("time"), int | float) and one["time"] >= started]
+    left = max(0, files.total_steps - step)
+    if len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
+        return float(left * (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"]))
+    seconds = step_seconds(files)
+    return None if seconds is None else left * seconds
+
+
+def _flops_per_s(files: RunFiles, seconds: float | None) -> float | None:
+    last = files.metrics[-1] if files.metrics else {}
+    flops = last.get("flops_total")
+    return flops / last["step"] / seconds if isinstance(flops, int) and seconds and last["step"] else None
+
+
+def _slowest(files: RunFiles) -> str | None:
+    steps = {seen.beat.step for seen in files.beats}
+    if len(steps) < 2:
+        return None
+    beat = min(files.beats, key=lambda seen: seen.beat.step).beat
+    return f"rank {beat.rank} on {beat.host} at step {beat.step} in phase {beat.phase}"

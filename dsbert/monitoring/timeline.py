@@ -1,0 +1,125 @@
+"""The attempts of a run, one after the other: how each ended, what was lost with it, and what the time went into.
+
+Goodput is the share of the time since the first start that went into steps which count: those that were not taken
+again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass
+
+from dsbert.monitoring.run_files import RunFiles
+from dsbert.training.attempts import Attempt, Ending
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One attempt. Times in seconds since 1970, None where nobody knows; ended: None while it goes on.
+
+    first_step, last_step: after how many steps it began, and how far it was seen. lost_steps: how many of these the
+    next one took again. outcome: done | requeue | failed, None where it did not say.
+    """
+
+    number: int
+    job_id: str | None
+    ranks: int | None
+    started: float | None
+    ended: float | None
+    first_step: int
+    last_step: int | None
+    lost_steps: int
+    outcome: str | None
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Seconds since the first start. steps: of those that count, waiting for data included; lost: of those taken again;
+    down: between attempts; other: starting, loading, leaving."""
+
+    total: float
+    steps: float
+    evaluation: float
+    saves: float
+    lost: float
+    down: float
+
+    @property
+    def other(self) -> float:
+        return max(0.0, self.total - self.steps - self.evaluation - self.saves - self.lost - self.down)
+
+    @property
+    def goodput(self) -> float:
+        """0 to 1."""
+        return min(1.0, self.steps / self.total) if self.total > 0 else 0.0
+
+
+def stretches(files: RunFiles) -> list[Stretch]:
+    """Oldest first."""
+    found = []
+    for number, attempt in enumerate(files.attempts):
+        after = files.attempts[number + 1] if number + 1 < len(files.attempts) else None
+        ending = after.previous if after else files.ended.ending if files.ended else None
+        last = ending.step if ending else max((seen.beat.step for seen in files.beats), default=None)
+        if after is None and ending is None and files.metrics:
+            last = max(last or 0, files.metrics[-1]["step"])
+        lost = max(0, (last or 0) - _first_step(after)) if after else 0
+        found.append(
+            Stretch(
+                number=attempt.number,
+                job_id=attempt.job_id,
+                ranks=attempt.world_size,
+                started=attempt.started,
+                ended=_end(files, ending, after),
+                first_step=_first_step(attempt),
+                last_step=last,
+                lost_steps=lost,
+                outcome=ending.outcome if ending else None,
+                cause=ending.cause if ending else None,
+            )
+        )
+    return found
+
+
+def spending(files: RunFiles, found: list[Stretch]) -> Spending:
+    """Up to the end of the newest attempt, or until now where it goes on."""
+    starts = [one.started for one in found if one.started is not None]
+    ends = [one.ended for one in found if one.ended is not None]
+    over = bool(found) and found[-1].ended is not None
+    total = ((max(ends) if over and ends else files.now) - min(starts)) if starts else 0.0
+    steps = evaluation = saves = 0.0
+    before = 0
+    for record in files.metrics:
+        steps += _seconds(record, "step_s") * (record["step"] - before)
+        evaluation += _seconds(record, "validation_s")
+        saves += _seconds(record, "save_s")
+        before = record["step"]
+    down = 0.0
+    for one, after in itertools.pairwise(found):
+        if one.ended is not None and after.started is not None:
+            down += max(0.0, after.started - one.ended)
+    lost = sum(one.lost_steps for one in found) * (step_seconds(files) or 0.0)
+    return Spending(max(total, 0.0), steps, evaluation, saves, lost, down)
+
+
+def step_seconds(files: RunFiles) -> float | None:
+    """Of one step: the median of the last records."""
+    recent = [value for record in files.metrics[-20:] if (value := _seconds(record, "step_s")) > 0]
+    return statistics.median(recent) if recent else None
+
+
+def _seconds(record: dict[str, object], key: str) -> float:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _first_step(attempt: Attempt | None) -> int:
+    return int(attempt.checkpoint.removeprefix("step_")) if attempt and attempt.checkpoint else 0
+
+
+def _end(files: RunFiles, ending: Ending | None, after: Attempt | None) -> float | None:
+    if ending is not None:
+        return ending.time if ending.time is not None else (after.started if after else None)
+    return after.started if after else None
