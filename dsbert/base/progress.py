@@ -61,7 +61,7 @@ def overall_bar(weights: Mapping[str, float], show: bool = True) -> Iterator[Cal
 
 
 class TrainingBar:
-    """A progress bar on standard error; where that is no terminal, a line a minute and one at the end, with the time."""
+    """A progress bar on standard error; where that is no terminal, a line a minute and one at the end."""
 
     def __init__(
         self, total: int, step: int, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic

@@ -7,7 +7,7 @@ failures         how a run fails: who is told, what is recorded, and that every 
 preflight        what is refused before any rank starts; ownership.py where another attempt is at work
 numerics         what has changed of what moves bits
 run_directory    the files of a run; attempts.py its records, history.py what they say, provenance.py
-reporting        progress for people, records for machines
+reporting        progress for people, records for machines; opening.py what is said before the first step
 metrics          metrics.jsonl and its way to W&B; wandb_process.py, wandb_file.py, wandb_mode.py
 evaluate         held-out losses, while training and by `dsbert evaluate`
 """

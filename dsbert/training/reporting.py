@@ -13,7 +13,6 @@ from dsbert.base.progress import TrainingBar
 from dsbert.checkpoint.state import LayerRecord, Totals
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
-from dsbert.engine.ds_config import config_label
 from dsbert.engine.train_engine import StepResult
 from dsbert.models.spec import model_spec
 from dsbert.sparse import MaskManager, MaskUpdate
@@ -24,7 +23,6 @@ from dsbert.training.metrics import WandbLogger
 from dsbert.training.run_directory import RunDirectory
 
 _WAITS = ("data", "save", "validation")
-_RULES = {"eq3": "eq. 3", "inverse": "1/density", "inverse_sqrt": "1/sqrt(density)"}
 # Above it, and so often in a row, what is explored is thrown away before it can grow (the best runs: 0.05 to 0.1).
 _WASTEFUL, _OFTEN = 0.5, 3
 
@@ -48,7 +46,6 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, LayerRecord]) -> None:
         self._recipe, self._directory, self._main = recipe, directory, world.is_main
-        self._world_size = world.world_size
         spec = model_spec(recipe.model)
         self._objectives = spec.objectives
         seq_len = recipe.data.seq_len
@@ -64,7 +61,7 @@ class Reporter:
         self._wasteful = 0
 
     def begin(self, step: int, totals: Totals, attempt: Attempt) -> None:
-        """Start reporting after `step` steps: cut journals back to it, say what is trained, show the bar."""
+        """Start reporting after `step` steps: cut journals back to it, show the bar."""
         self._totals, self._attempt = totals, attempt
         self._since = (step, totals, time.perf_counter())
         if not self._main:
@@ -75,33 +72,7 @@ class Reporter:
         config = recipe.model_dump(mode="json")
         log = recipe.log
         self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
-        sparsity = recipe.sparsity
-        beside = f" and rank {sparsity.low_rank} beside" if sparsity.low_rank and sparsity.pattern != "dense" else ""
-        rate = f"peak lr {recipe.peak_lr:.3g}"
-        if recipe.optim.dense_lr is not None:
-            factor, rule = recipe.peak_lr / recipe.optim.dense_lr, _RULES[recipe.optim.lr_rule]
-            rate += f" (dense {recipe.optim.dense_lr:.3g} x {factor:.2f}, {rule})"
-        self.say(
-            f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}{beside}, "
-            f"{rate}, {recipe.optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
-            f"{recipe.optim.warmup_steps} of warm-up, {config_label(recipe)}"
-        )
-        self.say(self._batch_line())
         self._bar = TrainingBar(recipe.optim.total_steps, step, recipe.log.lines_every_s)
-
-    def _batch_line(self) -> str:
-        """What a step is on this many ranks, and how much of it is filler where another micro-batch would have less."""
-        batch, world_size = self._recipe.batch, self._world_size
-        size = batch.on_ranks(world_size).micro_batch
-        accumulation_steps = -(-batch.global_batch // (size * world_size))
-        note = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
-        even = -(-batch.global_batch // (world_size * accumulation_steps))
-        if even < size:
-            filler = 1 - batch.global_batch / (size * accumulation_steps * world_size)
-            note = f" ({filler:.0%} of that is filler, less with batch.micro_batch={even})"
-        ranks = f"{world_size} rank{'s'[: world_size > 1]}"
-        batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
-        return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{note}"
 
     @property
     def totals(self) -> Totals:

@@ -31,6 +31,7 @@ from dsbert.training.agreement import Agreement
 from dsbert.training.attempts import Attempt
 from dsbert.training.failures import Failures
 from dsbert.training.numerics import changes, numerics
+from dsbert.training.opening import opening_lines
 from dsbert.training.reporting import Reporter
 from dsbert.training.run_directory import RunDirectory
 from dsbert.training.streams import Streams, open_data
@@ -86,7 +87,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
         reporter=reporter,
         writer=_writer(agreed, attempt),
     )
-    _restore(run)
+    _restore(run, agreed.hosts)
     return run
 
 
@@ -156,7 +157,7 @@ def _writer(agreed: Agreement, attempt: Attempt) -> CheckpointWriter:
     )
 
 
-def _restore(run: Run) -> None:
+def _restore(run: Run, hosts: list[str]) -> None:
     """Load the checkpoint that the attempt goes on from, if there is one, and begin to report."""
     name, totals = run.attempt.checkpoint, Totals()
     if name is not None:
@@ -169,6 +170,8 @@ def _restore(run: Run) -> None:
             run.reporter.say(line)
     run.reporter.say(what_holds(run.recipe, run.engine.ds_config))
     for line in run.engine.kernels.lines():
+        run.reporter.say(line)
+    for line in opening_lines(run.recipe, run.record, hosts, run.directory.path):
         run.reporter.say(line)
     run.heartbeat.advance(run.engine.step)
     run.reporter.begin(run.engine.step, totals, run.attempt)

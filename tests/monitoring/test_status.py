@@ -214,3 +214,17 @@ def test_curves() -> None:
     assert thinned(values, 30)[0] == 0
     assert thinned(values, 30)[-1] == 99
     assert len(thinned(values, 30)) == 30
+
+
+def test_the_first_lines_say_what_is_trained_where(run: Path, data: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = ["pretrain", "demo", "--nproc", "2", "--run-dir", str(tmp_path / "run"), f"data.path={data}", *SMALL]
+    with log.open("wb") as file:
+        subprocess.run([sys.executable, "-m", "dsbert", *words], env=ENVIRONMENT, stderr=file, check=True)
+    lines = log.read_text().splitlines()
+    (ranks,) = (line for line in lines if line.startswith("dsbert: ranks: 2 on "))
+    assert "(cpu, 1 thread each)" in ranks
+    assert "parameters, 3,072 of them in blocks" in ranks
+    assert f"dsbert: records: {tmp_path / 'run' / 'metrics.jsonl'}, W&B off, log {log}; " in "\n".join(lines)
+    assert sum("step 1 of 12  loss" in line for line in lines) == 1
+    assert sum("step 12 of 12  loss" in line for line in lines) == 1
