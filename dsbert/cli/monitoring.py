@@ -1,4 +1,4 @@
-"""The subcommands that look at how runs go: status, runs, watch."""
+"""The subcommands that look at how runs go, and where they are to go: status, runs, watch, doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dsbert.base.errors import UserError
+from dsbert.base.errors import EXIT_OK, EXIT_USER, UserError
 from dsbert.cli.checkpoints import as_json_option
 from dsbert.cli.parameters import PathName, examples
 
@@ -55,6 +55,27 @@ def watch(run_dirs: tuple[Path, ...], every_s: float) -> None:
     watch_runs(run_dirs, every_s)
 
 
+@click.command(epilog=examples("dsbert doctor", "dsbert doctor --run-dir /scratch/me/runs --data /data/wikibooks"))
+@click.option("--run-dir", default=_DEFAULT, type=PathName(), help="Where runs are to be written.  [default: runs]")
+@click.option("--data", type=PathName(), help="Where prepared data are to be read.")
+@as_json_option
+def doctor(run_dir: Path, data: Path | None, as_json: bool) -> None:
+    """Whether this machine can train, and what to do where it cannot: exit code 2.
+
+    To look at a node: `srun dsbert doctor`.
+    """
+    from dsbert.base.jsonl import to_json
+    from dsbert.inspection.doctor import examine
+    from dsbert.inspection.text_table import table
+
+    found = examine(run_dir, data)
+    if as_json:
+        print(to_json([finding._asdict() for finding in found]))
+    else:
+        print(table(("what", "", "found"), found))
+    raise SystemExit(EXIT_USER if any(finding.verdict == "fail" for finding in found) else EXIT_OK)
+
+
 def _runs_below(folder: Path) -> list[Path]:
     from dsbert.monitoring.finding import find_runs
 
@@ -66,4 +87,4 @@ def _runs_below(folder: Path) -> list[Path]:
     return found
 
 
-MONITORING_COMMANDS = (status, runs, watch)
+MONITORING_COMMANDS = (status, runs, watch, doctor)
