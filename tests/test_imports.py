@@ -21,6 +21,7 @@ FLOORS = (
         "cli",
         "experiment",
         "jobs",
+        "monitoring",
         "inspection",
         "training",
         "checkpoint",
@@ -76,7 +77,7 @@ def named(path: Path) -> str:
                 "dsbert.data.preparing.tokenizer_check",
             },
         ),
-        ("psutil", {"dsbert.cluster.heartbeats"}),
+        ("psutil", {"dsbert.cluster.heartbeats", "dsbert.inspection.doctor", "dsbert.inspection.doctor_storage"}),
         (
             "filelock",
             {
@@ -84,6 +85,7 @@ def named(path: Path) -> str:
                 "dsbert.data.preparing.prepare",
                 "dsbert.experiment.runner",
                 "dsbert.experiment.timing",
+                "dsbert.inspection.doctor_storage",
             },
         ),
         ("fcntl", {"dsbert.inspection.export", "dsbert.training.wandb_process"}),

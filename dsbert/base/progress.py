@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -124,10 +125,8 @@ def duration(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """Of this process: resident, and on a GPU the most that tensors have taken."""
-    import psutil
-
-    resident = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
+    """The most that this process has had resident, and that its tensors have taken on a GPU."""
+    resident = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return resident

@@ -50,7 +50,7 @@ def runs(folder: Path, as_json: bool) -> None:
 @click.option("--every", "every_s", default=2.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds.")
 def watch(run_dirs: tuple[Path, ...], every_s: float) -> None:
     """The same, again and again, until Ctrl-C or until all runs are over."""
-    from dsbert.monitoring.watching import watch_runs
+    from dsbert.monitoring.live import watch_runs
 
     watch_runs(run_dirs, every_s)
 

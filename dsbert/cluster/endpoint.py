@@ -230,3 +230,10 @@ def _resolves(name: str) -> bool:
         return bool(socket.getaddrinfo(name, None))
     except (OSError, UnicodeError):
         return False
+
+
+def mpi_library() -> str:
+    """The MPI that mpi4py has found, one line. Raises whatever mpi4py raises where it finds none."""
+    from mpi4py import MPI
+
+    return " ".join(MPI.Get_library_version().split())[:60]

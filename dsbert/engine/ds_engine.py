@@ -20,6 +20,16 @@ from dsbert.engine.ds_config import precision
 from dsbert.engine.zero_shards import full_shape, inner_optimizer, keep_minimal_loss_scale, set_adam_step
 
 
+def why_not_importable() -> str | None:
+    """What DeepSpeed says where it cannot be imported, one line; None where it can."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        import deepspeed  # noqa: F401
+    except Exception as error:  # of any type, where a compiler or a driver is odd
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
 def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: World) -> Any:
     """deepspeed.initialize, without compiling its CPU operators and with its chatter on standard error.
 

@@ -51,14 +51,11 @@ def _software() -> Iterator[Finding]:
         yield Finding("software", "fail", f"{', '.join(missing)} missing: pip install -r requirements.txt")
         return
     yield Finding("software", "ok", listed)
-    try:
-        import torch
+    from dsbert.engine.ds_engine import why_not_importable
 
-        # Left to itself, it says on standard output which it has chosen.
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        import deepspeed  # noqa: F401  # as a rank would: it fails at import where a compiler or driver is odd
-    except Exception as error:
-        yield Finding("software", "fail", f"deepspeed does not import: {type(error).__name__}: {error}")
+    why = why_not_importable()
+    if why:
+        yield Finding("software", "fail", f"deepspeed does not import: {why}")
 
 
 def _processor() -> Iterator[Finding]:
@@ -105,10 +102,10 @@ def _mpi() -> Iterator[Finding]:
     if importlib.util.find_spec("mpi4py") is None:
         yield Finding("mpi", "ok", "no mpi4py: needed under mpiexec alone (pip install 'dsbert[mpi]')")
         return
-    try:
-        from mpi4py import MPI  # type: ignore[import-not-found,unused-ignore]
+    from dsbert.cluster.endpoint import mpi_library
 
-        yield Finding("mpi", "ok", " ".join(MPI.Get_library_version().split())[:60])
+    try:
+        yield Finding("mpi", "ok", mpi_library())
     except Exception as error:
         yield Finding("mpi", "note", f"mpi4py does not load ({error}): mpiexec will not do, srun and --nproc will")
 

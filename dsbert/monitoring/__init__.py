@@ -1,10 +1,10 @@
 """How a run goes, and what it lost: from its files alone, on any machine that sees them, without torch.
 
 run_files       the records of a run directory, read once
-state           what a run is at: waiting, at work, gone without a word, done
+standing        what a run is at: waiting, at work, gone without a word, done
 timeline        its attempts one after the other, what the steps took, what was lost
 run_status      all of it in one record: `read_status`
 status_lines    the same for people: one run as lines, many as a table
-watching        again and again, on a terminal
+live            again and again, on a terminal
 finding         the runs below a folder
 """

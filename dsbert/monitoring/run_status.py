@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.monitoring.run_files import RunFiles, read_files
-from dsbert.monitoring.state import Standing, heartbeat_age_s, standing
+from dsbert.monitoring.standing import Standing, heartbeat_age_s, standing
 from dsbert.monitoring.timeline import Spending, Stretch, spending, step_seconds, stretches
 
 # Losses are shown over the run by so many points.

@@ -18,7 +18,7 @@ from dsbert.base.jsonl import to_json
 from dsbert.monitoring.finding import find_runs
 from dsbert.monitoring.run_files import read_files
 from dsbert.monitoring.run_status import read_status, status_of, thinned
-from dsbert.monitoring.state import standing
+from dsbert.monitoring.standing import standing
 from dsbert.monitoring.status_lines import sparkline, status_lines
 from tests.commands import ENVIRONMENT, SMALL, complaint, dsbert, dsbert_process
 
