@@ -20,6 +20,7 @@ FLOORS = (
         "__main__",
         "cli",
         "experiment",
+        "reports",
         "jobs",
         "monitoring",
         "inspection",

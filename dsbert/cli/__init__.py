@@ -3,7 +3,7 @@
 app            its groups and options, from the first word of a command line to its exit code
 training       dsbert pretrain
 cluster        dsbert submit
-monitoring     dsbert status, runs, watch, doctor
+monitoring     dsbert status, runs, watch, report, doctor
 experiment     dsbert experiment
 data           dsbert prepare, data
 checkpoints    dsbert evaluate, export, inspect, diff, verify

@@ -145,7 +145,7 @@ def table(file: Path, size: str | None, directory: Path | None, records: Path | 
 @click.option("--to", type=PathName(), required=True, help="A folder for page.html and the pictures.")
 def plot(file: Path, size: str | None, directory: Path | None, records: Path | None, to: Path) -> None:
     """Losses against FLOPs and seconds, curves, and one HTML page that needs no network."""
-    from dsbert.experiment.page import page
+    from dsbert.experiment.page import experiment_page
     from dsbert.experiment.plots import file_name, pictures
 
     plan = _plan(file, size, directory or _DEFAULT, records)
@@ -153,7 +153,7 @@ def plot(file: Path, size: str | None, directory: Path | None, records: Path | N
     command = shlex.join(
         ["dsbert", "experiment", "plot", str(file), *(["--size", size] if size else []), "--to", str(to)]
     )
-    (to / "page.html").write_text(page(plan, command), encoding="utf-8")
+    (to / "page.html").write_text(experiment_page(plan, command), encoding="utf-8")
     for title, svg in pictures(plan).items():
         (to / file_name(title)).write_text(svg, encoding="utf-8")
     print(to / "page.html")

@@ -1,7 +1,8 @@
-"""The subcommands that look at how runs go, and where they are to go: status, runs, watch, doctor."""
+"""The subcommands that look at how runs go, and where they are to go: status, runs, watch, report, doctor."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -55,6 +56,22 @@ def watch(run_dirs: tuple[Path, ...], every_s: float) -> None:
     watch_runs(run_dirs, every_s)
 
 
+@click.command(
+    epilog=examples("dsbert report runs/demo --to reports/demo", "dsbert report runs/a runs/b --to reports/ab")
+)
+@click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=PathName())
+@click.option("--to", type=PathName(), required=True, help="The directory to write: index.html, report.json, PNGs.")
+@as_json_option
+@click.pass_obj
+def report(argv: list[str], run_dirs: tuple[Path, ...], to: Path, as_json: bool) -> None:
+    """Runs as a page that needs no network: losses, speed, cost, interruptions, what became of blocks."""
+    from dsbert.base.jsonl import to_json
+    from dsbert.reports.run_report import report as write
+
+    numbers = write(run_dirs, to, shlex.join(["dsbert", *argv]))
+    print(to_json(numbers) if as_json else f"report in {to}: open {to / 'index.html'}")
+
+
 @click.command(epilog=examples("dsbert doctor", "dsbert doctor --run-dir /scratch/me/runs --data /data/wikibooks"))
 @click.option("--run-dir", default=_DEFAULT, type=PathName(), help="Where runs are to be written.  [default: runs]")
 @click.option("--data", type=PathName(), help="Where prepared data are to be read.")
@@ -87,4 +104,4 @@ def _runs_below(folder: Path) -> list[Path]:
     return found
 
 
-MONITORING_COMMANDS = (status, runs, watch, doctor)
+MONITORING_COMMANDS = (status, runs, watch, report, doctor)

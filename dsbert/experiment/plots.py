@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 from dsbert.base.errors import UserError
 from dsbert.experiment.cell_results import CellResult, Measurement
 from dsbert.experiment.cells import words
 from dsbert.experiment.planning import Group, Plan
+from dsbert.reports.drawing import Picture, new_figure
 
 _STYLES = ("-", "--", "-.", ":")
 _LOSS = "held-out MLM loss, nats per masked token"
@@ -41,54 +39,54 @@ def file_name(title: str) -> str:
 
 def _pareto(plan: Plan, cost: Callable[[Measurement], float], label: str) -> str:
     """Arms as lines over their grid points; a dense arm is the curve that the others are judged by."""
-    with _figure(1) as (figure, (axes,)):
-        for arm, color in _colors(plan).items():
-            points = sorted(
-                (statistics.fmean(cost(result.last) for result in results), results)
-                for group in plan.groups
-                if group[0] == arm and (results := _results(plan, group))
-            )
-            if points:
-                losses = [statistics.fmean(result.loss for result in results) for _, results in points]
-                style = "--" if _is_dense(plan, arm) else "-"
-                axes.plot([x for x, _ in points], losses, style, marker="o", color=color, label=arm)
-                for _, results in points:
-                    seeds = [(cost(result.last), result.loss) for result in results]
-                    axes.plot(*zip(*seeds, strict=True), ".", color=color, alpha=0.5, markersize=4)
-        axes.set(xscale="log", xlabel=label, ylabel=_LOSS)
-        axes.legend(frameon=False, fontsize="small")
-        return _svg(figure)
+    figure, (axes,) = new_figure()
+    for arm, color in _colors(plan).items():
+        points = sorted(
+            (statistics.fmean(cost(result.last) for result in results), results)
+            for group in plan.groups
+            if group[0] == arm and (results := _results(plan, group))
+        )
+        if points:
+            losses = [statistics.fmean(result.loss for result in results) for _, results in points]
+            style = "--" if _is_dense(plan, arm) else "-"
+            axes.plot([x for x, _ in points], losses, style, marker="o", color=color, label=arm)
+            for _, results in points:
+                seeds = [(cost(result.last), result.loss) for result in results]
+                axes.plot(*zip(*seeds, strict=True), ".", color=color, alpha=0.5, markersize=4)
+    axes.set(xscale="log", xlabel=label, ylabel=_LOSS)
+    axes.legend(frameon=False, fontsize="small")
+    return Picture(figure).svg()
 
 
 def _curves(plan: Plan) -> str:
     """A color for each arm, a style of line for each grid point; a line for each seed."""
-    with _figure(1) as (figure, (axes,)):
-        colors = _colors(plan)
-        styles = dict(zip(dict.fromkeys(point for _, point in plan.groups), itertools.cycle(_STYLES), strict=False))
-        for group in plan.groups:
-            for number, result in enumerate(_results(plan, group)):
-                axes.plot(
-                    [one.step for one in result.measurements], [one.loss for one in result.measurements],
-                    styles[group[1]], color=colors[group[0]], alpha=0.7, label=None if number else _label(group),
-                )  # fmt: skip
-        axes.set(xlabel="step", ylabel=_LOSS)
-        axes.legend(frameon=False, fontsize="small")
-        return _svg(figure)
+    figure, (axes,) = new_figure()
+    colors = _colors(plan)
+    styles = dict(zip(dict.fromkeys(point for _, point in plan.groups), itertools.cycle(_STYLES), strict=False))
+    for group in plan.groups:
+        for number, result in enumerate(_results(plan, group)):
+            axes.plot(
+                [one.step for one in result.measurements], [one.loss for one in result.measurements],
+                styles[group[1]], color=colors[group[0]], alpha=0.7, label=None if number else _label(group),
+            )  # fmt: skip
+    axes.set(xlabel="step", ylabel=_LOSS)
+    axes.legend(frameon=False, fontsize="small")
+    return Picture(figure).svg()
 
 
 def _masks(plan: Plan) -> str:
-    with _figure(2) as (figure, (left, right)):
-        colors = _colors(plan)
-        for group in plan.groups:
-            for number, result in enumerate(one for one in _results(plan, group) if one.masks):
-                steps = [one.step for one in result.masks]
-                label = _label(group) if number == 0 else None
-                left.plot(steps, [one.dof for one in result.masks], color=colors[group[0]], alpha=0.7, label=label)
-                right.plot(steps, [one.removed_new_ratio for one in result.masks], color=colors[group[0]], alpha=0.7)
-        left.set(xlabel="step", ylabel="share of positions explored", ylim=(0, 1.02))
-        right.set(xlabel="step", ylabel="share of pruned blocks that were new", ylim=(0, 1.02))
-        left.legend(frameon=False, fontsize="small")
-        return _svg(figure)
+    figure, (left, right) = new_figure(2)
+    colors = _colors(plan)
+    for group in plan.groups:
+        for number, result in enumerate(one for one in _results(plan, group) if one.masks):
+            steps = [one.step for one in result.masks]
+            label = _label(group) if number == 0 else None
+            left.plot(steps, [one.dof for one in result.masks], color=colors[group[0]], alpha=0.7, label=label)
+            right.plot(steps, [one.removed_new_ratio for one in result.masks], color=colors[group[0]], alpha=0.7)
+    left.set(xlabel="step", ylabel="share of positions explored", ylim=(0, 1.02))
+    right.set(xlabel="step", ylabel="share of pruned blocks that were new", ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize="small")
+    return Picture(figure).svg()
 
 
 def _results(plan: Plan, group: Group) -> list[CellResult]:
@@ -106,30 +104,3 @@ def _label(group: Group) -> str:
 
 def _colors(plan: Plan) -> dict[str, str]:
     return {arm: f"C{number % 10}" for number, arm in enumerate(plan.experiment.arms)}
-
-
-@contextmanager
-def _figure(panels: int) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("expected matplotlib for plots, found none: pip install 'dsbert[experiment]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    settings = {"svg.hashsalt": "dsbert", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
-    with pyplot.rc_context(settings):
-        figure, axes = pyplot.subplots(1, panels, figsize=(7.2, 4.2 if panels == 1 else 3.4), constrained_layout=True)
-        for one in axes.flat if panels > 1 else [axes]:
-            one.spines[["top", "right"]].set_visible(False)
-            one.grid(alpha=0.2)
-        yield figure, tuple(axes.flat) if panels > 1 else (axes,)
-        pyplot.close(figure)
-
-
-def _svg(figure: Any) -> str:
-    """Without what differs from call to call."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -1,0 +1,9 @@
+"""`dsbert report`: runs as pages and pictures.
+
+run_report          the files of a report: a page, a picture each, numbers for scripts
+run_pictures        losses, speed, cost, the time line of attempts
+topology_history    what became of blocks: by the journal of mask updates and the newest checkpoint
+topology_pictures   the same, drawn; heat maps of where blocks stand
+drawing             how all pictures look
+web_page            an HTML page that needs no network; experiments use it as well
+"""

@@ -1,0 +1,64 @@
+"""How pictures look: drawn by matplotlib, as SVG text that is the same from call to call, or as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dsbert.base.errors import UserError
+
+_DPI = 110
+
+
+class Picture:
+    """A drawn figure."""
+
+    def __init__(self, figure: Any) -> None:
+        self._figure = figure
+
+    def svg(self) -> str:
+        """Without what differs from call to call."""
+        with _settings():
+            buffer = io.StringIO()
+            self._figure.savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+    def png(self) -> bytes:
+        """At a fixed resolution."""
+        buffer = io.BytesIO()
+        with _settings():
+            self._figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+_WIDTH = 7.2  # inches, of every picture: so that letters are of one size where several stand beside each other
+
+
+def new_figure(panels: int = 1, height: float | None = None, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its axes, row by row. Raises UserError where matplotlib is missing."""
+    with _settings():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(_WIDTH, height or (4.2 if panels == 1 else 3.4)), constrained_layout=True)
+        axes = list(figure.subplots(rows, -(-panels // rows), squeeze=False).flat)
+        for unused in axes[panels:]:
+            unused.set_axis_off()
+        axes = axes[:panels]
+        for one in axes:
+            one.spines[["top", "right"]].set_visible(False)
+            one.grid(alpha=0.2)
+    return figure, axes
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("expected matplotlib for pictures, found none: pip install 'dsbert[experiment]'") from None
+    settings = {"svg.hashsalt": "dsbert", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    with matplotlib.rc_context(settings):
+        yield
