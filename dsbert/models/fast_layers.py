@@ -90,8 +90,8 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool [b, 1, S or 1, S], what
-    may be seen."""
+    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool [b, 1, S or 1, S],
+    what may be seen."""
     if _attends(module, query, key, value, dropout, options):
         seen = key_mask(attention_mask, query.shape[2], options.get("sliding_window"))
         if seen is not None:

@@ -24,8 +24,8 @@ from dsbert.sparse.kernels.cpu.attention import MAX_HEAD_SIZE, Attention
 
 _library = torch.library.Library("dsbert", "FRAGMENT")
 _library.define(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor? visible, Tensor seed, float p, float scaling, "
-    "int window) -> (Tensor, Tensor)"
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor? visible, Tensor seed, float p, "
+    "float scaling, int window) -> (Tensor, Tensor)"
 )
 _library.define(
     "varlen_attention_gradient(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "

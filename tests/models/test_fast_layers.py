@@ -73,7 +73,7 @@ def test_attention_with_dropout_is_attention(
 def masks() -> dict[str, tuple[Tensor | None, int | None, bool]]:
     """Name -> what may be seen, [3, 1, 10 or 1, 10]; the hint at a window; whether the kernel can do it."""
     keys = torch.ones(3, 1, 1, 10, dtype=torch.bool)
-    keys[1, :, :, 6:] = False
+    keys[1, :, :, 8:] = False  # every query has one within its window: what is made of none is open
     places = torch.arange(10)
     near = (places - places[:, None]).abs() <= 2
     odd = keys.expand(3, 1, 10, 10).clone()

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,8 +203,8 @@ def hashed(positions: np.ndarray, seed: int) -> np.ndarray:
 
 
 def test_draws_beyond_four_billion_shares() -> None:
-    """A sequence so long that the places of its shares fill 32 bits but for a few, of which each token sees itself; in the
-    next one the numbers begin anew, in the middle of a vector."""
+    """A sequence so long that the places of its shares fill 32 bits but for a few, of which each token sees itself; in
+    the next one the numbers begin anew, in the middle of a vector."""
     lengths, turn, p, seed = (65_532, 2350), 223, 0.5, 2**33 + 12345
     places = np.concatenate([np.arange(length, dtype=np.uint64) * np.uint64(length + 1) for length in lengths])
     places[lengths[0] :] += np.uint64(lengths[0] ** 2)

@@ -54,8 +54,9 @@ class Attention:
     """softmax(Q K^T scaling) V within every sequence; scores, shares and sums in fp32, whatever the operands are.
 
     starts: int64 [n + 1] on the CPU, contiguous: where each sequence begins, and T. visible: bool or uint8 [T], keys
-    that are seen; None: all. seed, p: which shares fall, by a hash of seed and the share's place among those of all heads
-    of all sequences. window: tokens to each side that are seen; negative: all. A query that sees nothing gets zeros.
+    that are seen; None: all. seed, p: which shares fall, by a hash of seed and the share's place among those of all
+    heads of all sequences. window: tokens to each side that are seen; negative: all. A query that sees nothing gets
+    zeros. Source of the method: Dao et al. 2022, arXiv:2205.14135.
     """
 
     starts: Tensor
