@@ -6,6 +6,8 @@ bert             BERT with MLM and NSP
 modern_bert      ModernBERT with MLM
 device_batch     what a model is called with
 fast_layers      dropout, attention and linear layers as one pass each
+varlen_attention attention within sequences without padding between them
+key_mask         what an attention mask hides
 
 Another encoder is a module with a `SPEC`, a line in config/architectures.py, and a recipe.
 """

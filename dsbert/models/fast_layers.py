@@ -3,7 +3,8 @@ and dense products in half precision.
 
 torch draws dropout masks on a CPU number by number, keeps them, and takes attention apart into a dozen passes as soon
 as there is dropout: together a fifth of a step. Half precisions that a CPU cannot multiply it multiplies number by
-number, up to a hundred times slower than fp32: there fp32 is put around the product. Elsewhere than on a CPU, and where
+number, up to a hundred times slower than fp32: there fp32 is put around the product. Attention has a kernel of its own
+(varlen_attention.py), for masks that hide keys, far ones or those of padding. Elsewhere than on a CPU, and where
 dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h heads, S positions, d head size.
 """
 
@@ -18,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dsbert.models.key_mask import key_mask
+from dsbert.models.varlen_attention import has_kernel, varlen_attention
 from dsbert.sparse.half_precision import is_slow
 from dsbert.sparse.kernels import cpu
 
@@ -87,7 +90,17 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen."""
+    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool [b, 1, S or 1, S],
+    what may be seen."""
+    if _attends(module, query, key, value, dropout, options):
+        seen = key_mask(attention_mask, query.shape[2], options.get("sliding_window"))
+        if seen is not None:
+            sequences, heads, positions, size = query.shape
+            q, k, v = (x.transpose(1, 2).reshape(-1, heads, size) for x in (query, key, value))  # [b S, h, d]
+            starts = torch.arange(sequences + 1) * positions
+            visible = None if seen.visible is None else seen.visible.expand(sequences, -1).reshape(-1)
+            y = varlen_attention(q, k, v, starts, dropout=dropout, scaling=scaling, window=seen.window, visible=visible)
+            return y.view(sequences, positions, heads, size), None
     if is_slow(query):
         q, k, v = query.float(), key.float(), value.float()
         found, _ = attention(module, q, k, v, attention_mask, dropout, scaling, **options)
@@ -107,6 +120,16 @@ def attention(
         scores.view(sequences, heads, positions, -1).add_(hidden)
     shares = drop(torch.softmax(scores, -1), dropout)
     return torch.bmm(shares, v).view(sequences, heads, positions, size).transpose(1, 2), None
+
+
+def _attends(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
+) -> bool:
+    """Whether `varlen_attention` has a kernel for that, but for the mask."""
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    alike = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    return alike and not causal and options.get("position_bias") is None and has_kernel(query, dropout)
 
 
 def use_fast_layers_(model: PreTrainedModel) -> None:

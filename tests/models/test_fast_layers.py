@@ -12,11 +12,14 @@ from torch.nn import functional
 from transformers import BertForPreTraining
 
 from dsbert.models import fast_layers
+from dsbert.models import key_mask as module
 from dsbert.models.bert import bert_config
 from dsbert.models.construction import build_model
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import attention, drop, use_fast_layers_
+from dsbert.models.key_mask import key_mask
 from dsbert.sparse import half_precision
+from dsbert.sparse.kernels import cpu
 from tests import workbench as bench
 
 
@@ -33,25 +36,31 @@ def operands(dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, Tensor, 
     return (q, k, v), seen[:, None, None, :].expand(3, 1, 10, 10)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "slow", "tolerance"),
     [(torch.float32, False, 1e-6), (torch.bfloat16, False, 2e-2), (torch.bfloat16, True, 2e-2)],
 )
 def test_attention_with_dropout_is_attention(
-    dtype: torch.dtype, slow: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, slow: bool, tolerance: float, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the kernel and by torch, with the same draw: that of the shares in memory."""
     multiplies_half(monkeypatch, not slow)
-    monkeypatch.setattr(fast_layers, "drop", lambda x, p, training=True: x)  # nothing falls
+    if not kernel:
+        monkeypatch.setattr(fast_layers, "has_kernel", lambda *_: False)
     tensors, seen = operands(dtype)
+    torch.manual_seed(5)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    kept = cpu.dropout(torch.ones(3, 2, 10, 10), 0.1, seed).double()
+    torch.manual_seed(5)
     found, none = attention(torch.nn.Identity(), *tensors, seen, dropout=0.1, scaling=0.3)
     assert none is None
     assert found.shape == (3, 10, 2, 8)
     weights = torch.randn(found.shape).to(dtype)
     gradients = torch.autograd.grad((found * weights).sum(), tensors)
-    # Where nothing may be seen, every value has the same share.
     q, k, v = doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    visible = seen | ~seen.any(-1, keepdim=True)
-    exact = functional.scaled_dot_product_attention(q, k, v, visible, scale=0.3).transpose(1, 2)
+    hidden = torch.zeros(seen.shape).masked_fill(~seen, -1e30)  # of the last sequence everything: what it says is open
+    exact = ((q @ k.mT * 0.3 + hidden).softmax(-1) * kept @ v).transpose(1, 2)
     exact[:2].mul(weights[:2].double()).sum().backward()
     assert (found[:2].double() - exact[:2]).abs().max() < tolerance
     assert found.isfinite().all()
@@ -59,6 +68,74 @@ def test_attention_with_dropout_is_attention(
         assert tensor.grad is not None
         assert (gradient[:2].double() - tensor.grad[:2]).abs().max() < 4 * tolerance
         assert gradient.isfinite().all()
+
+
+def masks() -> dict[str, tuple[Tensor | None, int | None, bool]]:
+    """Name -> what may be seen, [3, 1, 10 or 1, 10]; the hint at a window; whether the kernel can do it."""
+    keys = torch.ones(3, 1, 1, 10, dtype=torch.bool)
+    keys[1, :, :, 8:] = False  # every query has one within its window: what is made of none is open
+    places = torch.arange(10)
+    near = (places - places[:, None]).abs() <= 2
+    odd = keys.expand(3, 1, 10, 10).clone()
+    odd[0, 0, 4, 7] = False
+    return {
+        "all": (None, None, True),
+        "keys": (keys, None, True),
+        "keys, for each query": (keys.expand(3, 1, 10, 10), None, True),
+        "keys, for each query, in memory": (keys.expand(3, 1, 10, 10).contiguous(), None, True),
+        "window": (keys & near, 3, True),
+        "one for all sequences": (near[None, None], 3, True),
+        "another window": (keys & near, 4, False),
+        "window without a hint": (keys & near, None, False),
+        "a pair": (odd, 3, False),
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_masks_that_the_kernel_knows_and_others(dropout: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways hide the same, and all of a mask."""
+    mask, hint, known = masks()[name]
+    tensors, _ = operands()
+    results = []
+    with mock.patch.object(fast_layers, "varlen_attention", wraps=fast_layers.varlen_attention) as kernel:
+        for able in (True, False):
+            if not able:
+                monkeypatch.setattr(fast_layers, "has_kernel", lambda *_: False)
+            torch.manual_seed(1)
+            out, _ = attention(Encoder(), *tensors, mask, dropout=dropout, sliding_window=hint)
+            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert kernel.call_count == known
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Encoder(torch.nn.Module):
+    is_causal = False
+
+
+def test_a_mask_is_read_once_and_again_when_it_has_changed() -> None:
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    first = key_mask(mask, 6)
+    assert first is not None
+    assert key_mask(mask, 6) is first
+    mask[:, :, :, 4:] = False
+    second = key_mask(mask, 6)
+    assert second is not None
+    assert second.visible is not None
+    assert second.visible.tolist() == [[True] * 4 + [False] * 2] * 2
+    for _ in range(20):
+        key_mask(torch.ones(1, 1, 6, 6, dtype=torch.bool), 6)
+    assert len(module._read) <= 4
+    assert key_mask(mask.float(), 6) is None
+    assert key_mask(mask, 7) is None
+
+
+def test_attention_that_looks_back_only_is_left_to_torch() -> None:
+    (q, k, v), _ = operands()
+    causal, _ = attention(Encoder(), q, k, v, None, is_causal=True)
+    expected = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(causal, expected)
 
 
 def test_attention_drops_shares() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsbert.sparse.kernels.cpu.build import load, unavailable
 from dsbert.sparse.kernels.index import Backend, KernelIndex
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def forward(x: Tensor, blocks: Tensor, index: KernelIndex, bias: Tensor | None) -> Tensor:
@@ -39,7 +39,7 @@ def wgrad(dy: Tensor, x: Tensor, index: KernelIndex) -> Tensor:
     dw = x.new_empty(index.num_active, index.block_size, index.block_size)
     num_rows, num_cols = index.grid
     load().dsbert_gradient(
-        _DTYPES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dw.data_ptr(),
+        DTYPES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), dw.data_ptr(),
         index.rows.data_ptr(), index.cols.data_ptr(), index.addresses()[1], index.num_active, x.shape[0],
         num_rows, num_cols, index.block_size, torch.get_num_threads(),
     )  # fmt: skip
@@ -51,7 +51,7 @@ def gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     threads = torch.get_num_threads()
-    load().dsbert_gelu_gradient(_DTYPES[x.dtype], dy.data_ptr(), x.data_ptr(), dx.data_ptr(), x.numel(), threads)
+    load().dsbert_gelu_gradient(DTYPES[x.dtype], dy.data_ptr(), x.data_ptr(), dx.data_ptr(), x.numel(), threads)
     return dx
 
 
@@ -60,7 +60,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     load().dsbert_dropout(
-        _DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), x.numel(), seed % 2**64, p, torch.get_num_threads(),
+        DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), x.numel(), seed % 2**64, p, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -69,7 +69,7 @@ def why_not(device: torch.device, dtype: torch.dtype, block_size: int) -> str | 
     """Why these kernels cannot run there, one line; None if they can. Compiles them if need be."""
     if device.type != "cpu":
         return f"the cpu kernels do not run on {device.type}"
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"the cpu kernels do not compute in {dtype}"
     return unavailable()
 
@@ -92,7 +92,7 @@ def _product(
     else:
         ptr, slots, groups, out_groups, in_groups = col_ptr, col_slots, index.rows, num_cols, num_rows
     load().dsbert_product(
-        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), blocks.data_ptr(), None if bias is None else bias.data_ptr(),
+        DTYPES[x.dtype], x.data_ptr(), x.stride(0), blocks.data_ptr(), None if bias is None else bias.data_ptr(),
         y.data_ptr(), None if activated is None else activated.data_ptr(), ptr, slots,
         groups.data_ptr(), x.shape[0], out_groups, in_groups, index.block_size, int(by_row), torch.get_num_threads(),
     )  # fmt: skip

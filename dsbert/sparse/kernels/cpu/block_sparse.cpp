@@ -1,7 +1,10 @@
-// The three products of a block-sparse linear layer on a CPU, the derivative of GELU, and dropout: what Python calls.
+// The three products of a block-sparse linear layer on a CPU, the derivative of GELU, dropout, and attention: what Python
+// calls.
 //
 // T tokens, K active blocks, B block size. A weight [out, in] is cut into groups of B rows and B columns. Sums run in the
 // order of blocks, or of tokens, however many threads there are: equal input gives equal bits.
+#include "attention_backward.h"
+#include "attention_forward.h"
 #include "dropout.h"
 #include "elements.h"
 #include "gelu.h"
@@ -76,6 +79,20 @@ void dsbert_dropout(int dtype, const void* x, void* y, int64_t count, uint64_t s
   if (dtype == 0) dropout<F32>(d);
   if (dtype == 1) dropout<BF16>(d);
   if (dtype == 2) dropout<F16>(d);
+}
+
+void dsbert_attention(const dsbert::Attention* a) {
+  using namespace dsbert;
+  if (a->dtype == 0) attention_forward<F32, FloatDot>(*a);
+  if (a->dtype == 1) attention_forward<BF16, BF16Dot>(*a);
+  if (a->dtype == 2) attention_forward<F16, FloatDot>(*a);
+}
+
+void dsbert_attention_gradient(const dsbert::Attention* a) {
+  using namespace dsbert;
+  if (a->dtype == 0) attention_backward<F32, FloatDot>(*a);
+  if (a->dtype == 1) attention_backward<BF16, BF16Dot>(*a);
+  if (a->dtype == 2) attention_backward<F16, FloatDot>(*a);
 }
 
 }  // extern "C"

@@ -22,7 +22,8 @@ from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.trust import UntrustedError, open_to_all, open_trusted, private_directory
 
 SOURCES = (
-    "block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h", "product.h",
+    "block_sparse.cpp", "arguments.h", "attention.h", "attention_backward.h", "attention_forward.h",
+    "attention_packing.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h", "product.h",
     "segments.h", "vectors.h",
 )  # fmt: skip
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
@@ -201,8 +202,9 @@ def load() -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.dsbert_gelu_gradient.argtypes = [number, pointer, pointer, pointer, size, number]
     loaded.dsbert_dropout.argtypes = [number, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number]
-    for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient", "dsbert_dropout"):
-        getattr(loaded, name).restype = None
+    loaded.dsbert_attention.argtypes = loaded.dsbert_attention_gradient.argtypes = [pointer]
+    for name in ("product", "gradient", "gelu_gradient", "dropout", "attention", "attention_gradient"):
+        getattr(loaded, f"dsbert_{name}").restype = None
     return loaded
 
 

@@ -20,6 +20,30 @@ inline UVec draw(UVec position, uint32_t seed, uint32_t more) {
   return h ^ h >> 15;
 }
 
+// Which of a run of LANES positions stay, each with probability 1 - p.
+struct Draw {
+  uint32_t seed, more, falls;
+  UVec lanes;
+
+  Draw(uint64_t seed_, double p) : seed(uint32_t(seed_)), more(uint32_t(seed_ >> 32)), falls(uint32_t(p * 4294967296.0)) {
+    for (int i = 0; i < LANES; ++i) lanes[i] = uint32_t(i);
+  }
+
+  // Beyond 2^32 positions another seed takes over.
+  IVec stays(uint64_t position) const {
+    const uint32_t low = uint32_t(position), high = seed + uint32_t(position >> 32);
+    const UVec at = lanes + low;
+    UVec drawn = draw(at, high, more);
+    if (__builtin_expect(low > UINT32_MAX - LANES + 1, 0)) {  // in the middle of the run
+      const UVec beyond = draw(at, high + 1, more), over = bits<UVec>(at < lanes);
+      drawn = (drawn & ~over) | (beyond & over);
+    }
+    return drawn >= (falls - UVec{});
+  }
+};
+
+inline float kept_scale(double p) { return float(1.0 / (1.0 - p)); }
+
 struct Dropout {
   const void* x;
   void* y;  // x / (1 - p) where an element stays, 0 where it falls
@@ -34,15 +58,11 @@ void dropout(const Dropout& d) {
   typedef typename T::Raw Raw;
   const Raw* x = static_cast<const Raw*>(d.x);
   Raw* y = static_cast<Raw*>(d.y);
-  const uint32_t seed = uint32_t(d.seed), more = uint32_t(d.seed >> 32), falls = uint32_t(d.p * 4294967296.0);
-  const float scale = float(1.0 / (1.0 - d.p));
-  UVec lanes;
-  for (int i = 0; i < LANES; ++i) lanes[i] = uint32_t(i);
+  const Draw draw(d.seed, d.p);
+  const float scale = kept_scale(d.p);
 #pragma omp parallel for schedule(static) num_threads(d.threads)
   for (int64_t i = 0; i < d.count; i += LANES) {
-    // Beyond 2^32 elements another seed takes over.
-    const UVec drawn = draw(lanes + uint32_t(i), seed + uint32_t(i >> 32), more);
-    const IVec stays = drawn >= (falls - UVec{});
+    const IVec stays = draw.stays(uint64_t(i));
     const int n = int(std::min<int64_t>(LANES, d.count - i));
     Raw part[LANES] = {};
     const Raw* from = x + i;

@@ -44,6 +44,17 @@ inline void put(void* p, V v) {
 
 inline Vec splat(float value) { return value - Vec{}; }
 
+// a where it is larger, else b: also where one is NaN. One instruction; of a comparison the compiler makes two.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__) && DSBERT_LANES == 16
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__F16C__) && DSBERT_LANES == 8
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // sum += a * b. The instruction is spelled out: given the choice, the compiler has it overwrite a factor, and then copies
 // registers, or runs out of them, in the innermost loops.
 inline void add_product(Vec& sum, const float& a, Vec b) {
