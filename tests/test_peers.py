@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from dsbert.data.stream import Batch
 from dsbert.models.construction import build_model
 from dsbert.models.device_batch import DeviceBatch
 from tests import workbench as bench
+from tools import peer_mkl
 from tools.peer_transformers import TransformersPeer, padded_inputs
 
 
@@ -66,3 +70,30 @@ def test_bf16_is_autocast() -> None:
     for _ in range(30):
         last = peer.step()
     assert last < first  # it trains
+
+
+def test_mkl_is_asked_for_our_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without MKL: scipy multiplies in its place, so that what is seen is what goes in and what comes out."""
+    pytest.importorskip("scipy.sparse")
+    stand_in = SimpleNamespace(
+        mkl_set_num_threads=lambda count: None, dot_product_mkl=lambda matrix, dense: matrix @ dense
+    )
+    monkeypatch.setitem(sys.modules, "sparse_dot_mkl", stand_in)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 16, 2, 16, generator=generator) * torch.tensor([[1.0, 0.0]] * 4).view(4, 1, 2, 1)
+    weight = weight.reshape(64, 32)
+    x, dy, bias = (torch.randn(size, generator=generator) for size in ((9, 32), (9, 64), (64,)))
+    calls = peer_mkl.products(weight, 16, x, dy, bias)
+    torch.testing.assert_close(calls["forward"](), x @ weight.t() + bias)
+    torch.testing.assert_close(calls["dgrad"](), dy @ weight)
+
+
+def test_mkl_that_is_not_installed_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sparse_dot_mkl", None)
+    peer_mkl.why_not.cache_clear()
+    reason = peer_mkl.why_not()
+    peer_mkl.why_not.cache_clear()
+    assert reason is not None
+    assert reason.startswith("MKL's block-sparse product is left out: ")
+    assert reason.endswith("(pip install sparse-dot-mkl mkl)")
+    assert "\n" not in reason
