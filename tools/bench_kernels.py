@@ -5,10 +5,10 @@
 
 Dense contenders multiply a weight that is dense already: F.linear and its two gradients (`linear`: the ratio
 speedup_vs_dense), oneDNN (`onednn`), F.linear in fp32 around half precisions (`linear_fp32`), torch's block-sparse
-product (`torch_bsr`, forward only). --peers: MKL's as well, where it is installed (`mkl_bsr`: fp32 on a CPU, forward and
-dgrad). speedup_vs_best_dense is against the fastest dense one of the run. All contenders
-of a product take turns, and each time is the median of the turns (what takes over 3 seconds has one); a ratio above
-1 / density says that the dense side is lame: look at its GFLOP/s. rel_error: Frobenius norm of the difference to
+product (`torch_bsr`, forward only). --peers: MKL's too, where it is installed (`mkl_bsr`: fp32, forward and dgrad).
+speedup_vs_best_dense is against the fastest dense one of the run. All contenders of a product take turns, and each time
+is the median of the turns (what takes over 3 seconds has one); a ratio above 1 / density says that the dense side is
+lame: look at its GFLOP/s. rel_error: Frobenius norm of the difference to
 float64 over that of the result.
 """
 
