@@ -60,17 +60,26 @@ def part_of(event: Any, vocab_size: int) -> str:
     return "element by element, copies"
 
 
-def breakdown(step: Any, vocab_size: int) -> dict[str, float]:
+def breakdown(step: Any, vocab_size: int, device: Any) -> dict[str, float]:
     """Seconds of one step by part."""
+    import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    on_card = device.type == "cuda"
+    with profile(
+        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_card], record_shapes=True
+    ) as profiler:
         start = time.perf_counter()
         step()
+        if on_card:
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
     parts: defaultdict[str, float] = defaultdict(float)
     for event in profiler.events():
-        parts[part_of(event, vocab_size)] += event.self_cpu_time_total / 1e6
+        if event.device_type == DeviceType.CPU:  # kernels on a card are told once more, as the time of their operators
+            time_us = event.self_device_time_total if on_card else event.self_cpu_time_total
+            parts[part_of(event, vocab_size)] += time_us / 1e6
     parts["python"] = max(0.0, seconds - sum(parts.values()))
     return dict(parts)
 
@@ -86,7 +95,7 @@ class Side:
         recipe = load_recipe(options.recipe, [*overrides, *options.overrides])
         model, layers = build_model(recipe, options.vocab_size, world.device)
         self.engine = TrainEngine(recipe, model, layers, world)
-        self.density = recipe.sparsity.density
+        self.density, self.device = recipe.sparsity.density, world.device
         self.batches = _random_batches(options)
 
     def step(self) -> None:
@@ -131,14 +140,11 @@ def _random_batches(options: argparse.Namespace) -> list[Any]:
     return [batch]
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides, in turns."""
+def measure(options: argparse.Namespace, world: Any) -> dict[str, Any]:
+    """Both sides, in turns. world: a world of one (process_group.init)."""
     import torch
 
-    from dsbert.cluster import process_group
-
     torch.set_num_threads(options.threads)
-    world = process_group.init()
     common = [
         f"batch.micro_batch={options.batch}",
         f"batch.global_batch={options.batch}",
@@ -202,7 +208,8 @@ def _rates(seconds: dict[str, float], batches: list[Any]) -> dict[str, float]:
 def _median_parts(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The breakdown of both sides, profiled in turns."""
     turns = [
-        {name: breakdown(side.step, options.vocab_size) for name, side in sides.items()} for _ in range(options.rounds)
+        {name: breakdown(side.step, options.vocab_size, side.device) for name, side in sides.items()}
+        for _ in range(min(options.rounds, 3))
     ]
     return {
         name: {
@@ -223,8 +230,8 @@ def _device_name(device: Any) -> str:
     return f"cpu {instruction_set()}"
 
 
-def main() -> None:
-    """Seconds and ratios, then the breakdown."""
+def options_from(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="bert-base")
     parser.add_argument("--batch", type=int, default=32, help="sequences of a step")
@@ -236,12 +243,18 @@ def main() -> None:
     parser.add_argument("--peer", choices=["transformers"], help="what takes turns with dsbert")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Seconds and ratios, then the breakdown."""
+    options = options_from()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": str(options.threads)}
     from dsbert.base.errors import DsbertError
+    from dsbert.cluster import process_group
 
     try:
-        found = measure(options)
+        found = measure(options, process_group.init())
     except DsbertError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
