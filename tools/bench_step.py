@@ -67,9 +67,7 @@ def breakdown(step: Any, vocab_size: int, device: Any) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     on_card = device.type == "cuda"
-    with profile(
-        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_card], record_shapes=True
-    ) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_card], record_shapes=True) as profiler:
         start = time.perf_counter()
         step()
         if on_card:

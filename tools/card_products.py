@@ -81,9 +81,7 @@ def peers(shapes: Sequence[Shape], sizes: Sequence[int], setting: Setting) -> It
         yield {"layer": shape.name, "hidden": shape.hidden} | record | {"launch": launch}
 
 
-def _all(
-    shapes: Sequence[Shape], sizes: Sequence[int], setting: Setting
-) -> Iterator[tuple[Shape, int, Product]]:
+def _all(shapes: Sequence[Shape], sizes: Sequence[int], setting: Setting) -> Iterator[tuple[Shape, int, Product]]:
     """Size by size, so that what is cut off leaves whole layers."""
     for size in sizes:
         for shape in shapes:

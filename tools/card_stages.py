@@ -15,13 +15,16 @@ Exit code 3: left out, and why on the last line. Any other but 0: failed.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +43,25 @@ _TEST_LINE = re.compile(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)")
 
 
 def parity(stage: Stage) -> None:
-    """A record per dtype, block size, topology and product, with its error and what is allowed; then one of the card."""
+    """A record per dtype, block size, topology and product, with its error and what is allowed; then one of the card.
+
+    A process per block size: what takes the time is to compile the kernels.
+    """
+    import card_problems
+
+    device = _device(stage)
+    if stage.dry_run:
+        wrong = _wrong(stage, 16)
+    else:
+        with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+            wrong = sum(pool.map(partial(_wrong, stage), (16, 32, 64, 128)))
+    stage.record("rates", **card_problems.rates(card_problems.Timer(device)))
+    if wrong:
+        raise RuntimeError(f"{wrong} products are further from float64 than their precision allows")
+
+
+def _wrong(stage: Stage, size: int) -> int:
+    """Check the kernels of one block size; how many are wrong. bf16, which is trained in, comes first."""
     import card_problems
     import torch
     from torch.nn import functional
@@ -49,26 +70,22 @@ def parity(stage: Stage) -> None:
     from dsbert.sparse.kernels.triton_gpu import forward_gelu
     from dsbert.sparse.kernels.triton_gpu.tuning import relative_error
 
-    device = _device(stage)
     # Sums of products in fp32; rounding of one result, and in the interpreter its truncation, for the half precisions.
     allowed = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
     wrong = 0
     for dtype, limit in allowed.items():
-        for size in (16,) if stage.dry_run else (16, 32, 64, 128):
-            for topology in card_problems.AWKWARD[: 1 if stage.dry_run else None]:
-                problem = card_problems.awkward_problem(topology, size, dtype, device)
-                errors: dict[str, float] = {
-                    name: relative_error(problem.call(name), card_problems.exact(name, problem)) for name in PRODUCTS
-                }
-                activated, y = forward_gelu(problem.x, problem.blocks, problem.index, None)
-                errors["gelu"] = relative_error(activated, functional.gelu(y.double()))
-                for name, error in errors.items():
-                    wrong += not error <= limit
-                    stage.record("check", product=name, dtype=str(dtype)[6:], block=size, topology=topology,
-                                 rel_error=error, allowed=limit, passed=error <= limit)  # fmt: skip
-    stage.record("rates", **card_problems.rates(card_problems.Timer(device)))
-    if wrong:
-        raise RuntimeError(f"{wrong} products are further from float64 than their precision allows")
+        for topology in card_problems.AWKWARD[: 1 if stage.dry_run else None]:
+            problem = card_problems.awkward_problem(topology, size, dtype, _device(stage))
+            errors: dict[str, float] = {
+                name: relative_error(problem.call(name), card_problems.exact(name, problem)) for name in PRODUCTS
+            }
+            activated, y = forward_gelu(problem.x, problem.blocks, problem.index, None)
+            errors["gelu"] = relative_error(activated, functional.gelu(y.double()))
+            for name, error in errors.items():
+                wrong += not error <= limit
+                stage.record("check", product=name, dtype=str(dtype)[6:], block=size, topology=topology,
+                             rel_error=error, allowed=limit, passed=error <= limit)  # fmt: skip
+    return wrong
 
 
 def tests(stage: Stage) -> None:
@@ -221,9 +238,7 @@ def main(words: list[str] | None = None) -> int:
     if options.dry_run:  # before torch and triton are imported: both look once
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = str(int(options.stage in INTERPRETED))
-    stage = Stage(
-        options.stage, options.records, options.work, began + options.seconds, options.text, options.dry_run
-    )
+    stage = Stage(options.stage, options.records, options.work, began + options.seconds, options.text, options.dry_run)
     try:
         STAGES[options.stage](stage)
     except Skipped as reason:

@@ -98,7 +98,7 @@ def _products(products: list[Record]) -> list[str]:
 
 
 def _steps(steps: list[Record], peak: float | None) -> list[str]:
-    """MFU: the paper's FLOPs of the weights that are kept, over the seconds and what the card's largest product does."""
+    """MFU: the paper's FLOPs of the weights that are kept, a second, over what the card does in one large product."""
     rows = []
     for step in steps:
         mfu = [_share(step[f"{name}_tflop"] / step[f"{name}_step_s"], peak) for name in ("dense", "sparse")]

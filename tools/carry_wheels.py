@@ -17,6 +17,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -37,7 +38,8 @@ def needed(python: str, there: dict[str, str]) -> dict[str, str]:
 
     Raises PackageNotFoundError if dsbert itself is not installed here.
     """
-    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    here = cast("dict[str, str]", default_environment())
+    environment = here | {"python_version": python, "python_full_version": f"{python}.0"}
     found: dict[str, str] = {}
     pending = [(Requirement("dsbert"), metadata.requires("dsbert") or [])]
     while pending:
@@ -103,7 +105,9 @@ def main(words: list[str] | None = None) -> int:
     for requirement in requirements:
         fetch(requirement, options.to, options.python)
     wheels = sorted(options.to.iterdir())
-    here_only = [wheel.name for wheel in wheels if not wheel.name.endswith(".whl") or _built_here(wheel, options.python)]
+    here_only = [
+        wheel.name for wheel in wheels if not wheel.name.endswith(".whl") or _built_here(wheel, options.python)
+    ]
     megabytes = sum(wheel.stat().st_size for wheel in wheels) / 1e6
     print(f"{len(wheels)} wheels, {megabytes:.1f} MB in {options.to}")
     if here_only or megabytes > options.max_mb:
