@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,32 +18,22 @@ from tools import peer_mkl
 from tools.peer_transformers import TransformersPeer, padded_inputs
 
 
-def batch(lengths: list[int]) -> Batch:
-    """Rows of these lengths, padded to 16, one token in five masked."""
-    rng, shape = np.random.default_rng(3), (len(lengths), bench.SEQ_LEN)
-    real = np.arange(bench.SEQ_LEN) < np.array(lengths)[:, None]
-    masked = np.flatnonzero(real.ravel())[::5]
-    return Batch(
-        input_ids=np.where(real, rng.integers(5, bench.VOCAB_SIZE, shape), 0),
-        token_type_ids=(real & (np.arange(bench.SEQ_LEN) > 5)).astype(np.int64),
-        attention_mask=real.astype(np.int64),
-        mlm_positions=masked,
-        mlm_labels=rng.integers(5, bench.VOCAB_SIZE, masked.size),
-        nsp_labels=rng.integers(0, 2, len(lengths)),
-        num_samples=len(lengths),
-        num_tokens=int(real.sum()),
-    )
+def batch(full: bool) -> Batch:
+    """Three samples with padding behind them; full: as if what is there in its place were text."""
+    rows = bench.stream().batch(0, 3)
+    assert not rows.attention_mask.all()
+    return replace(rows, attention_mask=np.ones_like(rows.attention_mask)) if full else rows
 
 
-@pytest.mark.parametrize("lengths", [[16, 16, 16], [16, 9, 12]], ids=["full rows", "padding"])
-def test_transformers_has_our_loss_and_gradients(lengths: list[int]) -> None:
+@pytest.mark.parametrize("full", [True, False], ids=["full rows", "padding"])
+def test_transformers_has_our_loss_and_gradients(full: bool) -> None:
     recipe = bench.recipe(model=bench.recipe().model.model_dump() | {"dropout": 0.0}, sparsity={"pattern": "dense"})
     model, _ = build_model(recipe, bench.VOCAB_SIZE)
-    rows = batch(lengths)
+    rows = batch(full)
     peer = TransformersPeer(recipe, bench.VOCAB_SIZE, [rows], torch.device("cpu"), "fp32")
     peer.model.load_state_dict(model.state_dict())
     losses, _ = model.train()(DeviceBatch.of(rows, torch.device("cpu")))
-    loss = losses[0] / rows.mlm_labels.size + losses[1] / len(lengths)
+    loss = losses[0] / rows.mlm_labels.size + losses[1] / len(rows.nsp_labels)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert peer.step() == pytest.approx(loss.item(), rel=1e-5)
@@ -53,15 +44,17 @@ def test_transformers_has_our_loss_and_gradients(lengths: list[int]) -> None:
 
 
 def test_only_padding_has_a_mask() -> None:
-    assert "attention_mask" not in padded_inputs(batch([16, 16]))
-    inputs = padded_inputs(batch([16, 3]))
-    assert inputs["attention_mask"].sum() == 19
+    assert "attention_mask" not in padded_inputs(batch(full=True))
+    rows = batch(full=False)
+    inputs = padded_inputs(rows)
+    assert inputs["attention_mask"].sum() == rows.num_tokens
     assert ((inputs["labels"] >= 0) <= (inputs["attention_mask"] == 1)).all()
+    assert (inputs["labels"] >= 0).sum() == rows.mlm_labels.size
 
 
 def test_bf16_is_autocast() -> None:
     recipe = bench.recipe(sparsity={"pattern": "dense"})
-    peer = TransformersPeer(recipe, bench.VOCAB_SIZE, [batch([16, 9])], torch.device("cpu"), "bf16")
+    peer = TransformersPeer(recipe, bench.VOCAB_SIZE, [batch(full=False)], torch.device("cpu"), "bf16")
     seen = []
     peer.model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     first = peer.step()

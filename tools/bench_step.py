@@ -196,7 +196,8 @@ def _peers(options: argparse.Namespace, dense: Side, device: Any) -> dict[str, C
 def _rates(seconds: dict[str, float], batches: list[Any]) -> dict[str, float]:
     """Tokens a second, padding not counted, of every side, and how many times those of a peer ours are."""
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    found = {f"{name}_tokens_per_s": round(tokens / s, 1) for name, s in seconds.items()}
+    found: dict[str, float] = {"tokens": tokens}
+    found |= {f"{name}_tokens_per_s": round(tokens / s) for name, s in seconds.items()}
     for peer in sorted({*seconds} - {"dense", "sparse"}):
         found[f"{peer}_step_s"] = round(seconds[peer], 4)
         found |= {f"{ours}_vs_{peer}": round(seconds[peer] / seconds[ours], 3) for ours in ("dense", "sparse")}

@@ -126,7 +126,10 @@ def products(stage: Stage) -> None:
 
 def steps(stage: Stage) -> None:
     """Whole steps through DeepSpeed: tools/bench_step.py with all ranks of one, per recipe and block size."""
+    import gc
+
     import bench_step
+    import torch
 
     from dsbert.cluster import process_group
     from dsbert.config.recipe import load_recipe
@@ -151,6 +154,8 @@ def steps(stage: Stage) -> None:
                 tflop[f"{name}_tflop"] = options.batch * kept / 1e12
             stage.record("step", block=size, **found, **tflop)
             longest = max(longest, time.monotonic() - began)
+            gc.collect()  # models and optimizers of this turn
+            torch.cuda.empty_cache()
 
 
 def training(stage: Stage) -> None:
