@@ -23,8 +23,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import product as combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import torch
     from card_problems import Shape
     from card_products import Setting
+
+    from dsbert.sparse.kernels.index import Product
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 3
@@ -166,7 +170,10 @@ def training(stage: Stage) -> None:
 
 
 def tuning(stage: Stage) -> None:
-    """A record per launch that was tried, fastest first, and the products by the fastest ones."""
+    """A record per launch that was tried, fastest first, and the products by the fastest ones.
+
+    Launches are compiled by many processes before one times them: that is most of the work.
+    """
     import card_products
     import torch
     from card_problems import problem_of
@@ -176,6 +183,9 @@ def tuning(stage: Stage) -> None:
     from dsbert.sparse.kernels.triton_gpu.tuning import candidates, tune
 
     shapes, sizes, setting = _layers(stage)
+    if not stage.dry_run:
+        with ProcessPoolExecutor(len(sizes) * len(PRODUCTS), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(partial(_compile, stage), *zip(*combinations(PRODUCTS, sizes), strict=True)))
     for size in sizes:
         problems = [problem_of(shape, setting.tokens, size, setting.density, setting.dtype, setting.timer.device)
                     for shape in shapes[:4]]  # fmt: skip
@@ -190,6 +200,24 @@ def tuning(stage: Stage) -> None:
                              config=type(config).__name__, values=asdict(config))  # fmt: skip
         for record in card_products.ours(shapes, [size], setting, "triton_tuned"):
             stage.record("product", **record)
+
+
+def _compile(stage: Stage, product: Product, size: int) -> None:
+    """Leave every launch of a product in Triton's cache on the disk; what cannot be compiled is left out later, too."""
+    import torch
+    from card_problems import problem_of
+
+    from dsbert.sparse.kernels.triton_gpu.configs import set_config
+    from dsbert.sparse.kernels.triton_gpu.tuning import candidates
+
+    shapes, _, setting = _layers(stage)
+    device = setting.timer.device
+    problems = [problem_of(shape, setting.tokens, size, setting.density, setting.dtype, device) for shape in shapes[:4]]
+    for config in candidates(product, size, "half"):
+        set_config(product, size, torch.bfloat16, device, config)
+        for problem in problems:
+            with suppress(Exception):  # triton has no common class for "does not fit" and "does not compile"
+                problem.call(product)
 
 
 def _device(stage: Stage) -> torch.device:
