@@ -5,8 +5,9 @@
 
 One rank, through DeepSpeed (ZeRO 1), the whole BERT with heads and dropout as in the recipe; dense is the same code
 with sparsity.pattern=dense. Random tokens, masked at 1/7 of the positions. The two take turns; each time is the median
-of the turns after a warm one. The breakdown is the median of as many more turns under torch's profiler: self times by
-what an operator is part of; `python` is what no operator accounts for, DeepSpeed's own work included.
+of the turns after a warm one. The breakdown is the median of up to three more turns under torch's profiler: self times
+by what an operator is part of, on a card of what the operator had it do; `python` is what no operator accounts for,
+DeepSpeed's own work included.
 
 amdahl_limit: the dense step over everything in the sparse step but its sparse products, as if those were free.
 density_limit: the same as if they took the density's share of the time of the dense products.
