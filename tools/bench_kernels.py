@@ -1,13 +1,14 @@
 """The three sparse products beside dense ones, in one run: milliseconds, GFLOP/s on kept FLOPs, ratios and errors.
 
     python tools/bench_kernels.py [--device cpu|cuda] [--in 768] [--out 3072] [--tokens 2048] [--block 16,32]
-        [--density 0.1] [--dtype fp32,bf16] [--threads N] [--backend cpu,reference,...] [--rounds 9] [--json]
+        [--density 0.1] [--dtype fp32,bf16] [--threads N] [--backend cpu,reference,...] [--rounds 9] [--peers] [--json]
 
 Dense contenders multiply a weight that is dense already: F.linear and its two gradients (`linear`: the ratio
 speedup_vs_dense), oneDNN (`onednn`), F.linear in fp32 around half precisions (`linear_fp32`), torch's block-sparse
-product (`torch_bsr`, forward only). speedup_vs_best_dense is against the fastest dense one of the run. All contenders
-of a product take turns, and each time is the median of the turns (what takes over 3 seconds has one); a ratio above
-1 / density says that the dense side is lame: look at its GFLOP/s. rel_error: Frobenius norm of the difference to
+product (`torch_bsr`, forward only). --peers: MKL's too, where it is installed (`mkl_bsr`: fp32, forward and dgrad).
+speedup_vs_best_dense is against the fastest dense one of the run. All contenders of a product take turns, and each time
+is the median of the turns (what takes over 3 seconds has one); a ratio above 1 / density says that the dense side is
+lame: look at its GFLOP/s. rel_error: Frobenius norm of the difference to
 float64 over that of the result.
 """
 
@@ -55,6 +56,7 @@ class Case:
         dense[self.index.rows.long(), self.index.cols.long()] = self.blocks
         self.weight = dense.transpose(1, 2).reshape(shape)
         self.flops = 2 * options.tokens * self.blocks.numel()
+        self.peers = options.peers
 
     def exact(self, product: str) -> Tensor:
         """The product in float64."""
@@ -82,7 +84,7 @@ class Case:
                     "dgrad": lambda b=backend: b.dgrad(dy, blocks, index),
                     "wgrad": lambda b=backend: b.wgrad(dy, x, index),
                 }[product]
-        return calls | self._dense(product) | self._bsr(product)
+        return calls | self._dense(product) | self._bsr(product) | self._mkl(product)
 
     def _dense(self, product: str) -> dict[str, Call]:
         def three(linear: Callable[..., Tensor], dtype: torch.dtype) -> Call:
@@ -127,6 +129,17 @@ class Case:
             return {"torch_bsr": lambda: (weight @ self.x.t()).t() + self.bias}
         except (RuntimeError, ImportError):
             return {}
+
+    def _mkl(self, product: str) -> dict[str, Call]:
+        """MKL's block-sparse product, where it has one."""
+        if not self.peers or self.x.device.type != "cpu" or self.x.dtype != torch.float32:
+            return {}
+        import peer_mkl
+
+        if peer_mkl.why_not():
+            return {}
+        calls = peer_mkl.products(self.weight, self.index.block_size, self.x, self.dy, self.bias)
+        return {"mkl_bsr": calls[product]} if product in calls else {}
 
 
 def measure(case: Case, product: str, backends: list[str], rounds: int) -> dict[str, float]:
@@ -211,6 +224,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", help="with commas. Default: those made for the device, and what dispatch weighs")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peers", action="store_true", help="MKL's block-sparse product as well, if it is installed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -225,6 +239,11 @@ def main() -> None:
     )
     torch.set_num_threads(options.threads)
     keep_freed_pages()  # as in training: for all contenders alike
+    if options.peers:
+        import peer_mkl
+
+        if reason := peer_mkl.why_not():
+            _complain(reason)
     try:
         rows = [
             record

@@ -1,15 +1,19 @@
 """Seconds of a whole training step, sparse beside dense, in one run: where they go, and how far sparsity can get.
 
     python tools/bench_step.py [--recipe bert-base] [--batch 32] [--seq 128] [--dtype fp32|bf16] [--threads 2]
-        [--rounds 3] [--vocab-size 30522] [--json] [a.b=value ...]
+        [--rounds 3] [--vocab-size 30522] [--peer transformers] [--json] [a.b=value ...]
 
 One rank, through DeepSpeed (ZeRO 1), the whole BERT with heads and dropout as in the recipe; dense is the same code
 with sparsity.pattern=dense. Random tokens, masked at 1/7 of the positions. The two take turns; each time is the median
-of the turns after a warm one. The breakdown is the median of as many more turns under torch's profiler: self times by
-what an operator is part of; `python` is what no operator accounts for, DeepSpeed's own work included.
+of the turns after a warm one. The breakdown is the median of up to three more turns under torch's profiler: self times
+by what an operator is part of, on a card of what the operator had it do; `python` is what no operator accounts for,
+DeepSpeed's own work included.
 
 amdahl_limit: the dense step over everything in the sparse step but its sparse products, as if those were free.
 density_limit: the same as if they took the density's share of the time of the dense products.
+
+--peer transformers: BertForPreTraining of transformers under plain torch takes turns with both, on the same batches
+(peer_transformers.py); *_vs_transformers: how many times its tokens a second.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from on_ranks import markdown
@@ -57,17 +62,24 @@ def part_of(event: Any, vocab_size: int) -> str:
     return "element by element, copies"
 
 
-def breakdown(step: Any, vocab_size: int) -> dict[str, float]:
+def breakdown(step: Any, vocab_size: int, device: Any) -> dict[str, float]:
     """Seconds of one step by part."""
+    import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    on_card = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_card], record_shapes=True) as profiler:
         start = time.perf_counter()
         step()
+        if on_card:
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
     parts: defaultdict[str, float] = defaultdict(float)
     for event in profiler.events():
-        parts[part_of(event, vocab_size)] += event.self_cpu_time_total / 1e6
+        if event.device_type == DeviceType.CPU:  # kernels on a card are told once more, as the time of their operators
+            time_us = event.self_device_time_total if on_card else event.self_cpu_time_total
+            parts[part_of(event, vocab_size)] += time_us / 1e6
     parts["python"] = max(0.0, seconds - sum(parts.values()))
     return dict(parts)
 
@@ -83,19 +95,29 @@ class Side:
         recipe = load_recipe(options.recipe, [*overrides, *options.overrides])
         model, layers = build_model(recipe, options.vocab_size, world.device)
         self.engine = TrainEngine(recipe, model, layers, world)
-        self.density = recipe.sparsity.density
+        self.density, self.device = recipe.sparsity.density, world.device
         self.batches = _random_batches(options)
-        self.seconds: list[float] = []
 
     def step(self) -> None:
         """One optimizer step of the whole batch."""
         self.engine.train_step(self.batches)
 
-    def timed(self) -> None:
-        """The same, with its seconds kept."""
-        start = time.perf_counter()
-        self.step()
-        self.seconds.append(time.perf_counter() - start)
+
+def in_turns(steps: dict[str, Callable[[], object]], rounds: int, device: Any) -> dict[str, float]:
+    """Median seconds of every step; they take turns, after a warm one each. A card has done all of one before the next
+    begins."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def _random_batches(options: argparse.Namespace) -> list[Any]:
@@ -118,14 +140,11 @@ def _random_batches(options: argparse.Namespace) -> list[Any]:
     return [batch]
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides, in turns."""
+def measure(options: argparse.Namespace, world: Any) -> dict[str, Any]:
+    """Both sides, in turns. world: a world of one (process_group.init)."""
     import torch
 
-    from dsbert.cluster import process_group
-
     torch.set_num_threads(options.threads)
-    world = process_group.init()
     common = [
         f"batch.micro_batch={options.batch}",
         f"batch.global_batch={options.batch}",
@@ -136,11 +155,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dense": Side(options, world, [*common, "sparsity.pattern=dense"]),
         "sparse": Side(options, world, [*common, "sparsity.pattern=static"]),
     }
-    for turn in range(options.rounds + 1):
-        for side in sides.values():
-            side.timed() if turn else side.step()
+    steps: dict[str, Callable[[], object]] = {name: side.step for name, side in sides.items()}
+    steps |= _peers(options, sides["dense"], world.device)
+    seconds = in_turns(steps, options.rounds, world.device)
     parts = _median_parts(sides, options)
-    dense_s, sparse_s = (statistics.median(side.seconds) for side in sides.values())
+    dense_s, sparse_s = seconds["dense"], seconds["sparse"]
     # By their shares of the profiled steps, which are a little slower than the timed ones.
     share = {name: found[PRODUCTS] / sum(found.values()) for name, found in parts.items()}
     rest, density = sparse_s * (1 - share["sparse"]), sides["sparse"].density
@@ -152,6 +171,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "speedup": round(dense_s / sparse_s, 3),
         "amdahl_limit": round(dense_s / rest, 3),
         "density_limit": round(dense_s / (rest + density * dense_s * share["dense"]), 3),
+        **_rates(seconds, sides["dense"].batches),
         "breakdown": {
             part: {f"{name}_s": round(parts[name].get(part, 0.0), 4) for name in sides}
             for part in sorted({*parts["dense"], *parts["sparse"]}, key=lambda part: -parts["dense"].get(part, 0.0))
@@ -165,10 +185,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _peers(options: argparse.Namespace, dense: Side, device: Any) -> dict[str, Callable[[], object]]:
+    """Name -> a step of it, of what is asked for beside our own sides, on the batches of the dense one."""
+    if options.peer is None:
+        return {}
+    from peer_transformers import TransformersPeer
+
+    peer = TransformersPeer(dense.engine.recipe, options.vocab_size, dense.batches, device, options.dtype)
+    return {options.peer: peer.step}
+
+
+def _rates(seconds: dict[str, float], batches: list[Any]) -> dict[str, float]:
+    """Tokens a second, padding not counted, of every side, and how many times those of a peer ours are."""
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    found: dict[str, float] = {"tokens": tokens}
+    found |= {f"{name}_tokens_per_s": round(tokens / s) for name, s in seconds.items()}
+    for peer in sorted({*seconds} - {"dense", "sparse"}):
+        found[f"{peer}_step_s"] = round(seconds[peer], 4)
+        found |= {f"{ours}_vs_{peer}": round(seconds[peer] / seconds[ours], 3) for ours in ("dense", "sparse")}
+    return found
+
+
 def _median_parts(sides: dict[str, Side], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The breakdown of both sides, profiled in turns."""
     turns = [
-        {name: breakdown(side.step, options.vocab_size) for name, side in sides.items()} for _ in range(options.rounds)
+        {name: breakdown(side.step, options.vocab_size, side.device) for name, side in sides.items()}
+        for _ in range(min(options.rounds, 3))
     ]
     return {
         name: {
@@ -189,8 +231,8 @@ def _device_name(device: Any) -> str:
     return f"cpu {instruction_set()}"
 
 
-def main() -> None:
-    """Seconds and ratios, then the breakdown."""
+def options_from(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="bert-base")
     parser.add_argument("--batch", type=int, default=32, help="sequences of a step")
@@ -199,14 +241,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=30522)
+    parser.add_argument("--peer", choices=["transformers"], help="what takes turns with dsbert")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Seconds and ratios, then the breakdown."""
+    options = options_from()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": str(options.threads)}
     from dsbert.base.errors import DsbertError
+    from dsbert.cluster import process_group
 
     try:
-        found = measure(options)
+        found = measure(options, process_group.init())
     except DsbertError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

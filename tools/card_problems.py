@@ -1,24 +1,20 @@
-"""What tools/bench_card.py runs: layers, their products by each backend, and a clock for a card."""
+"""Layers of an encoder and their products on a card, in float64 and dense as well, and a clock for a card."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsbert.sparse.kernels.index import PRODUCTS, KernelIndex, Product
-from dsbert.sparse.kernels.triton_gpu.tuning import Problem, relative_error
+from dsbert.sparse.kernels.index import KernelIndex, Product
+from dsbert.sparse.kernels.triton_gpu.tuning import Problem
 
-# As many bytes of inputs as this are used in turn, so that none of them waits in L2 from the time before.
-_ROTATED_BYTES = 256 << 20
 AWKWARD = ("scattered", "one block", "full", "one row")
 
 
@@ -158,81 +154,6 @@ def dense_call(product: Product, problem: Problem, weight: Tensor) -> Callable[[
     elif product == "dgrad":
         return lambda: problem.dy @ weight
     return lambda: problem.dy.t() @ problem.x
-
-
-def torch_call(product: Product, problem: Problem, weight: Tensor) -> Callable[[], Tensor]:
-    """The same product by torch's block-sparse Triton kernels; what is made ready beforehand is not timed."""
-    from torch.sparse import _triton_ops as ops
-
-    size = (problem.index.block_size, problem.index.block_size)
-    bsr = (weight.t().contiguous() if product == "dgrad" else weight).to_sparse_bsr(size)
-    if product == "wgrad":
-        return lambda: ops.sampled_addmm(bsr, problem.dy.t(), problem.x, beta=0.0, skip_checks=True)
-    inputs = (problem.x if product == "forward" else problem.dy).t()
-    nothing = torch.zeros(bsr.shape[0], inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
-    return lambda: ops.bsr_dense_addmm(nothing, bsr, inputs, beta=0)
-
-
-def measure(shapes: list[Shape], options: argparse.Namespace, timer: Timer, until: float) -> list[dict[str, Any]]:
-    """Records of every shape, block size and product: ours and cuBLAS first, torch's own with the time that is left."""
-    records = []
-    for with_peers in (False, True) if not (options.quick or options.dry_run) else (False,):
-        for shape in shapes:
-            for size in options.blocks:
-                for product in PRODUCTS:
-                    if not with_peers or time.monotonic() < until:
-                        records += _records(shape, size, product, options, timer, with_peers)
-    return records
-
-
-def _records(
-    shape: Shape, size: int, product: Product, options: argparse.Namespace, timer: Timer, peers: bool
-) -> list[dict[str, Any]]:
-    bytes_each = 2 * options.tokens * (shape.ins + shape.outs)
-    turns = max(2, min(16, _ROTATED_BYTES // bytes_each))
-    problems = [problem_of(shape, options.tokens, size, options.density, torch.bfloat16, timer.device, seed)
-                for seed in range(turns)]  # fmt: skip
-    weight = dense_weight(problems[0], torch.bfloat16)
-    dense_ms = timer.several([dense_call(product, problem, weight) for problem in problems])
-    calls: dict[str, list[Callable[[], Tensor]]] = {}
-    if peers:
-        calls["torch_bsr"] = [torch_call(product, p, dense_weight(p, torch.bfloat16)) for p in problems[:4]]
-    else:
-        calls["dense"] = [dense_call(product, problem, weight) for problem in problems]
-        calls["triton"] = [partial(problem.call, product) for problem in problems]
-    records = []
-    for backend, every in calls.items():
-        try:
-            result = every[0]()
-            milliseconds = dense_ms if backend == "dense" else timer.several(every)
-        except Exception as error:
-            print(f"{backend} {product} {shape.name} B={size}: {str(error).splitlines()[0]}")
-            continue
-        records.append(_record(shape, size, product, backend, options, problems[0], result, milliseconds, dense_ms))
-    return records
-
-
-def _record(
-    shape: Shape, size: int, product: Product, backend: str, options: argparse.Namespace,
-    problem: Problem, result: Tensor, milliseconds: float, dense_ms: float,
-) -> dict[str, Any]:  # fmt: skip
-    if backend == "torch_bsr":
-        result = result.values() if product == "wgrad" else result.t()
-        if product == "wgrad":  # in row order, ours in slot order
-            result = result[torch.argsort(problem.index.row_slots.long())]
-    elif backend == "dense" and product == "wgrad":
-        result = at_blocks(result, problem.index)
-    flops = 2 * options.tokens * problem.blocks.numel()
-    device = problem.x.device
-    return {
-        "layer": shape.name, "hidden": shape.hidden,
-        "product": product, "in": shape.ins, "out": shape.outs, "tokens": options.tokens, "block": size,
-        "density": options.density, "dtype": "bf16", "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
-        "backend": backend, "ms": milliseconds, "dense_ms": dense_ms, "best_dense_ms": dense_ms,
-        "gflops": flops / milliseconds / 1e6, "speedup_vs_dense": dense_ms / milliseconds,
-        "speedup_vs_best_dense": dense_ms / milliseconds, "rel_error": relative_error(result, exact(product, problem)),
-    }  # fmt: skip
 
 
 def rates(timer: Timer) -> dict[str, float]:
