@@ -4,8 +4,9 @@ spec             the seam: what the rest of dsbert knows of a model; objectives
 construction     a recipe's model, made without its dense weights
 bert             BERT with MLM and NSP
 modern_bert      ModernBERT with MLM
-device_batch     what a model is called with
+device_batch     what a model is called with: real tokens alone
 fast_layers      dropout, attention and linear layers as one pass each
+varlen_attention attention within sequences that stand one behind the other
 
 Another encoder is a module with a `SPEC`, a line in config/architectures.py, and a recipe.
 """

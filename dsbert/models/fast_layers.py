@@ -4,7 +4,8 @@ and dense products in half precision.
 torch draws dropout masks on a CPU number by number, keeps them, and takes attention apart into a dozen passes as soon
 as there is dropout: together a fifth of a step. Half precisions that a CPU cannot multiply it multiplies number by
 number, up to a hundred times slower than fp32: there fp32 is put around the product. Elsewhere than on a CPU, and where
-dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h heads, S positions, d head size.
+dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h heads, S positions, d head size; T tokens
+of n sequences that stand one behind the other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dsbert.models.varlen_attention import varlen_attention
 from dsbert.sparse.half_precision import is_slow
 from dsbert.sparse.kernels import cpu
 
@@ -85,9 +87,17 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    starts: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen."""
+    """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool, what may be seen.
+
+    starts int64 [n + 1], on the CPU: the T tokens of n sequences stand one behind the other, b = 1 and S = T, each sees
+    its own sequence, and there is no mask. dsbert's models have it so; who calls a module of theirs as transformers
+    does, with padded rows and a mask, has the same numbers.
+    """
+    if starts is not None:
+        return _within(query, key, value, starts, dropout, scaling, options.get("sliding_window")), None
     if is_slow(query):
         q, k, v = query.float(), key.float(), value.float()
         found, _ = attention(module, q, k, v, attention_mask, dropout, scaling, **options)
@@ -107,6 +117,22 @@ def attention(
         scores.view(sequences, heads, positions, -1).add_(hidden)
     shares = drop(torch.softmax(scores, -1), dropout)
     return torch.bmm(shares, v).view(sequences, heads, positions, size).transpose(1, 2), None
+
+
+def _within(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """q, k, v [1, h, T, d] -> [1, T, h, d]; sliding_window as transformers hands it over, a token more than is seen to
+    each side."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    window = None if sliding_window is None else sliding_window - 1
+    return varlen_attention(q, k, v, starts, dropout=dropout, scaling=scaling, window=window)[None]
 
 
 def use_fast_layers_(model: PreTrainedModel) -> None:

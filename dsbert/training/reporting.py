@@ -43,7 +43,8 @@ class StepReport:
 class Reporter:
     """Counts tokens and FLOPs, and writes metrics.jsonl, W&B and the progress bar.
 
-    FLOPs are the paper's: forward and backward of encoder linears and attention products.
+    FLOPs are counted as the paper does, forward and backward of encoder linears and attention products, but of the
+    positions that were computed: of a sample, its tokens.
     """
 
     def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, LayerRecord]) -> None:
@@ -51,16 +52,14 @@ class Reporter:
         self._world_size = world.world_size
         spec = model_spec(recipe.model)
         self._objectives = spec.objectives
-        seq_len = recipe.data.seq_len
-        shape = (seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, seq_len))
-        self._flops = sequence_flops(*shape, (layer.kept for layer in layers.values()))
-        dense = (math.prod(layer.shape) for layer in layers.values())
-        self._flops_dense = sequence_flops(*shape, dense)
+        self._kept = sum(layer.kept for layer in layers.values())
+        self._dense = sum(math.prod(layer.shape) for layer in layers.values())
         self._totals = Totals()
         self._wandb: WandbLogger | None = None
         self._bar: TrainingBar | None = None
         self._since = (0, self._totals, 0.0)  # step, totals, time of the last record
         self._waits = dict.fromkeys(_WAITS, 0.0)
+        self._positions = 0  # that layers have computed since the last record
         self._wasteful = 0
 
     def begin(self, step: int, totals: Totals, attempt: Attempt) -> None:
@@ -90,15 +89,15 @@ class Reporter:
         self._bar = TrainingBar(recipe.optim.total_steps, step)
 
     def _batch_line(self) -> str:
-        """What a step is on this many ranks, and how much of it is filler where another micro-batch would have less."""
+        """What a step is on this many ranks, and how much of its room is empty where another micro-batch leaves less."""
         batch, world_size = self._recipe.batch, self._world_size
         size = batch.on_ranks(world_size).micro_batch
         accumulation_steps = -(-batch.global_batch // (size * world_size))
         note = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
         even = -(-batch.global_batch // (world_size * accumulation_steps))
         if even < size:
-            filler = 1 - batch.global_batch / (size * accumulation_steps * world_size)
-            note = f" ({filler:.0%} of that is filler, less with batch.micro_batch={even})"
+            empty = 1 - batch.global_batch / (size * accumulation_steps * world_size)
+            note = f" ({empty:.0%} of that is empty, less with batch.micro_batch={even})"
         ranks = f"{world_size} rank{'s'[: world_size > 1]}"
         batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
         return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{note}"
@@ -115,12 +114,14 @@ class Reporter:
     def step(self, report: StepReport) -> None:
         """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
         step, result = report.step, report.result
-        before, sequences = self._totals, self._recipe.batch.global_batch
+        before = self._totals
         in_a_row = before.skipped_in_a_row
+        shape = (result.positions, self._recipe.model.hidden_size, result.pairs)
+        self._positions += result.positions
         self._totals = Totals(
             tokens=before.tokens + result.tokens,
-            flops=before.flops + self._flops * sequences,
-            flops_dense=before.flops_dense + self._flops_dense * sequences,
+            flops=before.flops + sequence_flops(*shape, [self._kept]),
+            flops_dense=before.flops_dense + sequence_flops(*shape, [self._dense]),
             skipped=before.skipped + result.skipped,
             skipped_in_a_row=in_a_row if result.rescaled else (in_a_row + 1) * result.skipped,
         )
@@ -189,6 +190,7 @@ class Reporter:
         totals = self._totals
         self._since = (step, totals, now)
         waits, self._waits = self._waits, dict.fromkeys(_WAITS, 0.0)
+        positions, self._positions = self._positions, 0
         # What steps take: checkpoints and validations have figures of their own.
         stepping_s = now - since - waits["save"] - waits["validation"]
         return {
@@ -201,6 +203,7 @@ class Reporter:
             "skipped": totals.skipped - before.skipped,
             "tokens_total": totals.tokens,
             "tokens_per_s": (totals.tokens - before.tokens) / max(stepping_s, 1e-9),
+            "padding": 1 - (totals.tokens - before.tokens) / positions if positions else 0.0,
             "flops_total": totals.flops,
             "flops_dense_total": totals.flops_dense,
             "density": masks.density,
