@@ -89,7 +89,7 @@ class Reporter:
         self._bar = TrainingBar(recipe.optim.total_steps, step)
 
     def _batch_line(self) -> str:
-        """What a step is on this many ranks, and how much of its room is empty where another micro-batch leaves less."""
+        """What a step is on this many ranks, and how much of its room is empty where another size would leave less."""
         batch, world_size = self._recipe.batch, self._world_size
         size = batch.on_ranks(world_size).micro_batch
         accumulation_steps = -(-batch.global_batch // (size * world_size))
