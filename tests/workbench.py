@@ -79,8 +79,7 @@ def padded(batch: Batch, *left_out: str) -> dict[str, Tensor]:
 def step_batches(engine: Any, source: SampleStream, step: int) -> list[Batch]:
     """This rank's micro-batches of optimizer step `step` (0 = the first)."""
     start = step * engine.recipe.batch.global_batch
-    rows = engine.recipe.batch.micro_batch
-    return [source.batch(start + micro.first, micro.count, rows) for micro in engine.plan()]
+    return [source.batch(start + micro.first, micro.count) for micro in engine.plan()]
 
 
 def engine_and_masks(recipe: Recipe, world: World) -> tuple[TrainEngine, MaskManager]:

@@ -1,8 +1,8 @@
 """A micro-batch as the model takes it: real tokens alone, one sequence behind the other.
 
 The rows of a Batch are of one length, and what its samples do not fill, a quarter and more, is padding: no layer sees
-any. Rows of filler are left out as well; a micro-batch without samples is one token that is asked for nothing, since
-transformers' layers take none for a mistake, and every rank has to take every step.
+any. A micro-batch without samples is one token that is asked for nothing: every rank has to take every step, and
+transformers' layers take no tokens for a mistake.
 
 Legend: n sequences, T tokens in all of them, m of those asked for, S columns of a row.
 """
@@ -44,7 +44,7 @@ class DeviceBatch:
         """
         if not batch.num_samples:
             return _unasked(device)
-        rows = batch.attention_mask[: batch.num_samples].astype(np.bool_)
+        rows = batch.attention_mask.astype(np.bool_)
         real = np.flatnonzero(rows)  # flat index row * S + column, ascending: the tokens in their order
         asked = np.searchsorted(real, batch.mlm_positions)
         if not rows.any(axis=1).all() or not np.array_equal(real[asked[asked < real.size]], batch.mlm_positions):
@@ -58,7 +58,7 @@ class DeviceBatch:
             starts[:-1],
             asked,
             batch.mlm_labels,
-            batch.nsp_labels[: batch.num_samples],
+            batch.nsp_labels,
         )
         ids, kinds, positions, *rest = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
         return cls(ids, kinds, positions, torch.from_numpy(starts), *rest)

@@ -227,7 +227,7 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
         "mlm_labels": rows["input_ids"].reshape(-1)[real],
         "nsp_labels": np.zeros(2),
     }
-    batch = Batch(**rows, **asked, num_samples=2, num_tokens=len(real))
+    batch = Batch(**rows, **asked, num_tokens=len(real))
     with torch.no_grad():
         restored.model(DeviceBatch.of(batch, torch.device("cpu")))
         theirs = model(**inputs).prediction_logits.flatten(0, 1)[real]

@@ -36,7 +36,7 @@ def steps(stage: int, dtype: str, micro_batch: int) -> dict[str, Any]:
         found["losses"].append(result.mean_losses())
         found["norms"].append(result.grad_norm)
         found["computed"].append((result.tokens, result.positions, result.pairs))
-    losses, _ = engine.evaluate_batch(source.batch(0, 3 * (world.rank == 0), 3))  # at stage 3 together
+    losses, _ = engine.evaluate_batch(source.batch(0, 3 * (world.rank == 0)))  # at stage 3 together
     found["evaluated"] = collectives.gather_json(losses.tolist())
     found["plan"] = collectives.gather_json([micro.count for micro in engine.plan()])
     collectives.assert_replicas_agree("the weights", engine.replica_digests())

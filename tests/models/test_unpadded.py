@@ -46,14 +46,15 @@ def model_and_twin(
     return model.to(dtype).train(), layers, twin.to(dtype).train()
 
 
-def ragged(lengths: list[int], columns: int, filler: int = 0) -> Batch:
-    """Rows of random tokens, in the first of each a masked one and B from the middle on; then rows of filler."""
+def ragged(lengths: list[int], columns: int) -> Batch:
+    """Rows of random tokens, B from the middle on; of every fourth token it is asked, and of one that stands alone. Of
+    the last rows, NSP is not."""
     rng = np.random.default_rng(0)
-    n, shape = len(lengths), (len(lengths) + filler, columns)
-    ends = np.array([*lengths, *[2] * filler])
+    n, shape = len(lengths), (len(lengths), columns)
+    ends = np.array(lengths)
     real = np.arange(columns) < ends[:, None]
-    asked = np.flatnonzero(real[:n] & ((np.arange(columns) % 4 == 1) | (ends[:n, None] == 1)))
-    nsp = np.full(shape[0], IGNORE)
+    asked = np.flatnonzero(real & ((np.arange(columns) % 4 == 1) | (ends[:, None] == 1)))
+    nsp = np.full(n, IGNORE)
     nsp[: n - n // 3] = rng.integers(0, 2, n - n // 3)
     return Batch(
         input_ids=np.where(real, rng.integers(5, bench.VOCAB_SIZE, shape), 0),
@@ -62,7 +63,6 @@ def ragged(lengths: list[int], columns: int, filler: int = 0) -> Batch:
         mlm_positions=asked,
         mlm_labels=rng.integers(5, bench.VOCAB_SIZE, asked.size),
         nsp_labels=nsp,
-        num_samples=n,
         num_tokens=sum(lengths),
     )
 
@@ -107,11 +107,11 @@ def test_losses_and_gradients_are_those_of_padded_rows(
     architecture: str, dtype: torch.dtype, kernels: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one token and up to more than local attention sees (64 to each side), none of them full; and a few that
-    are, without any padding, beside filler."""
+    are, without any padding."""
     if dtype == torch.float64:
         monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # of logits and rotations: nothing is rounded
     model, layers, twin = model_and_twin(architecture, dtype, kernels)
-    for batch in (ragged([37, 1, 150, 2, 90], 200, filler=2), ragged([24, 24], 24), bench.stream().batch(0, 5, 7)):
+    for batch in (ragged([37, 1, 150, 2, 90], 200), ragged([24, 24], 24), bench.stream().batch(0, 5)):
         model.zero_grad()
         twin.zero_grad()
         ready = DeviceBatch.of(batch, CPU)
@@ -127,31 +127,28 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_micro_batch_without_samples_moves_nothing(architecture: str) -> None:
-    """Filler alone, or no row at all: losses and gradients are zero, and every parameter has one."""
+    """Losses and gradients are zero, and every parameter has one."""
     model, _, _ = model_and_twin(architecture, torch.float32, "auto")
-    for batch in (bench.stream().batch(3, 0, 4), bench.stream().batch(3, 0)):
-        model.zero_grad()
-        ready = DeviceBatch.of(batch, CPU)
-        assert ready.starts.tolist() == [0, 1]
-        losses, hits = model(ready)
-        losses.sum().backward()
-        assert losses.tolist() == [0.0] * len(losses)
-        assert not hits.any()
-        for name, param in model.named_parameters():
-            assert param.grad is not None, name
-            assert not param.grad.any(), name
+    ready = DeviceBatch.of(bench.stream().batch(3, 0), CPU)
+    assert ready.starts.tolist() == [0, 1]
+    losses, hits = model(ready)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0] * len(losses)
+    assert not hits.any()
+    for name, param in model.named_parameters():
+        assert param.grad is not None, name
+        assert not param.grad.any(), name
 
 
 def test_a_batch_without_its_padding() -> None:
-    """Value by value, for rows [CLS] a [SEP] with their padding, and a row of filler."""
+    """Value by value."""
     batch = Batch(
-        input_ids=np.array([[2, 9, 4, 3, 0], [2, 4, 3, 0, 0], [2, 5, 6, 7, 3], [2, 3, 0, 0, 0]]),
-        token_type_ids=np.array([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]),
-        attention_mask=np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+        input_ids=np.array([[2, 9, 4, 3, 0], [2, 4, 3, 0, 0], [2, 5, 6, 7, 3]]),
+        token_type_ids=np.array([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]),
+        attention_mask=np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
         mlm_positions=np.array([2, 6, 13]),
         mlm_labels=np.array([11, 12, 7]),
-        nsp_labels=np.array([0, IGNORE, 1, IGNORE]),
-        num_samples=3,
+        nsp_labels=np.array([0, IGNORE, 1]),
         num_tokens=12,
     )
     found = DeviceBatch.of(batch, CPU)
