@@ -125,6 +125,15 @@ def test_losses_and_gradients_are_those_of_padded_rows(
         assert_gradients_agree(model, layers, twin, tolerance)
 
 
+def test_rotations_are_small_in_every_sequence() -> None:
+    """Only differences of positions count, so losses do not tell: but the angles of the ten thousandth are inexact."""
+    model, _, _ = model_and_twin("modernbert", torch.float32, "auto")
+    seen = []
+    model.model.rotary_emb.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    model(DeviceBatch.of(ragged([3, 5, 1], 8), CPU))
+    assert [positions.tolist() for positions in seen] == [[[0, 1, 2, 0, 1, 2, 3, 4, 0]]] * 2
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_micro_batch_without_samples_moves_nothing(architecture: str) -> None:
     """Losses and gradients are zero, and every parameter has one."""
