@@ -33,26 +33,27 @@ def varlen_attention(
         q, k, v = query.float(), key.float(), value.float()
         found = varlen_attention(q, k, v, starts, dropout=dropout, scaling=scaling, window=window, visible=visible)
         return found.to(query.dtype)
-    device, (_, heads, size) = query.device, query.shape
+    device, (num_tokens, heads, size) = query.device, query.shape
     lengths = starts.diff()
     longest = int(lengths.max()) if lengths.numel() else 0
-    inside = (torch.arange(longest) < lengths[:, None]).to(device)  # [n, L]
-    rows, columns = inside.nonzero(as_tuple=True)
-    shape = (len(lengths), longest, heads, size)
-    q, k, v = (
-        x.new_zeros(shape).index_put((rows, columns), x).transpose(1, 2).reshape(-1, longest, size)
-        for x in (query, key, value)
-    )  # [n h, L, d]
-    seen = inside if visible is None else torch.zeros_like(inside).index_put((rows, columns), visible.to(torch.bool))
-    seen = seen[:, None, :].expand(-1, longest, -1)
+    inside = torch.arange(longest) < lengths[:, None]  # [n, L]
+    places = inside.view(-1).nonzero()[:, 0].to(device)  # of the tokens, in padded rows
+    inside = inside.to(device)
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.new_zeros(inside.numel(), heads * size).index_copy(0, places, x.reshape(num_tokens, -1))
+        return rows.view(-1, longest, heads, size).transpose(1, 2).reshape(-1, longest, size)  # [n h, L, d]
+
+    seen = inside if visible is None else torch.zeros_like(inside).view(-1).index_copy(0, places, visible)
+    seen = seen.view(-1, 1, 1, longest)
     if window is not None:
-        places = torch.arange(longest, device=device)
-        seen = seen & ((places - places[:, None]).abs() <= window)
-    scores = torch.bmm(q * (size**-0.5 if scaling is None else scaling), k.transpose(1, 2))
+        columns = torch.arange(longest, device=device)
+        seen = seen & ((columns - columns[:, None]).abs() <= window)
+    scores = torch.bmm(padded(query) * (size**-0.5 if scaling is None else scaling), padded(key).transpose(1, 2))
     # Finite, so that a query that sees nothing has shares, too.
     hidden = torch.zeros(seen.shape, dtype=scores.dtype, device=device)
     hidden.masked_fill_(~seen, torch.finfo(scores.dtype).min / 2)
-    scores = scores.view(len(lengths), heads, longest, longest) + hidden[:, None]
-    shares = drop(torch.softmax(scores, -1).view(-1, longest, longest), dropout)
-    found = torch.bmm(shares, v).view(len(lengths), heads, longest, size).transpose(1, 2)
-    return found[rows, columns]
+    scores.view(-1, heads, longest, longest).add_(hidden)
+    shares = drop(torch.softmax(scores, -1), dropout)
+    found = torch.bmm(shares, padded(value)).view(-1, heads, longest, size).transpose(1, 2)
+    return found.reshape(-1, heads * size).index_select(0, places).view(num_tokens, heads, size)
