@@ -70,11 +70,16 @@ def stream(seed: int = 7, num_documents: int = 40) -> SampleStream:
     return SampleStream(store, SpanIndex.build(store, SEQ_LEN), vocab=vocab, seq_len=SEQ_LEN, seed=seed)
 
 
+def padded(batch: Batch, *left_out: str) -> dict[str, Tensor]:
+    """The rows of a batch as transformers' models take them, with their padding."""
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    return {name: torch.from_numpy(getattr(batch, name)) for name in names if name not in left_out}
+
+
 def step_batches(engine: Any, source: SampleStream, step: int) -> list[Batch]:
     """This rank's micro-batches of optimizer step `step` (0 = the first)."""
     start = step * engine.recipe.batch.global_batch
-    rows = engine.recipe.batch.micro_batch
-    return [source.batch(start + micro.first, micro.count, rows) for micro in engine.plan()]
+    return [source.batch(start + micro.first, micro.count) for micro in engine.plan()]
 
 
 def engine_and_masks(recipe: Recipe, world: World) -> tuple[TrainEngine, MaskManager]:

@@ -1,13 +1,14 @@
 """Seconds of a whole training step, sparse beside dense, in one run: where they go, and how far sparsity can get.
 
     python tools/bench_step.py [--recipe bert-base] [--batch 32] [--seq 128] [--dtype fp32|bf16] [--threads 2]
-        [--rounds 3] [--vocab-size 30522] [--peer transformers] [--json] [a.b=value ...]
+        [--rounds 3] [--vocab-size 30522] [--data DIR] [--peer transformers] [--json] [a.b=value ...]
 
 One rank, through DeepSpeed (ZeRO 1), the whole BERT with heads and dropout as in the recipe; dense is the same code
-with sparsity.pattern=dense. Random tokens, masked at 1/7 of the positions. The two take turns; each time is the median
-of the turns after a warm one. The breakdown is the median of up to three more turns under torch's profiler: self times
-by what an operator is part of, on a card of what the operator had it do; `python` is what no operator accounts for,
-DeepSpeed's own work included.
+with sparsity.pattern=dense. Random tokens, masked at 1/7 of the positions, in sequences that are full; with --data the
+first samples of prepared text, as long as they are; tokens_per_s are of real tokens. The two take turns; each time is
+the median of the turns after a warm one. The breakdown is the median of up to three more turns under torch's profiler:
+self times by what an operator is part of, on a card of what the operator had it do; `python` is what no operator
+accounts for, DeepSpeed's own work included.
 
 amdahl_limit: the dense step over everything in the sparse step but its sparse products, as if those were free.
 density_limit: the same as if they took the density's share of the time of the dense products.
@@ -96,7 +97,7 @@ class Side:
         model, layers = build_model(recipe, options.vocab_size, world.device)
         self.engine = TrainEngine(recipe, model, layers, world)
         self.density, self.device = recipe.sparsity.density, world.device
-        self.batches = _random_batches(options)
+        self.batches = _samples(options, recipe.seed) if options.data else _random_batches(options)
 
     def step(self) -> None:
         """One optimizer step of the whole batch."""
@@ -120,6 +121,12 @@ def in_turns(steps: dict[str, Callable[[], object]], rounds: int, device: Any) -
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def _samples(options: argparse.Namespace, seed: int) -> list[Any]:
+    from dsbert.data.stream import SampleStream
+
+    return [SampleStream.open(options.data, "train", options.seq, seed).batch(0, options.batch)]
+
+
 def _random_batches(options: argparse.Namespace) -> list[Any]:
     import numpy as np
 
@@ -134,7 +141,6 @@ def _random_batches(options: argparse.Namespace) -> list[Any]:
         mlm_positions=masked,
         mlm_labels=rng.integers(5, options.vocab_size, masked.size),
         nsp_labels=rng.integers(0, 2, options.batch),
-        num_samples=options.batch,
         num_tokens=masked.size * 7,
     )
     return [batch]
@@ -144,7 +150,11 @@ def measure(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Both sides, in turns. world: a world of one (process_group.init)."""
     import torch
 
+    from dsbert.data.manifest import load_manifest
+
     torch.set_num_threads(options.threads)
+    if options.data:
+        options.vocab_size = load_manifest(options.data).tokenizer.vocab_size
     common = [
         f"batch.micro_batch={options.batch}",
         f"batch.global_batch={options.batch}",
@@ -162,10 +172,14 @@ def measure(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     dense_s, sparse_s = seconds["dense"], seconds["sparse"]
     # By their shares of the profiled steps, which are a little slower than the timed ones.
     share = {name: found[PRODUCTS] / sum(found.values()) for name, found in parts.items()}
+    tokens = sum(batch.num_tokens for batch in sides["dense"].batches)
     rest, density = sparse_s * (1 - share["sparse"]), sides["sparse"].density
     return {
         "recipe": options.recipe,
         "dtype": options.dtype,
+        "tokens": tokens,
+        "dense_tokens_per_s": round(tokens / dense_s),
+        "sparse_tokens_per_s": round(tokens / sparse_s),
         "dense_step_s": round(dense_s, 4),
         "sparse_step_s": round(sparse_s, 4),
         "speedup": round(dense_s / sparse_s, 3),
@@ -242,6 +256,7 @@ def options_from(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--peer", choices=["transformers"], help="what takes turns with dsbert")
+    parser.add_argument("--data", help="a directory that dsbert prepare has made")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     return parser.parse_args(words)

@@ -92,7 +92,6 @@ def _random_batches(engine: Any, vocab_size: int, seq_len: int) -> list[Any]:
             mlm_positions=np.arange(0, rows * seq_len, 7),
             mlm_labels=rng.integers(5, vocab_size, len(range(0, rows * seq_len, 7))),
             nsp_labels=rng.integers(0, 2, rows),
-            num_samples=rows,
             num_tokens=rows * seq_len,
         )
         for _ in engine.plan()

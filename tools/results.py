@@ -15,10 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsbert.experiment.definition import load_experiment
+from dsbert.experiment.definition import Experiment, load_experiment
 from dsbert.experiment.planning import Plan, make_plan
 from dsbert.experiment.plots import file_name, pictures
 from dsbert.experiment.result_tables import as_text, main_tables, notes
+from dsbert.training.provenance import NUMERICS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -32,14 +33,21 @@ def tables(plan: Plan) -> str:
     return "\n\n".join([*(as_text(table, "markdown") for table in main_tables(plan)), *notes(plan)])
 
 
+def kept(experiment: Experiment) -> Plan:
+    """What the records have of an experiment, of the one arithmetic that most of them are of, the newest of equals:
+    results of different ones are not mixed."""
+    with tempfile.TemporaryDirectory() as nothing:
+        plans = [make_plan(experiment, Path(nothing), RECORDS, numerics) for numerics in range(NUMERICS, 0, -1)]
+    return max(plans, key=lambda plan: len(plan.results))
+
+
 def refreshed(page: str) -> tuple[str, dict[str, Plan]]:
     """The page with its tables made anew, and the plans that it shows, by name of file and size."""
     plans: dict[str, Plan] = {}
 
     def replace(mark: re.Match[str]) -> str:
         file, size = mark.groups()
-        with tempfile.TemporaryDirectory() as nothing:
-            plan = make_plan(load_experiment(ROOT / "experiments" / file, size), Path(nothing), RECORDS)
+        plan = kept(load_experiment(ROOT / "experiments" / file, size))
         plans[f"{Path(file).stem}-{size}"] = plan
         return f"<!-- {file} {size} -->\n{tables(plan)}\n<!-- end -->"
 

@@ -37,8 +37,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     updates = 0
     loss = 0.0
     for step in range(steps):
-        start, rows = step * recipe.batch.global_batch, recipe.batch.micro_batch
-        batches = [stream.batch(start + micro.first, micro.count, rows) for micro in engine.plan()]
+        start = step * recipe.batch.global_batch
+        batches = [stream.batch(start + micro.first, micro.count) for micro in engine.plan()]
         loss = sum(engine.train_step(batches).mean_losses())
         updates += masks.maybe_update(step + 1) is not None
     return {"loss": loss, "updates": updates, "digest": masks.digest()}

@@ -205,7 +205,7 @@ def _show_plan(plan: Plan, directory: Path, jobs: int, threads: int, *, as_json:
     for cell in plan.missing:
         print(f"{cell.name}  {hours([cell], per_step) * 60:8.1f} min  {cell.label}")
     found = _summary(plan) | {
-        "missing": f"{len(plan.missing)} cells, {flops:.3g} FLOPs",
+        "missing": f"{len(plan.missing)} cells, at most {flops:.3g} FLOPs",
         "hours": f"{left:.2f} of one training after the other with {threads} threads; {left / jobs:.2f} with "
         f"--jobs {jobs} if they do not slow each other",
     }

@@ -39,8 +39,7 @@ class Batch:
 
     input_ids, token_type_ids and attention_mask (1 real, 0 padding): int64 [b, S]. mlm_positions int64 [m]: flat
     index row * S + column, ascending; mlm_labels int64 [m]. nsp_labels int64 [b]: 0 = B follows A, 1 = B is other
-    text, -100 = not asked (a filler row, or NSP is off). num_samples: rows that are samples, the first ones;
-    num_tokens: their tokens without padding.
+    text, -100 = not asked (there is no partner, or NSP is off). num_tokens: without padding.
     """
 
     input_ids: Int64s
@@ -49,12 +48,16 @@ class Batch:
     mlm_positions: Int64s
     mlm_labels: Int64s
     nsp_labels: Int64s
-    num_samples: int
     num_tokens: int
+
+    @property
+    def num_samples(self) -> int:
+        """b, which may be 0."""
+        return len(self.input_ids)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """The rows of all batches, at least one of them, below each other. Those that are samples must come first."""
+    """The rows of all batches, at least one of them, below each other."""
     seq_len = batches[0].input_ids.shape[1]
     first_rows = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
     positions = [batch.mlm_positions + first * seq_len for batch, first in zip(batches, first_rows, strict=False)]
@@ -65,15 +68,14 @@ def joined(batches: Sequence[Batch]) -> Batch:
         mlm_positions=np.concatenate(positions),
         mlm_labels=np.concatenate([batch.mlm_labels for batch in batches]),
         nsp_labels=np.concatenate([batch.nsp_labels for batch in batches]),
-        num_samples=sum(batch.num_samples for batch in batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
     )
 
 
-def check_rows(position: int, count: int, rows: int) -> None:
-    """Raises ValueError for a negative position or count, or fewer rows than samples."""
-    if position < 0 or not 0 <= count <= rows:
-        raise ValueError(f"expected position >= 0 and 0 <= count <= rows, got {position}, {count}, {rows}")
+def check_range(position: int, count: int) -> None:
+    """Raises ValueError for a negative position or count."""
+    if position < 0 or count < 0:
+        raise ValueError(f"expected position >= 0 and count >= 0, got {position}, {count}")
 
 
 def assert_samples(identity: Mapping[str, Any], run_dir: Path) -> None:
@@ -172,40 +174,33 @@ class SampleStream:
             pairs=pairs,
         )  # fmt: skip
 
-    def batch(self, position: int, count: int, rows: int | None = None) -> Batch:
+    def batch(self, position: int, count: int) -> Batch:
         """The samples at positions [position, position + count), which may cross the end of an epoch.
 
         Args:
             position: first sample, counted over the whole job, >= 0.
             count: number of samples, >= 0.
-            rows: b, at least `count` (the default); the rows beyond are filler of weight zero: [CLS] [SEP], nothing
-                masked, nothing asked.
 
         Raises:
-            ValueError: a negative position or count, or fewer rows than samples.
+            ValueError: a negative position or count.
         """
-        b = count if rows is None else rows
-        check_rows(position, count, b)
+        check_range(position, count)
         epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
         texts = self._pair(samples, epochs) if self._nsp else self._single(samples)
         if count and not self._fit(texts):
             raise DataError(INDEX_LEAVES_DATA)
-        input_ids, token_type_ids, attention, maskable = self._lay_out(texts, b)
-        row_keys = np.zeros(b, dtype=np.uint64)
-        row_keys[:count] = substream(keys, _MASK)
+        input_ids, token_type_ids, attention, maskable = self._lay_out(texts)
+        row_keys = substream(keys, _MASK)
         masked = mask_words_(input_ids, maskable, row_keys, self.vocab, self._ordinary_ids, self._mask_fraction)
-        nsp_labels = np.full(b, IGNORE, dtype=np.int64)
-        nsp_labels[:count] = texts.nsp
         return Batch(
             input_ids=input_ids,
             token_type_ids=token_type_ids,
             attention_mask=attention.astype(np.int64),
             mlm_positions=masked.positions,
             mlm_labels=masked.labels,
-            nsp_labels=nsp_labels,
-            num_samples=count,
-            num_tokens=int(attention[:count].sum()),
+            nsp_labels=texts.nsp,
+            num_tokens=int(attention.sum()),
         )
 
     def _single(self, samples: Int64s) -> _Texts:
@@ -237,23 +232,22 @@ class SampleStream:
         least = min(int(texts.a_length.min()) - 1, int(texts.b_length.min()) - int(self._nsp))
         return least >= 0 and int((texts.a_length + texts.b_length).max()) <= room
 
-    def _lay_out(self, texts: _Texts, b: int) -> tuple[Int64s, Int64s, NDArray[np.bool_], NDArray[np.bool_]]:
+    def _lay_out(self, texts: _Texts) -> tuple[Int64s, Int64s, NDArray[np.bool_], NDArray[np.bool_]]:
         """input_ids and token_type_ids int64 [b, S], and bool [b, S] which columns are real, and which are text."""
-        vocab, count = self.vocab, len(texts.nsp)
-        a_end = np.full(b, 1, dtype=np.int64)
-        a_end[:count] += texts.a_length
+        vocab, b = self.vocab, len(texts.nsp)
+        a_end = texts.a_length + 1
         end = a_end + 1  # where the row ends: after A's [SEP], or after B's
         if self._nsp:
-            end[:count] += texts.b_length + 1
+            end += texts.b_length + 1
 
         columns = np.arange(self.seq_len)
         attention = columns < end[:, None]
         token_type_ids = ((columns > a_end[:, None]) & attention).astype(np.int64)
         input_ids = np.full((b, self.seq_len), vocab.pad, dtype=np.int64)
         input_ids[:, 0] = vocab.cls
-        self._store.gather(texts.a_start, texts.a_length, input_ids[:count], np.ones_like(texts.nsp))
+        self._store.gather(texts.a_start, texts.a_length, input_ids, np.ones_like(texts.nsp))
         if self._nsp:
-            self._store.gather(texts.b_start, texts.b_length, input_ids[:count], a_end[:count] + 1)
+            self._store.gather(texts.b_start, texts.b_length, input_ids, a_end + 1)
         every = np.arange(b)
         for separator in (a_end, end - 1):
             input_ids[every, separator] = vocab.sep

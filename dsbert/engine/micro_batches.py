@@ -11,7 +11,7 @@ from dsbert.models.spec import Objective
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Where a micro-batch starts in the global batch, and how many of its rows are samples (the rest are filler)."""
+    """Where a micro-batch starts in the global batch, and how many samples it has."""
 
     first: int
     count: int

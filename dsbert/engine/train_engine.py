@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -51,8 +52,9 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 @dataclass(frozen=True, eq=False)
 class StepResult:
     """Sums over the global batch, equal on all ranks. losses: summed cross-entropy of each objective (float64, CPU);
-    counts: predictions asked for by each; tokens: positions that are not padding; stop: some rank asked to stop; busy:
-    some rank's checkpoint writer is at work.
+    counts: predictions asked for by each; tokens: of its samples; positions: what the layers have computed, which is
+    more where there was padding among it; pairs: of a query and a key that saw each other, over all layers; stop: some
+    rank asked to stop; busy: some rank's checkpoint writer is at work.
 
     skipped: a loss or a gradient was not finite, and nothing has moved; rescaled: the losses were finite, and the loss
     scale of fp16 falls for it. nonfinite_ranks: the ranks whose own losses or
@@ -62,6 +64,8 @@ class StepResult:
     losses: Tensor
     counts: tuple[int, ...]
     tokens: int
+    positions: int
+    pairs: int
     grad_norm: float
     lr: float
     stop: bool
@@ -133,7 +137,7 @@ class TrainEngine(ShardEditor):
             self.kernels = plan_kernels(self.layers, tokens=tokens, dtype=_DTYPES[self.precision], stored=stored)
 
     def plan(self) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; empty ones, of filler rows, where others have more."""
+        """This rank's micro-batches of a step; empty ones where others have more."""
         mine = cut(self.recipe.batch, self.world.rank, self.world.world_size)
         return mine + [MicroBatch(mine[0].first, 0)] * (self.accumulation_steps - len(mine))
 
@@ -144,19 +148,22 @@ class TrainEngine(ShardEditor):
         same answer on all ranks, is in the result. If a loss or a
         gradient of any rank is not finite, the step counts but moves nothing anywhere: `skipped` in the result.
         """
-        said = [*counts_of(batches, self.objectives), int(stop), int(busy)]
-        *counts, tokens, stops, busy_ranks = all_reduce(torch.tensor(said, dtype=torch.int64)).tolist()
+        ready = [DeviceBatch.of(batch, self.world.device) for batch in batches]
+        said = [*counts_of(batches, self.objectives), *self._computed(ready), int(stop), int(busy)]
+        *counts, tokens, positions, pairs, stops, busy_ranks = all_reduce(
+            torch.tensor(said, dtype=torch.int64)
+        ).tolist()
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
         scale = torch.tensor([parts / max(count, 1) for count in counts], device=self.world.device)
         losses = torch.zeros(len(counts), dtype=torch.float64, device=self.world.device)
         self._engine.train()
-        for index, (micro, batch) in enumerate(zip(self.plan(), batches, strict=True)):
+        for index, (micro, batch) in enumerate(zip(self.plan(), ready, strict=True)):
             if index:
                 self._engine.step()  # between micro-batches it only counts
             self._reseed(micro)
             self.on_progress()
-            micro_losses, _ = self._engine(DeviceBatch.of(batch, self.world.device))
+            micro_losses, _ = self._engine(batch)
             losses += micro_losses.detach()
             self._engine.backward((micro_losses * scale).sum())
         lr = self._set_lr(self.step + 1)
@@ -172,6 +179,8 @@ class TrainEngine(ShardEditor):
             verdict.losses,
             tuple(counts),
             tokens,
+            positions,
+            pairs,
             verdict.grad_norm,
             lr,
             stop=stops > 0,
@@ -240,6 +249,12 @@ class TrainEngine(ShardEditor):
         return loss_scale(self._engine)
 
     # Parts of a step
+
+    def _computed(self, batches: list[DeviceBatch]) -> list[int]:
+        """[positions, pairs] of this rank's micro-batches: see StepResult."""
+        lengths = np.concatenate([batch.starts.diff().numpy() for batch in batches])
+        positions = sum(batch.num_tokens for batch in batches)
+        return [positions, self._spec.attention_pairs(self.recipe.model, lengths)]
 
     def _reseed(self, micro: MicroBatch) -> None:
         """Dropout depends on (seed, step, first sample) alone: there is no generator state to save."""

@@ -1,7 +1,7 @@
 """The runs of an experiment: a cell is one recipe with one run directory, named by the hash of what moves its result.
 
 So an experiment that grows keeps what is there, two experiments share what they have in common, and a cell that was
-trained by other arithmetic (`NUMERICS`) is another one.
+trained by other arithmetic (`provenance.NUMERICS`) is another one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ from dsbert.data.manifest import load_manifest
 from dsbert.data.stream import SAMPLES
 from dsbert.engine.ds_config import merged_config
 from dsbert.experiment.definition import Choices, Experiment, Value
-
-# Raised by whoever changes what a run of the same recipe gives by more than rounding: cells of before are not mixed in.
-NUMERICS = 1
+from dsbert.training.provenance import NUMERICS
 
 Point = tuple[tuple[str, Value], ...]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """point: of the grid; swept: the values of the sweep; both as (key, value). data: what text it is trained on."""
+    """point: of the grid; swept: the values of the sweep; both as (key, value). data: what text it is trained on.
+    numerics: by which arithmetic."""
 
     arm: str
     point: Point
@@ -38,6 +37,7 @@ class Cell:
     seed: int
     recipe: Recipe
     data: str
+    numerics: int = NUMERICS
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Cell:
             "samples": SAMPLES,
             "eval": self.recipe.eval.model_dump(mode="json"),
             "deepspeed": merged_config(self.recipe),
-            "numerics": NUMERICS,
+            "numerics": self.numerics,
         }
 
     @cached_property
@@ -57,7 +57,8 @@ class Cell:
 
     @property
     def flops(self) -> int:
-        """Of the whole training, as the paper counts them and as its metrics will: `flops_total` of the last step."""
+        """Of the whole training if its samples filled all positions of seq_len, as the paper counts them: the most that
+        `flops_total` of the last step can be."""
         from dsbert.models.construction import recipe_flops  # transformers, which the other commands do without
 
         return recipe_flops(self.recipe) * self.recipe.batch.global_batch * self.recipe.optim.total_steps
@@ -90,11 +91,12 @@ def data_directory(experiment: Experiment, directory: Path) -> Path | None:
     return directory / "data" / xxhash.xxh3_64_hexdigest(experiment.data.model_dump_json().encode())
 
 
-def all_cells(experiment: Experiment, directory: Path) -> list[Cell]:
-    """Every cell that could be wanted: all arms, grid points, swept values and seeds. Raises UserError."""
+def all_cells(experiment: Experiment, directory: Path, numerics: int = NUMERICS) -> list[Cell]:
+    """Every cell that could be wanted: all arms, grid points, swept values and seeds; numerics: of that arithmetic.
+    Raises UserError."""
     data = data_directory(experiment, directory)
     return [
-        _cell(experiment, arm, point, swept, seed, data)
+        replace(_cell(experiment, arm, point, swept, seed, data), numerics=numerics)
         for arm in experiment.arms
         for point in _points(experiment.grid_of(arm))
         for swept in _points(experiment.sweep_of(arm))

@@ -17,6 +17,7 @@ from pathlib import Path
 from dsbert.experiment.cell_results import CellResult, load_records, read_result
 from dsbert.experiment.cells import Cell, Point, all_cells
 from dsbert.experiment.definition import Experiment
+from dsbert.training.provenance import NUMERICS
 
 Group = tuple[str, Point]
 
@@ -99,10 +100,11 @@ class Plan:
         return not self.missing and not self.unknown
 
 
-def make_plan(experiment: Experiment, directory: Path, records: Path | None = None) -> Plan:
-    """What the directory holds, and `records` beside it. Raises UserError."""
+def make_plan(experiment: Experiment, directory: Path, records: Path | None = None, numerics: int = NUMERICS) -> Plan:
+    """What the directory holds, and `records` beside it; numerics: of that arithmetic, an older one for what is kept of
+    it. Raises UserError."""
     results = load_records(records) if records else {}
-    return refreshed(Plan(experiment, tuple(all_cells(experiment, directory)), results), directory)
+    return refreshed(Plan(experiment, tuple(all_cells(experiment, directory, numerics)), results), directory)
 
 
 def refreshed(plan: Plan, directory: Path, given_up: frozenset[str] = frozenset()) -> Plan:

@@ -29,8 +29,8 @@ def inspect_data(path: Path, seq_len: int = 128, examples: int = 3, seed: int = 
         sources, tokenizer, dropped, mended, mended_in, left_out and digest as in the manifest; unknown: the fraction of
         [UNK] among the training tokens; splits: of each, documents, sentences, tokens, shards, bytes, quantiles (0, 10,
         50, 90, 100 %) of document_tokens and sentence_tokens, and of its spans of `seq_len`: number, dropped_tokens,
-        padding (the fraction of positions); examples: the first samples of epoch 0 in the train split as {text, nsp},
-        where [token->seen] is one that is asked for, and what stands there instead.
+        padding (the fraction of positions that they leave empty); examples: the first samples of epoch 0 in the train
+        split as {text, nsp}, where [token->seen] is one that is asked for, and what stands there instead.
 
     Raises:
         UserError, DataError: no prepared data, or damaged.
@@ -127,8 +127,9 @@ def report_lines(report: dict[str, Any]) -> Iterable[str]:
             shown = " ".join(f"{value:,}" for value in split[f"{what}_tokens"])
             yield f"    tokens of a {what}, least, 10 %, half, 90 %, most: {shown}"
         yield (
-            f"    at {report['seq_len']} tokens: {split['spans']:,} samples, {split['padding']:.1%} of the positions "
-            f"are padding; {split['dropped_tokens']:,} tokens alone in a document's end left out"
+            f"    at {report['seq_len']} tokens: {split['spans']:,} samples, which fill {1 - split['padding']:.1%} of "
+            "their positions (the rest is padding, and not computed); "
+            f"{split['dropped_tokens']:,} tokens alone in a document's end left out"
         )
     for example in report["examples"]:
         yield f"  [{example['nsp'] or 'no NSP'}] {example['text']}"

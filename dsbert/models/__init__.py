@@ -4,7 +4,7 @@ spec             the seam: what the rest of dsbert knows of a model; objectives
 construction     a recipe's model, made without its dense weights
 bert             BERT with MLM and NSP
 modern_bert      ModernBERT with MLM
-device_batch     what a model is called with
+device_batch     what a model is called with: real tokens alone
 fast_layers      dropout, attention and linear layers as one pass each
 varlen_attention attention within sequences without padding between them
 key_mask         what an attention mask hides

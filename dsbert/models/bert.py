@@ -1,11 +1,12 @@
 """BERT for pre-training, from a transformers configuration: masked tokens, and whether two sentences are neighbours.
 
 Module and parameter names are those of transformers.BertForPreTraining, so that export is a matter of densifying.
-Shapes: b sequences, S positions, H hidden, V vocabulary, m masked positions in the whole micro-batch.
+Shapes: n sequences of T tokens in all, H hidden, V vocabulary, m masked tokens in the whole micro-batch.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining
@@ -32,10 +33,14 @@ class SparseBert(nn.Module):
         self.cls = whole.cls
 
     def forward(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-        outputs = self.bert(batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids)
-        hidden = outputs.last_hidden_state.flatten(0, 1)  # [b S, H]
+        hidden = self.bert.embeddings(
+            batch.input_ids[None], token_type_ids=batch.token_type_ids[None], position_ids=batch.position_ids[None]
+        )
+        hidden = self.bert.encoder(hidden, starts=batch.starts).last_hidden_state[0]  # [T, H]
         mlm_logits = self.cls.predictions(hidden.index_select(0, batch.mlm_positions)).float()  # [m, V]
-        nsp_logits = self.cls.seq_relationship(outputs.pooler_output).float()  # [b, 2]
+        # The pooler takes the first token of each row: it is given rows of one token.
+        pooled = self.bert.pooler(hidden.index_select(0, batch.first_tokens)[:, None])  # [n, H]
+        nsp_logits = self.cls.seq_relationship(pooled).float()  # [n, 2]
         return losses_and_hits([(mlm_logits, batch.mlm_labels), (nsp_logits, batch.nsp_labels)], self.training)
 
 
@@ -75,7 +80,7 @@ SPEC = ModelSpec(
     fill_buffers=_fill_buffers,
     initial_std=lambda name, model: model.initializer_std,
     fuse_activations=_fuse_gelu,
-    attention_pairs=lambda model, seq_len: model.num_layers * seq_len**2,
+    attention_pairs=lambda model, lengths: model.num_layers * int(np.square(lengths).sum()),
     exported=BertForPreTraining,
     special_tokens={"pad_token_id": "pad"},
 )

@@ -51,13 +51,14 @@ def encoder_linears(model: nn.Module, spec: ModelSpec) -> dict[str, nn.Module]:
 
 
 def recipe_flops(recipe: Recipe) -> int:
-    """FLOPs of a sequence (sparse/flops.py) in training by a recipe, from shapes alone: no topology is drawn."""
+    """FLOPs (sparse/flops.py) of a sequence of seq_len tokens in training by a recipe, from shapes alone: no topology
+    is drawn."""
     spec, seq_len = model_spec(recipe.model), recipe.data.seq_len
     with torch.device("meta"):
         model = spec.build(recipe.model, 1, 0)
     shapes = {name: entry["shape"] for name, entry in layer_shapes(model, spec).items()}
     kept = (num_kept_weights(name, (shape[0], shape[1]), recipe.sparsity) for name, shape in shapes.items())
-    return sequence_flops(seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, seq_len), kept)
+    return sequence_flops(seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, [seq_len]), kept)
 
 
 def layer_shapes(model: nn.Module, spec: ModelSpec) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,8 @@ torch draws dropout masks on a CPU number by number, keeps them, and takes atten
 as there is dropout: together a fifth of a step. Half precisions that a CPU cannot multiply it multiplies number by
 number, up to a hundred times slower than fp32: there fp32 is put around the product. Attention has a kernel of its own
 (varlen_attention.py), for masks that hide keys, far ones or those of padding. Elsewhere than on a CPU, and where
-dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h heads, S positions, d head size.
+dsbert's kernels for it cannot be had, torch's own run. Shapes: b sequences, h heads, S positions, d head size; T tokens
+of n sequences that stand one behind the other.
 """
 
 from __future__ import annotations
@@ -88,18 +89,26 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    starts: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """softmax(Q K^T scaling + mask) V: q, k, v [b, h, S, d] -> [b, S, h, d]. attention_mask: bool [b, 1, S or 1, S],
-    what may be seen."""
+    what may be seen.
+
+    starts int64 [n + 1], on the CPU: the T tokens of n sequences stand one behind the other, b = 1 and S = T, each sees
+    its own sequence, and there is no mask. dsbert's models have it so; who calls a module of theirs as transformers
+    does, with padded rows and a mask, has the same numbers.
+    """
+    if starts is not None:
+        return _within(query, key, value, starts, dropout, scaling, options.get("sliding_window")), None
     if _attends(module, query, key, value, dropout, options):
         seen = key_mask(attention_mask, query.shape[2], options.get("sliding_window"))
         if seen is not None:
             sequences, heads, positions, size = query.shape
             q, k, v = (x.transpose(1, 2).reshape(-1, heads, size) for x in (query, key, value))  # [b S, h, d]
-            starts = torch.arange(sequences + 1) * positions
+            rows = torch.arange(sequences + 1) * positions
             visible = None if seen.visible is None else seen.visible.expand(sequences, -1).reshape(-1)
-            y = varlen_attention(q, k, v, starts, dropout=dropout, scaling=scaling, window=seen.window, visible=visible)
+            y = varlen_attention(q, k, v, rows, dropout=dropout, scaling=scaling, window=seen.window, visible=visible)
             return y.view(sequences, positions, heads, size), None
     if is_slow(query):
         q, k, v = query.float(), key.float(), value.float()
@@ -130,6 +139,22 @@ def _attends(
     causal = getattr(module, "is_causal", False) if causal is None else causal
     alike = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
     return alike and not causal and options.get("position_bias") is None and has_kernel(query, dropout)
+
+
+def _within(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """q, k, v [1, h, T, d] -> [1, T, h, d]; sliding_window as transformers hands it over, a token more than is seen to
+    each side."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    window = None if sliding_window is None else sliding_window - 1
+    return varlen_attention(q, k, v, starts, dropout=dropout, scaling=scaling, window=window)[None]
 
 
 def use_fast_layers_(model: PreTrainedModel) -> None:

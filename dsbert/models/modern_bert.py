@@ -2,15 +2,18 @@
 before the layers and not after, attention to near tokens only in two layers of three, no biases, masked tokens alone.
 
 Source: Warner et al. 2024, arXiv:2412.13663. Module and parameter names: those of transformers.ModernBertForMaskedLM.
-Shapes: b sequences, S positions, H hidden, V vocabulary, m masked positions in the whole micro-batch.
+Shapes: n sequences of T tokens in all, H hidden, V vocabulary, m masked tokens in the whole micro-batch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
@@ -49,8 +52,11 @@ class SparseModernBert(nn.Module):
         self.decoder = whole.decoder
 
     def forward(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-        outputs = self.model(batch.input_ids, attention_mask=batch.attention_mask)
-        hidden = outputs.last_hidden_state.flatten(0, 1)  # [b S, H]
+        # No masks: attention is told where sequences begin, and each layer how far it sees.
+        masks = dict.fromkeys(set(self.config.layer_types))
+        ids, positions = batch.input_ids[None], batch.position_ids[None]
+        outputs = self.model(ids, attention_mask=masks, position_ids=positions, starts=batch.starts)
+        hidden = outputs.last_hidden_state[0]  # [T, H]
         logits = self.decoder(self.head(hidden.index_select(0, batch.mlm_positions))).float()  # [m, V]
         return losses_and_hits([(logits, batch.mlm_labels)], self.training)
 
@@ -83,12 +89,21 @@ def _initial_std(name: str, model: ModelConfig) -> float:
     return model.initializer_std / (math.sqrt(2 * model.num_layers) if layer.endswith(_OUTPUTS) else 1.0)
 
 
-def _attention_pairs(model: ModelConfig, seq_len: int) -> int:
+def _attention_pairs(model: ModelConfig, lengths: ArrayLike) -> int:
     """Layers of local attention see `sliding_window` tokens to each side."""
-    config = modern_bert_config(model, vocab_size=1)
-    reach = min(config.sliding_window, seq_len - 1)
-    pairs = {"full_attention": seq_len**2, "sliding_attention": seq_len * (2 * reach + 1) - reach * (reach + 1)}
-    return sum(pairs[kind] for kind in config.layer_types)
+    lengths = np.asarray(lengths)
+    window, kinds = _reach_and_kinds(model.num_layers)
+    reach = np.minimum(window, lengths - 1)
+    near = lengths * (2 * reach + 1) - reach * (reach + 1)
+    pairs = {"full_attention": int(np.square(lengths).sum()), "sliding_attention": int(near.sum())}
+    return sum(pairs[kind] for kind in kinds)
+
+
+@functools.cache
+def _reach_and_kinds(num_layers: int) -> tuple[int, tuple[str, ...]]:
+    """How many tokens to each side local attention sees, and which attention each layer has."""
+    config = ModernBertConfig(num_hidden_layers=num_layers)
+    return config.sliding_window, tuple(config.layer_types)
 
 
 SPEC = ModelSpec(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,7 +53,7 @@ class ModelSpec:
     fill_buffers: give what `build` left of buffers on the meta device their values, on a device.
     initial_std: of the matrix with this name, a truncated normal's.
     fuse_activations: leave to sparse layers the activations that come right after them, in place.
-    attention_pairs: pairs of a query and a key that see each other, over all layers, in a sequence of so many tokens.
+    attention_pairs: pairs of a query and a key that see each other, over all layers, in sequences of so many tokens.
     exported: the transformers class that an export is loaded with.
     special_tokens: the name in `config` of the id of a special token, and its name in data.tokenizer.Vocabulary.
     """
@@ -62,7 +63,7 @@ class ModelSpec:
     fill_buffers: Callable[[Any, torch.device], None]
     initial_std: Callable[[str, ModelConfig], float]
     fuse_activations: Callable[[nn.Module], None]
-    attention_pairs: Callable[[ModelConfig, int], int]
+    attention_pairs: Callable[[ModelConfig, ArrayLike], int]
     exported: type[Any]
     special_tokens: Mapping[str, str]
 

@@ -15,8 +15,8 @@ def attention_flops(pairs: int, hidden_size: int) -> int:
     return 3 * 2 * 2 * pairs * hidden_size
 
 
-def sequence_flops(seq_len: int, hidden_size: int, attention_pairs: int, encoder_weights: Iterable[int]) -> int:
-    """Forward and backward of one sequence. `attention_pairs`: over all layers; `encoder_weights`: kept weights of
-    every encoder linear."""
-    linears = sum(linear_flops(seq_len, weights) for weights in encoder_weights)
+def sequence_flops(tokens: int, hidden_size: int, attention_pairs: int, encoder_weights: Iterable[int]) -> int:
+    """Forward and backward of a sequence, or of many with so many tokens in all. `attention_pairs`: over all layers;
+    `encoder_weights`: kept weights of every encoder linear."""
+    linears = sum(linear_flops(tokens, weights) for weights in encoder_weights)
     return linears + attention_flops(attention_pairs, hidden_size)

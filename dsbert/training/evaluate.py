@@ -83,7 +83,7 @@ def evaluate(
         if stop_agreed and stop_agreed():
             return None
         first = min(index * micro_batch, sequences)
-        batch = stream.batch(first, min(micro_batch, sequences - first), micro_batch)
+        batch = stream.batch(first, min(micro_batch, sequences - first))
         losses, hits = forward(batch)
         sums[: 2 * size] += torch.cat([losses.double(), hits.double()]).cpu()
         sums[2 * size : -1] += torch.tensor([objective.count(batch) for objective in objectives], dtype=torch.float64)

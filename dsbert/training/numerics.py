@@ -14,10 +14,12 @@ from dsbert.base.records import JsonObject
 from dsbert.checkpoint.state import CheckpointState, RunRecord
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
+from dsbert.training.provenance import NUMERICS
 
 
 def numerics(recipe: Recipe, world: World) -> JsonObject:
-    """{torch, device, cpu: instruction set, threads, ranks, micro_batch}; a list where ranks differ. Collective."""
+    """{torch, device, cpu: instruction set, threads, ranks, micro_batch, arithmetic: its revision}; a list where ranks
+    differ. Collective."""
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
     mine = {
         "torch": torch.__version__,
@@ -30,6 +32,7 @@ def numerics(recipe: Recipe, world: World) -> JsonObject:
     return {key: values[0] if len(values) == 1 else values for key, values in found.items()} | {
         "ranks": world.world_size,
         "micro_batch": recipe.batch.micro_batch,
+        "arithmetic": NUMERICS,
     }
 
 

@@ -42,15 +42,15 @@ def _what(recipe: Recipe) -> str:
 
 
 def _batches(recipe: Recipe, world_size: int) -> str:
-    """What a step is on this many ranks, and how much of it is filler where another micro-batch would have less."""
+    """What a step is on this many ranks, and how much of its room is empty where another size would leave less."""
     batch = recipe.batch
     size = batch.on_ranks(world_size).micro_batch
     accumulation_steps = -(-batch.global_batch // (size * world_size))
     note = f" (batch.micro_batch allows {batch.micro_batch})" if size < batch.micro_batch else ""
     even = -(-batch.global_batch // (world_size * accumulation_steps))
     if even < size:
-        filler = 1 - batch.global_batch / (size * accumulation_steps * world_size)
-        note = f" ({filler:.0%} of that is filler, less with batch.micro_batch={even})"
+        empty = 1 - batch.global_batch / (size * accumulation_steps * world_size)
+        note = f" ({empty:.0%} of that is empty, less with batch.micro_batch={even})"
     ranks = f"{world_size} rank{'s'[: world_size > 1]}"
     batches = f"{accumulation_steps} micro-batch{'es'[: 2 * (accumulation_steps > 1)]}"
     return f"a step: {batch.global_batch} samples over {ranks}, {batches} of {size} on each{note}"

@@ -92,5 +92,5 @@ def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) 
 
 def _batches(run: Run, step: int) -> list[Batch]:
     """This rank's micro-batches of the step after `step` steps: one counter over the whole job says which samples."""
-    start, rows = step * run.recipe.batch.global_batch, run.engine.recipe.batch.micro_batch
-    return [run.streams.train.batch(start + micro.first, micro.count, rows) for micro in run.engine.plan()]
+    start = step * run.recipe.batch.global_batch
+    return [run.streams.train.batch(start + micro.first, micro.count) for micro in run.engine.plan()]

@@ -41,23 +41,22 @@ class StepReport:
 class Reporter:
     """Counts tokens and FLOPs, and writes metrics.jsonl, W&B and the progress bar.
 
-    FLOPs are the paper's: forward and backward of encoder linears and attention products.
+    FLOPs are counted as the paper does, forward and backward of encoder linears and attention products, but of the
+    positions that were computed: of a sample, its tokens.
     """
 
     def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, LayerRecord]) -> None:
         self._recipe, self._directory, self._main = recipe, directory, world.is_main
         spec = model_spec(recipe.model)
         self._objectives = spec.objectives
-        seq_len = recipe.data.seq_len
-        shape = (seq_len, recipe.model.hidden_size, spec.attention_pairs(recipe.model, seq_len))
-        self._flops = sequence_flops(*shape, (layer.kept for layer in layers.values()))
-        dense = (math.prod(layer.shape) for layer in layers.values())
-        self._flops_dense = sequence_flops(*shape, dense)
+        self._kept = sum(layer.kept for layer in layers.values())
+        self._dense = sum(math.prod(layer.shape) for layer in layers.values())
         self._totals = Totals()
         self._wandb: WandbLogger | None = None
         self._bar: TrainingBar | None = None
         self._since = (0, self._totals, 0.0)  # step, totals, time of the last record
         self._waits = dict.fromkeys(_WAITS, 0.0)
+        self._positions = 0  # that layers have computed since the last record
         self._wasteful = 0
 
     def begin(self, step: int, totals: Totals, attempt: Attempt) -> None:
@@ -86,12 +85,14 @@ class Reporter:
     def step(self, report: StepReport) -> None:
         """Account for a step, and log it if one of log.every_steps is due or something happened in it."""
         step, result = report.step, report.result
-        before, sequences = self._totals, self._recipe.batch.global_batch
+        before = self._totals
         in_a_row = before.skipped_in_a_row
+        shape = (result.positions, self._recipe.model.hidden_size, result.pairs)
+        self._positions += result.positions
         self._totals = Totals(
             tokens=before.tokens + result.tokens,
-            flops=before.flops + self._flops * sequences,
-            flops_dense=before.flops_dense + self._flops_dense * sequences,
+            flops=before.flops + sequence_flops(*shape, [self._kept]),
+            flops_dense=before.flops_dense + sequence_flops(*shape, [self._dense]),
             skipped=before.skipped + result.skipped,
             skipped_in_a_row=in_a_row if result.rescaled else (in_a_row + 1) * result.skipped,
         )
@@ -160,6 +161,7 @@ class Reporter:
         totals = self._totals
         self._since = (step, totals, now)
         waits, self._waits = self._waits, dict.fromkeys(_WAITS, 0.0)
+        positions, self._positions = self._positions, 0
         # What steps take: checkpoints and validations have figures of their own.
         stepping_s = now - since - waits["save"] - waits["validation"]
         return {
@@ -173,6 +175,7 @@ class Reporter:
             "skipped": totals.skipped - before.skipped,
             "tokens_total": totals.tokens,
             "tokens_per_s": (totals.tokens - before.tokens) / max(stepping_s, 1e-9),
+            "padding": 1 - (totals.tokens - before.tokens) / positions if positions else 0.0,
             "flops_total": totals.flops,
             "flops_dense_total": totals.flops_dense,
             "density": masks.density,

@@ -56,13 +56,14 @@ def test_a_run_leaves_what_the_contract_says(run: Path) -> None:
     assert [record["step"] for record in records] == list(range(1, 13))
     keys = {
         "step", "loss", "loss_mlm", "loss_nsp", "val_mlm_loss", "val_mlm_accuracy", "val_nsp_loss", "lr", "grad_norm",
-        "tokens_total", "tokens_per_s", "flops_total", "flops_dense_total", "density", "dof", "pruned",
+        "tokens_total", "tokens_per_s", "padding", "flops_total", "flops_dense_total", "density", "dof", "pruned",
         "removed_new_ratio", "topology_digest", "step_s", "mask_update_s", "skipped", "save_s", "data_s",
         "validation_s",
     }  # fmt: skip
     for record in records:
         assert keys <= record.keys()
         assert record["grad_norm"] > 0
+        assert record["padding"] == 0
     assert [record["step"] for record in records if record["pruned"] is not None] == [3, 6, 9]
     assert [record["step"] for record in records if record["val_mlm_loss"] is not None] == [6, 12]
     assert records[-1]["flops_total"] < records[-1]["flops_dense_total"]
@@ -197,11 +198,13 @@ def test_evaluate_takes_what_prepare_takes(run: Path, tmp_path: Path) -> None:
 
 
 def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> None:
+    import numpy as np
     import torch
     import transformers
     from safetensors.torch import load_file
 
     from dsbert.checkpoint.restore import restore_model
+    from dsbert.data.stream import Batch
     from dsbert.models.device_batch import DeviceBatch
     from dsbert.sparse.linear import dense_weight
 
@@ -217,15 +220,18 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     inputs = tokenizer(["the cat sees a house .", "a dog"], ["it is big .", "runs"], return_tensors="pt", padding=True)
     seen: list[torch.Tensor] = []
     restored.model.cls.predictions.register_forward_hook(lambda module, args, output: seen.append(output))
-    rows, columns = inputs["input_ids"].shape
-    everywhere = torch.arange(rows * columns)
-    batch = DeviceBatch(
-        inputs["input_ids"], inputs["token_type_ids"], inputs["attention_mask"], everywhere,
-        torch.zeros(rows * columns, dtype=torch.long), torch.zeros(rows, dtype=torch.long),
-    )  # fmt: skip
+    real = inputs["attention_mask"].flatten().nonzero()[:, 0]
+    rows = {name: tensor.numpy() for name, tensor in inputs.items()}
+    asked = {
+        "mlm_positions": real.numpy(),
+        "mlm_labels": rows["input_ids"].reshape(-1)[real],
+        "nsp_labels": np.zeros(2),
+    }
+    batch = Batch(**rows, **asked, num_tokens=len(real))
     with torch.no_grad():
-        restored.model(batch)
-        theirs = model(**inputs).prediction_logits.flatten(0, 1)
+        restored.model(DeviceBatch.of(batch, torch.device("cpu")))
+        theirs = model(**inputs).prediction_logits.flatten(0, 1)[real]
+    assert len(real) < inputs["input_ids"].numel()
     assert (seen[0] - theirs).abs().max() < 1e-4
     assert seen[0].argmax(-1).equal(theirs.argmax(-1))
     compact = load_file(tmp_path / "out" / "sparse.safetensors")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsbert.checkpoint.restore import restore_model
+from dsbert.data.stream import SampleStream
 from dsbert.inspection.audit_content import state_problems
 from dsbert.sparse.linear import dense_weight
 from tests.commands import SMALL, complaint, dsbert, dsbert_process
@@ -36,7 +37,7 @@ def made(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.Te
     return request.param, run
 
 
-def test_it_is_whole_and_named(made: tuple[str, Path]) -> None:
+def test_it_is_whole_and_named(made: tuple[str, Path], data: Path) -> None:
     architecture, run = made
     assert dsbert("verify", str(run)).returncode == 0
     report = json.loads(dsbert("inspect", str(run), "--json").stdout)
@@ -51,10 +52,14 @@ def test_it_is_whole_and_named(made: tuple[str, Path]) -> None:
     assert sum(layer["name"].endswith(("low_rank_u", "low_rank_v")) for layer in diff["layers"]) == 2 * len(
         report["layers"]
     )
-    # FLOPs by hand: forward and backward of 12 steps of 12 sequences of 24 tokens; attention is full at this length.
-    flops = 12 * 12 * (6 * SEQ_LEN * (kept + term) + 12 * SEQ_LEN**2 * HIDDEN)
+    # FLOPs by hand: forward and backward of the tokens of 12 steps of 12 sequences; attention is full at this length.
+    lengths = (
+        SampleStream.open(data, "train", SEQ_LEN, 1, nsp=architecture == "bert").batch(0, 144).attention_mask.sum(1)
+    )
+    flops = 6 * int(lengths.sum()) * (kept + term) + 12 * int((lengths**2).sum()) * HIDDEN
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["flops_total"] == flops
+    assert (last["tokens_total"], last["flops_total"]) == (lengths.sum(), flops)
+    assert lengths.sum() < 0.95 * 144 * SEQ_LEN, "there would be padding"
     assert last["density"] == 0.25
     if architecture == "bert":
         assert term == RANK * (4 * 2 * HIDDEN + 2 * (HIDDEN + INTERMEDIATE))

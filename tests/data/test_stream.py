@@ -210,28 +210,18 @@ def test_special_tokens_in_a_text_are_neither_asked_nor_changed(nsp):
     assert set(now[now <= MASK].tolist()) == {MASK}
 
 
-class TestFiller:
-    def test_rows_weigh_nothing(self, stream):
-        full, filled = stream.batch(5, 3), stream.batch(5, 3, rows=7)
-        for field in fields(Batch):
-            left, right = getattr(full, field.name), getattr(filled, field.name)
-            rows = slice(3) if np.ndim(right) == 2 or field.name == "nsp_labels" else slice(None)
-            assert np.array_equal(left, right[rows] if np.ndim(right) else right), field.name
-        assert filled.input_ids[3:].tolist() == [[CLS, SEP] + [PAD] * (S - 2)] * 4
-        assert filled.attention_mask[3:].tolist() == [[1, 1] + [0] * (S - 2)] * 4
-        assert (filled.nsp_labels[3:] == IGNORE).all()
-        assert not filled.token_type_ids[3:].any()
+@pytest.mark.parametrize("nsp", [True, False])
+def test_a_batch_may_be_empty(data_dir, nsp):
+    batch = SampleStream.open(data_dir, "train", S, seed=1, nsp=nsp).batch(5, 0)
+    assert batch.mlm_positions.size == batch.mlm_labels.size == batch.nsp_labels.size == 0
+    assert (batch.num_tokens, batch.num_samples) == (0, 0)
+    assert batch.input_ids.shape == batch.token_type_ids.shape == batch.attention_mask.shape == (0, S)
 
-    @pytest.mark.parametrize("nsp", [True, False])
-    def test_a_batch_may_be_filler_alone(self, data_dir, nsp):
-        batch = SampleStream.open(data_dir, "train", S, seed=1, nsp=nsp).batch(5, 0, rows=2)
-        assert batch.mlm_positions.size == batch.mlm_labels.size == batch.num_tokens == batch.num_samples == 0
-        assert batch.input_ids.tolist() == [[CLS, SEP] + [PAD] * (S - 2)] * 2
 
-    @pytest.mark.parametrize(("position", "count", "rows"), [(-1, 2, 2), (0, -1, 2), (0, 3, 2)])
-    def test_impossible_requests(self, stream, position, count, rows):
-        with pytest.raises(ValueError, match="expected position"):
-            stream.batch(position, count, rows)
+@pytest.mark.parametrize(("position", "count"), [(-1, 2), (0, -1)])
+def test_impossible_requests(stream, position, count):
+    with pytest.raises(ValueError, match="expected position"):
+        stream.batch(position, count)
 
 
 def test_mask_share(stream):

@@ -19,6 +19,7 @@ from dsbert.config.recipe import load_recipe
 from dsbert.engine.ds_config import load_ds_config, what_holds
 from dsbert.engine.ds_schema import RECIPE_OWNS, REFUSED, DeepSpeedJson
 from tests.commands import ENVIRONMENT, SMALL
+from tests.inspection.test_auditing import edit_state
 
 
 def complaint_about(text: str, folder: Path, run_dir: Path | None = None) -> str:
@@ -188,7 +189,8 @@ def test_our_keys_are_deepspeeds() -> None:
 
 @pytest.mark.slow
 def test_what_has_changed_is_said_when_a_run_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
-    """Another clipping, an untold one before, another number of threads, and a file of DeepSpeed's own."""
+    """Another clipping, an untold one before, another number of threads, a checkpoint of before arithmetic had numbers,
+    and a file of DeepSpeed's own."""
     first = yaml.safe_load((run / "config.yaml").read_text())
     assert first["deepspeed"] == {
         "gradient_clipping": 1.0, "steps_per_print": None, "zero_optimization": {"stage": 1},
@@ -196,6 +198,7 @@ def test_what_has_changed_is_said_when_a_run_goes_on(run: Path, data: Path, tmp_
     assert first["numerics"]["threads"] == 1
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    edit_state(tmp_path / "run" / "checkpoints" / "step_00000006", lambda state: state["numerics"].pop("arithmetic"))
     changed = {
         "zero_optimization": {"stage": 1},
         "gradient_clipping": 0.5,
@@ -211,7 +214,7 @@ def test_what_has_changed_is_said_when_a_run_goes_on(run: Path, data: Path, tmp_
     said = [line for line in done.stderr.splitlines() if line.startswith("dsbert: ")]
     for line in (
         "dsbert: DeepSpeed's gradient_clipping has changed since step_00000006: 1.0 -> 0.5",
-        "dsbert: not bit for bit as before step_00000006, but as good: threads 1 -> 2",
+        "dsbert: not bit for bit as before step_00000006, but as good: arithmetic none -> 2, threads 1 -> 2",
         f"dsbert: {tmp_path / 'mine.json'}: ZeRO stage 1, fp32, gradients clipped at norm 0.5, nothing offloaded",
     ):
         assert said.count(line) == 1, done.stderr

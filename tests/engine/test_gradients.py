@@ -1,6 +1,6 @@
-"""The gradient of a step is that of the mean over the GLOBAL batch, however it is cut (micro-batches of 5 leave filler
-rows); so is the dense gradient that regrowth looks at. Both against plain autograd on the whole batch, on the densified
-model, without DeepSpeed.
+"""The gradient of a step is that of the mean over the GLOBAL batch, however it is cut (micro-batches of 5 leave short
+ones, and an empty one); so is the dense gradient that regrowth looks at. Both against plain autograd on the whole
+batch, on the densified model, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gradients(directory: str, micro_batches: list[int], stage: int = 0) -> None:
         samples = [micro.first + row for micro in engine.plan() for row in range(micro.count)]
         everything = collectives.gather_json(samples)
         assert sorted(itertools.chain.from_iterable(everything)) == list(range(BATCH))
-        assert all(everything), "no rank has filler instead of samples"
+        assert all(everything), "no rank is without samples"
         found: dict[str, Any] = {}
 
         def keep(lr: float, engine: Any = engine, found: dict[str, Any] = found) -> float:

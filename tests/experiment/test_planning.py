@@ -13,6 +13,7 @@ from dsbert.experiment.definition import load_experiment
 from dsbert.experiment.paired_statistics import estimate
 from dsbert.experiment.planning import Plan, make_plan
 from dsbert.experiment.result_tables import arms_table, as_json, as_text, cells_table, comparisons, notes
+from dsbert.training.provenance import NUMERICS
 from tests.commands import dsbert
 from tests.experiment.test_definition import TEXT, written
 
@@ -35,6 +36,17 @@ def plan_with(cells, losses, given_up=frozenset(), tmp_path=None):
     """losses: by label, of the cells that are done."""
     done = {cell.name: result(cell, losses[cell.label]) for cell in cells if cell.label in losses}
     return Plan(load_experiment(written(tmp_path, TEXT)), tuple(cells), done, given_up)
+
+
+def test_cells_of_another_arithmetic_are_not_mixed_in(cells, tmp_path):
+    experiment, records = load_experiment(written(tmp_path, TEXT)), tmp_path / "records.jsonl"
+    before = all_cells(experiment, tmp_path, numerics=NUMERICS - 1)
+    assert [cell.label for cell in before] == [cell.label for cell in cells]
+    save_records(records, {cell.name: result(cell, 5.0) for cell in (*before[:2], *cells[2:3])})
+    for numerics, expected in ((NUMERICS - 1, before[:2]), (NUMERICS, cells[2:3])):
+        plan = make_plan(experiment, tmp_path, records, numerics)
+        assert sorted(plan.results) == sorted(cell.name for cell in expected)
+    assert make_plan(experiment, tmp_path, records).results.keys() == plan.results.keys()
 
 
 def test_a_sweep_comes_first_and_its_best_is_trained_with_every_seed(cells, tmp_path):

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import BertForPreTraining
 
+from dsbert.data.stream import Batch
 from dsbert.models import fast_layers
 from dsbert.models import key_mask as module
 from dsbert.models.bert import bert_config
 from dsbert.models.construction import build_model
-from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import attention, drop, use_fast_layers_
 from dsbert.models.key_mask import key_mask
 from dsbert.sparse import half_precision
@@ -227,10 +227,8 @@ def test_dense_layers_where_half_precisions_are_slow(dtype: torch.dtype, monkeyp
             assert error < torch.finfo(dtype).eps * (0.3 if not able else 2)
 
 
-def outputs(model: Any, batch: DeviceBatch) -> Tensor:
-    found: Tensor = model.bert(
-        batch.input_ids, attention_mask=batch.attention_mask, token_type_ids=batch.token_type_ids
-    ).last_hidden_state
+def outputs(model: Any, batch: Batch) -> Tensor:
+    found: Tensor = model.bert(**bench.padded(batch)).last_hidden_state
     return found
 
 
@@ -247,7 +245,7 @@ def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
         for part in ("blocks", "rows", "cols"):
             del weights[f"{name}.{part}"]
     twin.load_state_dict(weights, strict=False)
-    batch = DeviceBatch.of(bench.stream().batch(0, 4), torch.device("cpu"))
+    batch = bench.stream().batch(0, 4)
     for training in (False, True):
         model.train(training)
         twin.train(training)

@@ -46,15 +46,14 @@ def test_the_model_is_transformers_with_the_summed_weights(architecture: str) ->
             del weights[f"{name}.{part}"]
     found = twin.load_state_dict(weights, strict=False)
     assert not found.unexpected_keys
-    batch = DeviceBatch.of(bench.stream().batch(0, 4), torch.device("cpu"))
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if architecture == "bert":
-        inputs["token_type_ids"] = batch.token_type_ids
+    batch = bench.stream().batch(0, 4)
+    inputs = bench.padded(batch, *["token_type_ids"][: architecture != "bert"])
+    labels = torch.from_numpy(batch.mlm_labels)
     for training in (False, True):
-        losses, _ = model.train(training)(batch)
+        losses, _ = model.train(training)(DeviceBatch.of(batch, torch.device("cpu")))
         outputs = twin.train(training)(**inputs)
         logits = outputs["prediction_logits" if architecture == "bert" else "logits"].flatten(0, 1)
-        chosen = logits[batch.mlm_positions].log_softmax(-1).gather(1, batch.mlm_labels[:, None])
+        chosen = logits[batch.mlm_positions].log_softmax(-1).gather(1, labels[:, None])
         torch.testing.assert_close(losses[0], -chosen.sum(), rtol=1e-5, atol=1e-5)
 
 
@@ -102,7 +101,7 @@ def test_planned_flops_are_those_of_the_model(architecture: str, sparsity: dict[
     spec, model = model_spec(config.model), config.model
     built, _ = build_model(config, bench.VOCAB_SIZE)
     kept = sum(entry["kept"] for entry in layer_shapes(built, spec).values())
-    attention = 3 * 2 * 2 * spec.attention_pairs(model, bench.SEQ_LEN) * model.hidden_size
+    attention = 3 * 2 * 2 * spec.attention_pairs(model, [bench.SEQ_LEN]) * model.hidden_size
     assert recipe_flops(config) == 6 * bench.SEQ_LEN * kept + attention
     plain = recipe_flops(recipe(architecture, 0, **sparsity))
     term = 6 * bench.SEQ_LEN * 3 * hand_count(model.hidden_size, model.intermediate_size, 3, architecture)

@@ -164,13 +164,14 @@ def test_the_model_is_the_one_of_transformers(pattern: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     # The first layer sees all; the others would, too, where nothing told them apart.
     assert [layer.attention_type for layer in twin.model.layers] == ["full_attention"] + ["sliding_attention"] * 2
-    batch = DeviceBatch.of(bench.stream().batch(0, 4), torch.device("cpu"))
+    batch = bench.stream().batch(0, 4)
     assert not batch.attention_mask.all()
-    losses, hits = model.eval()(batch)
-    logits = twin.eval()(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.mlm_positions]
-    chosen = logits.log_softmax(-1).gather(1, batch.mlm_labels[:, None])
+    losses, hits = model.eval()(DeviceBatch.of(batch, torch.device("cpu")))
+    labels = torch.from_numpy(batch.mlm_labels)
+    logits = twin.eval()(**bench.padded(batch, "token_type_ids")).logits.flatten(0, 1)[batch.mlm_positions]
+    chosen = logits.log_softmax(-1).gather(1, labels[:, None])
     torch.testing.assert_close(losses, -chosen.sum()[None], rtol=1e-4, atol=1e-5)
-    assert hits.tolist() == [int((logits.argmax(-1) == batch.mlm_labels).sum())]
+    assert hits.tolist() == [int((logits.argmax(-1) == labels).sum())]
 
 
 def test_it_begins_as_transformers_would() -> None:
@@ -207,8 +208,9 @@ def test_positions_stay_exact_in_half_precision() -> None:
 def test_flops_count_the_pairs_that_see_each_other() -> None:
     config, spec = recipe().model, model_spec(recipe().model)
     near = sum(abs(i - j) <= 64 for i in range(200) for j in range(200))
-    assert spec.attention_pairs(config, 200) == 200**2 + 2 * near
-    assert spec.attention_pairs(config, 16) == 3 * 16**2
+    assert spec.attention_pairs(config, [200]) == 200**2 + 2 * near
+    assert spec.attention_pairs(config, [16]) == 3 * 16**2
+    assert spec.attention_pairs(config, [16, 200, 1]) == 3 * 16**2 + 200**2 + 2 * near + 3
     model, _ = build_model(recipe(), bench.VOCAB_SIZE)
     shapes = layer_shapes(model, spec)
     assert sum(shape["kept"] for shape in shapes.values()) * 4 == sum(

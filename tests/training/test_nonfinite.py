@@ -224,7 +224,7 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
     for step in range(3, 11):
         losses = torch.full((2,), math.nan if step in (4, 6, 7) else 1.0, dtype=torch.float64)
         skipped = step in (4, 5, 6, 7)
-        result = StepResult(losses, (1, 1), 1, 1.0, 1e-3, stop=False, skipped=skipped, rescaled=step == 5)
+        result = StepResult(losses, (1, 1), 1, 1, 1, 1.0, 1e-3, stop=False, skipped=skipped, rescaled=step == 5)
         reporter.step(StepReport(step, result, masks, None, None))
         in_a_row.append(reporter.totals.skipped_in_a_row)
     reporter.close(patient=False)

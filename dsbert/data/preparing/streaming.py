@@ -25,7 +25,7 @@ from dsbert.data.preparing.sentences import split_sentences
 from dsbert.data.preparing.sources import resolve
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
-from dsbert.data.stream import Batch, SampleStream, check_rows, joined
+from dsbert.data.stream import Batch, SampleStream, check_range, joined
 from dsbert.data.tokenizer import Vocabulary, find_tokenizer
 
 # Documents whose samples are shuffled together, and lend each other text for next-sentence prediction.
@@ -67,14 +67,14 @@ class StreamingSamples:
         self._windows = self._all_windows()
         self._window = next(self._windows)
 
-    def batch(self, position: int, count: int, rows: int | None = None) -> Batch:
+    def batch(self, position: int, count: int) -> Batch:
         """The samples at positions [position, position + count). Arguments and errors as of `SampleStream.batch`.
 
         A position before the last one asked for has the source read from its start.
 
         Raises UserError if the source cannot be read, or has no sample.
         """
-        check_rows(position, count, count if rows is None else rows)
+        check_range(position, count)
         if position < self._first:
             self._rewind()
         parts = []
@@ -83,12 +83,9 @@ class StreamingSamples:
                 self._first += self._window.num_samples
                 self._window = next(self._windows)
             here = min(count, self._first + self._window.num_samples - position)
-            parts.append(self._window.batch(position - self._first, here, here))
+            parts.append(self._window.batch(position - self._first, here))
             position, count = position + here, count - here
-        filler = (rows or 0) - sum(part.num_samples for part in parts)
-        if filler > 0 or not parts:
-            parts.append(self._window.batch(0, 0, max(filler, 0)))
-        return joined(parts)
+        return joined(parts or [self._window.batch(0, 0)])
 
     def _rewind(self) -> None:
         self._windows = self._all_windows()

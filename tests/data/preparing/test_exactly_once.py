@@ -40,10 +40,10 @@ class Job:
         for rank, stream in enumerate(self.streams):
             first = min(rank * share, GLOBAL_BATCH)
             count = min(share, GLOBAL_BATCH - first)
-            batch = stream.batch(step * GLOBAL_BATCH + first, count, share)
+            batch = stream.batch(step * GLOBAL_BATCH + first, count)
             ids = batch.input_ids.copy()
             ids.reshape(-1)[batch.mlm_positions] = batch.mlm_labels
-            found += [self.spans[int(token)] for token in ids[:count, 1]]
+            found += [self.spans[int(token)] for token in ids[:, 1]]
         return found
 
 
