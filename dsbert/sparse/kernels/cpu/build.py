@@ -22,8 +22,8 @@ from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.trust import UntrustedError, open_to_all, open_trusted, private_directory
 
 SOURCES = (
-    "block_sparse.cpp", "arguments.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h", "product.h",
-    "segments.h", "vectors.h",
+    "block_sparse.cpp", "arguments.h", "cross_entropy.h", "dropout.h", "elements.h", "gelu.h", "gradient.h",
+    "packing.h", "product.h", "residual_norm.h", "segments.h", "vectors.h",
 )  # fmt: skip
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
 ISA_FLAGS = {
@@ -201,8 +201,12 @@ def load() -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.dsbert_gelu_gradient.argtypes = [number, pointer, pointer, pointer, size, number]
     loaded.dsbert_dropout.argtypes = [number, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number]
-    for name in ("dsbert_product", "dsbert_gradient", "dsbert_gelu_gradient", "dsbert_dropout"):
-        getattr(loaded, name).restype = None
+    drawn = (ctypes.c_uint64, ctypes.c_double, number, number)
+    loaded.dsbert_norm.argtypes = [number, *[pointer] * 8, size, size, ctypes.c_double, *drawn]
+    loaded.dsbert_norm_gradient.argtypes = [number, *[pointer] * 9, size, size, *drawn]
+    loaded.dsbert_cross_entropy.argtypes = [pointer, pointer, pointer, size, size, number, number]
+    for name in ("product", "gradient", "gelu_gradient", "dropout", "norm", "norm_gradient", "cross_entropy"):
+        getattr(loaded, f"dsbert_{name}").restype = None
     return loaded
 
 
