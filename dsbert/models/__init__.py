@@ -8,6 +8,7 @@ device_batch     what a model is called with
 fast_layers      dropout, attention and linear layers as one pass each
 residual_norm    residual, dropout and LayerNorm as one pass
 vocabulary_loss  the loss of a vocabulary, without its logits
+activation_checkpointing  layers that are computed again in backward
 
 Another encoder is a module with a `SPEC`, a line in config/architectures.py, and a recipe.
 """

@@ -1,7 +1,7 @@
 """Residual, dropout and LayerNorm in one pass each way on a CPU, where torch takes three.
 
 Which elements fall is what `fast_layers.drop` has fall for the same seed, and the seed is drawn in the same place.
-Elsewhere than on a CPU, and where dsbert's kernels cannot be had, torch's own run. Shapes: rows of H elements, [..., H].
+Elsewhere than on a CPU, and where dsbert's kernels cannot be had, torch's own run. Shapes: rows of H elements [..., H].
 """
 
 from __future__ import annotations
