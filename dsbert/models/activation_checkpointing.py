@@ -1,7 +1,8 @@
 """Activation checkpointing: of each encoder layer only its input is kept for backward, which computes the rest again.
 
-Memory for the layers' activations falls to one layer's and an input per layer, for a third more work. Dropout falls the
-same in the second pass: its seeds come from torch's generator, whose state is put back. So a step is the same to the bit.
+Memory for the layers' activations falls to one layer's and an input per layer, for a third more work. In the second
+pass the same falls in dropout: its seeds come from torch's generator, whose state is put back. So a step is the same to
+the bit.
 Source: Chen et al. 2016, arXiv:1604.06174.
 """
 
