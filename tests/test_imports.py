@@ -72,7 +72,9 @@ def named(path: Path) -> str:
         (
             "transformers",
             {
+                "dsbert.models.activation_checkpointing",
                 "dsbert.models.fast_layers",
+                "dsbert.models.residual_norm",
                 "dsbert.models.bert",
                 "dsbert.models.modern_bert",
                 "dsbert.data.preparing.tokenizer_check",

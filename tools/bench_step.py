@@ -42,9 +42,9 @@ _PARTS = (
     ("attention", ("dsbert::varlen_attention", "GeneratedBackwardFor_dsbert_varlen_attention", "aten::bmm",
                    "aten::baddbmm", "aten::_softmax", "aten::softmax", "aten::scaled_dot_product",
                    "aten::_scaled_dot_product")),
-    ("LayerNorm", ("aten::native_layer_norm", "aten::layer_norm")),
+    ("LayerNorm", ("ResidualNorm", "aten::native_layer_norm", "aten::layer_norm")),
     ("embedding", ("aten::embedding", "EmbeddingBackward")),
-    ("losses", ("aten::_log_softmax", "aten::nll_loss", "aten::cross_entropy", "aten::log_softmax")),
+    ("losses", ("VocabularyLoss", "aten::_log_softmax", "aten::nll_loss", "aten::cross_entropy", "aten::log_softmax")),
 )  # fmt: skip
 _MATMULS = ("aten::mm", "aten::addmm")
 

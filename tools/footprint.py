@@ -1,9 +1,14 @@
 """What sparsity saves in bytes, measured: encoder weights and optimizer state, and what a step sends.
 
-    python tools/footprint.py [--recipe bert-small] [--ds zero1_fp32] [--nproc 2] [--json]
+    python tools/footprint.py [--recipe bert-small] [--ds zero1_fp32] [--nproc 2]
+        [--batch 8] [--seq 128] [--json]
 
 Trains the recipe's model for three steps on random tokens, dense and sparse. Weights and moments are counted on the
 live tensors that the ranks own; bytes sent are what rank 0 hands to each kind of collective in the third step.
+
+Then the most that one rank of the recipe ever holds in memory, in steps of --batch x --seq tokens, beside what its
+tensors need: with freed memory that stays with the process, as dsbert sets it, and with torch's own settings. The ratio
+is of what is held beyond the imports. CPU seconds and page faults of a step say what either costs.
 """
 
 from __future__ import annotations
@@ -14,12 +19,15 @@ from collections import Counter
 from typing import Any
 
 from on_ranks import markdown, on_ranks
+from resident import measure_resident, random_batches, rows
 
 from dsbert.config.recipe import load_recipe
 
 
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank of one run."""
+    if "allocator" in arguments:
+        return measure_resident(arguments)
     import torch
     import torch.distributed as dist
 
@@ -62,7 +70,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     engine = TrainEngine(recipe, model, layers, world)
     for _ in range(3):
         sent.clear()
-        engine.train_step(_random_batches(engine, arguments["vocab_size"], recipe.data.seq_len))
+        engine.train_step(random_batches(engine, arguments["vocab_size"], recipe.data.seq_len))
     owned = {name: shard for name, shard in engine.shards().items() if name in names}
     coordinates = sum(2 * 4 * layer.num_active for layer in layers.values()) // world.world_size
     active = sum(layer.num_active * layer.block_size**2 for layer in layers.values())
@@ -77,27 +85,6 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _random_batches(engine: Any, vocab_size: int, seq_len: int) -> list[Any]:
-    import numpy as np
-
-    from dsbert.data.stream import Batch
-
-    rng = np.random.default_rng(engine.step)
-    rows = engine.recipe.batch.micro_batch
-    return [
-        Batch(
-            input_ids=rng.integers(5, vocab_size, (rows, seq_len)),
-            token_type_ids=np.zeros((rows, seq_len), np.int64),
-            attention_mask=np.ones((rows, seq_len), np.int64),
-            mlm_positions=np.arange(0, rows * seq_len, 7),
-            mlm_labels=rng.integers(5, vocab_size, len(range(0, rows * seq_len, 7))),
-            nsp_labels=rng.integers(0, 2, rows),
-            num_tokens=rows * seq_len,
-        )
-        for _ in engine.plan()
-    ]
-
-
 def main() -> None:
     """Print dense, sparse and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,6 +92,8 @@ def main() -> None:
     parser.add_argument("--ds", default="zero1_fp32", help="a name in ds_configs")
     parser.add_argument("--vocab-size", type=int, default=30522)
     parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a micro-batch, for the memory that is held")
+    parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     found = {}
@@ -121,7 +110,7 @@ def main() -> None:
             "all weights": sum(rank["all_parameters"] for rank in ranks),
             **{f"{name}, handed in per rank and step": size for name, size in ranks[0]["sent"].items() if size > 1000},
         }
-    rows = [
+    sizes = [
         {
             "bytes": key,
             "dense": found["dense"].get(key, 0),
@@ -130,7 +119,17 @@ def main() -> None:
         }
         for key, value in found["dynamic"].items()
     ]
-    print(json.dumps(rows) if options.json else markdown(rows))
+    held = rows({"stays": _resident(options, "kept"), "goes back": _resident(options, "default")})
+    print(json.dumps([sizes, held]) if options.json else f"{markdown(sizes)}\n\n{markdown(held)}")
+
+
+def _resident(options: argparse.Namespace, allocator: str) -> dict[str, Any]:
+    """What a sparse rank of the recipe holds; see resident.py."""
+    overrides = [f"deepspeed.config={options.ds}", f"data.seq_len={options.seq}", "sparsity.pattern=static",
+                 f"batch.micro_batch={options.batch}", f"batch.global_batch={options.batch}"]  # fmt: skip
+    arguments = {"recipe": options.recipe, "overrides": overrides, "vocab_size": options.vocab_size}
+    found: dict[str, Any] = on_ranks(measure, arguments | {"allocator": allocator}, 1)[0]
+    return found
 
 
 def _ratio(dense: float | None, sparse: float) -> str:

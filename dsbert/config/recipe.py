@@ -114,11 +114,13 @@ class Recipe(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed; world size, micro-batch, logging, kernels and patience may."""
+        """What must not change when a run is resumed; world size, micro-batch, logging, kernels, patience
+        and what moves no bit may."""
         everything = self.model_dump(mode="json")
         kept = {key: everything[key] for key in ("model", "sparsity", "data", "seed", "optim")}
         del kept["sparsity"]["kernels"], kept["optim"]["max_skipped_steps"]
         del kept["data"]["path"], kept["data"]["stage_to"]
+        kept["model"].pop("activation_checkpointing", None)  # the same bits
         if self.sparsity.balance == "none":
             del kept["sparsity"]["balance"]  # runs that began before there was a choice
         return kept | {"global_batch": self.batch.global_batch}

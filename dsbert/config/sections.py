@@ -21,9 +21,12 @@ Positive = Field(gt=0)
 
 class ModelConfig(Section):
     """The encoder, and its shape. intermediate_size defaults to 4 x hidden, num_heads to hidden / 64 (paper: head size
-    64)."""
+    64).
 
-    added_later = ("architecture",)
+    activation_checkpointing: backward computes each layer again, which needs less memory and gives the same bits.
+    """
+
+    added_later = ("architecture", "activation_checkpointing")
 
     architecture: Text = "bert"
     num_layers: Whole = Positive
@@ -33,6 +36,7 @@ class ModelConfig(Section):
     max_positions: Whole = Field(512, gt=0)
     dropout: Number = Field(0.1, ge=0, lt=1)
     initializer_std: Number = Field(0.02, gt=0)
+    activation_checkpointing: Flag = False
 
     @field_validator("architecture")
     @classmethod

@@ -19,6 +19,8 @@ from dsbert.config.recipe import Recipe
 from dsbert.engine.ds_config import precision
 from dsbert.engine.zero_shards import full_shape, inner_optimizer, keep_minimal_loss_scale, set_adam_step
 
+_BUCKET_SIZE = 500_000_000  # DeepSpeed's default for zero_optimization.reduce_bucket_size, elements
+
 
 def why_not_importable() -> str | None:
     """What DeepSpeed says where it cannot be imported, one line; None where it can."""
@@ -61,7 +63,10 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
     try:
         with triton_hidden():
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=_optimizer(recipe, model, world), config=config, dist_init_required=False
+                model=model,
+                optimizer=_optimizer(recipe, model, world),
+                config=_with_buckets_that_fit(config, model),
+                dist_init_required=False,
             )
     except (DsbertError, OSError, MemoryError):
         raise
@@ -78,6 +83,19 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
         set_adam_step(engine, 0)
     keep_minimal_loss_scale(engine)
     return engine
+
+
+def _with_buckets_that_fit(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The configuration with a bucket for gradients no larger than all of them.
+
+    ZeRO makes a buffer of reduce_bucket_size elements with every micro-batch: by default 2 GB, of which a small model
+    fills a corner. Memory that stays with the process (base/malloc.py) is laid out around it, and what lies between is
+    touched bit by bit: a rank of the demo came to hold 2 GB in 800 steps. What is reduced together stays the same.
+    """
+    zero = dict(config.get("zero_optimization", {}))
+    numel = sum(full_shape(parameter).numel() for parameter in model.parameters())
+    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", _BUCKET_SIZE)), numel)
+    return config | {"zero_optimization": zero}
 
 
 def _import_muon_uncompiled() -> None:

@@ -8,6 +8,9 @@ device_batch     what a model is called with: real tokens alone
 fast_layers      dropout, attention and linear layers as one pass each
 varlen_attention attention within sequences without padding between them
 key_mask         what an attention mask hides
+residual_norm    residual, dropout and LayerNorm as one pass
+vocabulary_loss  the loss of a vocabulary, without its logits
+activation_checkpointing  layers that are computed again in backward
 
 Another encoder is a module with a `SPEC`, a line in config/architectures.py, and a recipe.
 """

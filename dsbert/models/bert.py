@@ -17,7 +17,9 @@ from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.sections import ModelConfig
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import use_fast_layers_
+from dsbert.models.residual_norm import fuse_norms_
 from dsbert.models.spec import ModelSpec, losses_and_hits, shape_of
+from dsbert.models.vocabulary_loss import VocabularyLinear
 from dsbert.sparse import BlockSparseLinear
 
 
@@ -28,6 +30,8 @@ class SparseBert(nn.Module):
         super().__init__()
         whole = BertForPreTraining(config)
         use_fast_layers_(whole)
+        fuse_norms_(whole)
+        whole.cls.predictions.decoder.__class__ = VocabularyLinear
         self.config = config
         self.bert = whole.bert
         self.cls = whole.cls
@@ -37,11 +41,14 @@ class SparseBert(nn.Module):
             batch.input_ids[None], token_type_ids=batch.token_type_ids[None], position_ids=batch.position_ids[None]
         )
         hidden = self.bert.encoder(hidden, starts=batch.starts).last_hidden_state[0]  # [T, H]
-        mlm_logits = self.cls.predictions(hidden.index_select(0, batch.mlm_positions)).float()  # [m, V]
+        head = self.cls.predictions
+        masked = head.transform(hidden.index_select(0, batch.mlm_positions))  # [m, H]
+        mlm_loss, mlm_hits = head.decoder(masked, batch.mlm_labels)
         # The pooler takes the first token of each row: it is given rows of one token.
         pooled = self.bert.pooler(hidden.index_select(0, batch.first_tokens)[:, None])  # [n, H]
         nsp_logits = self.cls.seq_relationship(pooled).float()  # [n, 2]
-        return losses_and_hits([(mlm_logits, batch.mlm_labels), (nsp_logits, batch.nsp_labels)], self.training)
+        losses, hits = losses_and_hits([(nsp_logits, batch.nsp_labels)], self.training)
+        return torch.cat([mlm_loss.view(1), losses]), torch.cat([mlm_hits.view(1), hits])
 
 
 def bert_config(model: ModelConfig, vocab_size: int, pad_token_id: int = 0) -> BertConfig:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsbert.base.errors import UserError
 from dsbert.config.recipe import Recipe
 from dsbert.config.sparsity_keys import named_as_in_recipes
+from dsbert.models.activation_checkpointing import checkpoint_activations_
 from dsbert.models.spec import ModelSpec, model_spec
 from dsbert.sparse import BlockSparseLinear, sparsify_
 from dsbert.sparse.convert import num_kept_weights
@@ -37,6 +38,8 @@ def build_model(
     if outside:
         raise UserError(f"expected sparsity.modules to match linear layers of the encoder only, found {outside[0]}")
     spec.fuse_activations(model)
+    if recipe.model.activation_checkpointing:
+        checkpoint_activations_(model)
     _materialize_(model, spec, recipe, torch.device(device))
     return model, layers
 

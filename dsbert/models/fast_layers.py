@@ -59,9 +59,13 @@ def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
     kept for backward."""
     if not training or not 0.0 < p < 1.0 or cpu.BACKEND.why_not(x.device, x.dtype, 1) is not None:
         return functional.dropout(x, p, training)
-    seed = torch.empty((), dtype=torch.int64).random_()
-    dropped: Tensor = torch.ops.dsbert.dropout(x, seed, p)
+    dropped: Tensor = torch.ops.dsbert.dropout(x, draw_seed(), p)
     return dropped
+
+
+def draw_seed() -> Tensor:
+    """What decides which elements fall: int64, from torch's generator."""
+    return torch.empty((), dtype=torch.int64).random_()
 
 
 class Dropout(nn.Dropout):

@@ -22,7 +22,9 @@ from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.sections import ModelConfig
 from dsbert.models.device_batch import DeviceBatch
 from dsbert.models.fast_layers import use_fast_layers_
-from dsbert.models.spec import ModelSpec, losses_and_hits, shape_of
+from dsbert.models.residual_norm import fuse_norms_
+from dsbert.models.spec import ModelSpec, shape_of
+from dsbert.models.vocabulary_loss import VocabularyLinear
 
 # Matrices that add to the residual stream, or lead to the logits, begin smaller (`_init_weights` of transformers).
 _OUTPUTS = (".Wo", "head.dense")
@@ -46,6 +48,8 @@ class SparseModernBert(nn.Module):
         super().__init__()
         whole = ModernBertForMaskedLM(config)
         use_fast_layers_(whole)
+        fuse_norms_(whole)
+        whole.decoder.__class__ = VocabularyLinear
         self.config = config
         self.model = whole.model
         self.head = whole.head
@@ -57,8 +61,9 @@ class SparseModernBert(nn.Module):
         ids, positions = batch.input_ids[None], batch.position_ids[None]
         outputs = self.model(ids, attention_mask=masks, position_ids=positions, starts=batch.starts)
         hidden = outputs.last_hidden_state[0]  # [T, H]
-        logits = self.decoder(self.head(hidden.index_select(0, batch.mlm_positions))).float()  # [m, V]
-        return losses_and_hits([(logits, batch.mlm_labels)], self.training)
+        masked = self.head(hidden.index_select(0, batch.mlm_positions))  # [m, H]
+        loss, hits = self.decoder(masked, batch.mlm_labels)
+        return loss.view(1), hits.view(1)
 
 
 def modern_bert_config(model: ModelConfig, vocab_size: int, pad_token_id: int = 0) -> ModernBertConfig:

@@ -18,6 +18,7 @@ from dsbert.models.bert import bert_config
 from dsbert.models.construction import build_model
 from dsbert.models.fast_layers import attention, drop, use_fast_layers_
 from dsbert.models.key_mask import key_mask
+from dsbert.models.varlen_attention import varlen_attention
 from dsbert.sparse import half_precision
 from dsbert.sparse.kernels import cpu
 from tests import workbench as bench
@@ -98,7 +99,7 @@ def test_masks_that_the_kernel_knows_and_others(dropout: float, name: str, monke
     mask, hint, known = masks()[name]
     tensors, _ = operands()
     results = []
-    with mock.patch.object(fast_layers, "varlen_attention", wraps=fast_layers.varlen_attention) as kernel:
+    with mock.patch.object(fast_layers, "varlen_attention", wraps=varlen_attention) as kernel:
         for able in (True, False):
             if not able:
                 monkeypatch.setattr(fast_layers, "has_kernel", lambda *_: False)

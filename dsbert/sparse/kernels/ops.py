@@ -212,7 +212,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None, *_NO_GRADIENTS, None
-    x, blocks, rows, cols, order = ctx.saved_tensors[:5]
+    return _gradients_from(ctx, ctx.saved_tensors, dy)
+
+
+def _gradients_from(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """saved: what `_save` has saved. Read once by the caller: under activation checkpointing it can be had once."""
+    x, blocks, rows, cols, order = saved[:5]
     index = FlatIndex(rows, cols, order, ctx.shape)
     needs_x, needs_blocks, needs_bias = ctx.needs_input_grad[:3]
     dx = dgrad(dy, blocks, *index, ctx.kernels) if needs_x else None
@@ -224,9 +229,9 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
 def _gelu_gradients(ctx: Any, d_activated: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_activated is None:
         return _gradients(ctx, dy)
-    *_, y = ctx.saved_tensors
-    own = gelu_gradient(d_activated, y, ctx.kernels)
-    return _gradients(ctx, own if dy is None else own + dy)
+    saved = ctx.saved_tensors
+    own = gelu_gradient(d_activated, saved[-1], ctx.kernels)
+    return _gradients_from(ctx, saved, own if dy is None else own + dy)
 
 
 # Gradients of gradients, by the same products.

@@ -3,6 +3,6 @@
 build.py compiles them on first use, backend.py calls the products and dropout, attention.py attention.
 """
 
-from dsbert.sparse.kernels.cpu.backend import BACKEND, dropout, gelu_gradient
+from dsbert.sparse.kernels.cpu.backend import BACKEND, cross_entropy_, dropout, gelu_gradient, norm, norm_gradient
 
-__all__ = ["BACKEND", "dropout", "gelu_gradient"]
+__all__ = ["BACKEND", "cross_entropy_", "dropout", "gelu_gradient", "norm", "norm_gradient"]

@@ -65,6 +65,68 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     return y
 
 
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor | None,
+    eps: float,
+    dropout: tuple[int, float, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, sum, statistics) of LayerNorm(dropout(x) + residual) over the last dimension, or dropout(LayerNorm(x)).
+
+    x, residual [..., H]; gamma, beta [H], all of one dtype; dropout: seed, p and whether it comes after the norm. sum:
+    what is normalized, like x; statistics: mean and 1 / sqrt(variance + eps) of every row, fp32 [2, rows].
+    """
+    seed, p, after = dropout
+    x, gamma = x.contiguous(), gamma.contiguous()
+    residual, beta = (None if tensor is None else tensor.contiguous() for tensor in (residual, beta))
+    is_sum = residual is None and (after or not p)
+    y, total = torch.empty_like(x), x if is_sum else torch.empty_like(x)
+    statistics = torch.empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
+    load().dsbert_norm(
+        DTYPES[x.dtype], x.data_ptr(), _address(residual), gamma.data_ptr(),
+        _address(beta), None if is_sum else total.data_ptr(), y.data_ptr(),
+        statistics[0].data_ptr(), statistics[1].data_ptr(), statistics.shape[1], x.shape[-1], eps, seed % 2**64, p,
+        int(after), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, total, statistics
+
+
+def norm_gradient(
+    dy: Tensor,
+    total: Tensor,
+    statistics: Tensor,
+    gamma: Tensor,
+    has: tuple[bool, bool],
+    dropout: tuple[int, float, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dx, dresidual, dgamma, dbeta) of `norm`, from its sum and statistics; has: whether there were a residual and a
+    beta. Where nothing fell before the sum, dresidual is dx itself."""
+    seed, p, after = dropout
+    dy, gamma = dy.contiguous(), gamma.contiguous()
+    dx, dgamma = torch.empty_like(dy), torch.empty_like(gamma)
+    dresidual = torch.empty_like(dy) if has[0] and p and not after else None
+    dbeta = torch.empty_like(gamma) if has[1] else None
+    load().dsbert_norm_gradient(
+        DTYPES[dy.dtype], dy.data_ptr(), total.data_ptr(), gamma.data_ptr(), statistics[0].data_ptr(),
+        statistics[1].data_ptr(), dx.data_ptr(), _address(dresidual), dgamma.data_ptr(), _address(dbeta),
+        statistics.shape[1], dy.shape[-1], seed % 2**64, p, int(after), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dx if dresidual is None else dresidual, dgamma, dbeta
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    """The cross-entropy of every row of logits, fp32 [n, classes] and contiguous: fp32 [n], 0 where the label (int64
+    [n]) is negative. gradient: logits become softmax(logits) - one_hot(label), 0 in such rows."""
+    labels, losses = labels.contiguous(), torch.empty(logits.shape[0], dtype=torch.float32)
+    load().dsbert_cross_entropy(
+        logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[0], logits.shape[1],
+        int(gradient), torch.get_num_threads(),
+    )  # fmt: skip
+    return losses
+
+
 def why_not(device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
     """Why these kernels cannot run there, one line; None if they can. Compiles them if need be."""
     if device.type != "cpu":
@@ -92,10 +154,14 @@ def _product(
     else:
         ptr, slots, groups, out_groups, in_groups = col_ptr, col_slots, index.rows, num_cols, num_rows
     load().dsbert_product(
-        DTYPES[x.dtype], x.data_ptr(), x.stride(0), blocks.data_ptr(), None if bias is None else bias.data_ptr(),
-        y.data_ptr(), None if activated is None else activated.data_ptr(), ptr, slots,
+        DTYPES[x.dtype], x.data_ptr(), x.stride(0), blocks.data_ptr(), _address(bias),
+        y.data_ptr(), _address(activated), ptr, slots,
         groups.data_ptr(), x.shape[0], out_groups, in_groups, index.block_size, int(by_row), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-// The three products of a block-sparse linear layer on a CPU, the derivative of GELU, dropout, and attention: what Python
-// calls.
+// The three products of a block-sparse linear layer on a CPU, the derivative of GELU, dropout, attention, LayerNorm and
+// cross-entropy: what Python calls.
 //
 // T tokens, K active blocks, B block size. A weight [out, in] is cut into groups of B rows and B columns. Sums run in the
 // order of blocks, or of tokens, however many threads there are: equal input gives equal bits.
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "cross_entropy.h"
 #include "dropout.h"
 #include "elements.h"
 #include "gelu.h"
 #include "gradient.h"
 #include "product.h"
+#include "residual_norm.h"
 
 namespace dsbert {
 
@@ -93,6 +95,31 @@ void dsbert_attention_gradient(const dsbert::Attention* a) {
   if (a->dtype == 0) attention_backward<F32, FloatDot>(*a);
   if (a->dtype == 1) attention_backward<BF16, BF16Dot>(*a);
   if (a->dtype == 2) attention_backward<F16, FloatDot>(*a);
+}
+
+void dsbert_norm(int dtype, const void* x, const void* residual, const void* gamma, const void* beta, void* sum, void* y,
+                 float* mean, float* scale, int64_t rows, int64_t width, double eps, uint64_t seed, double p, int after,
+                 int threads) {
+  using namespace dsbert;
+  const Norm n{x, residual, gamma, beta, sum, y, mean, scale, rows, width, eps, seed, p, after != 0, threads};
+  if (dtype == 0) norm<F32>(n);
+  if (dtype == 1) norm<BF16>(n);
+  if (dtype == 2) norm<F16>(n);
+}
+
+void dsbert_norm_gradient(int dtype, const void* dy, const void* sum, const void* gamma, const float* mean,
+                          const float* scale, void* dx, void* dresidual, void* dgamma, void* dbeta, int64_t rows,
+                          int64_t width, uint64_t seed, double p, int after, int threads) {
+  using namespace dsbert;
+  const NormGradient n{dy, sum, gamma, mean, scale, dx, dresidual, dgamma, dbeta, rows, width, seed, p, after != 0, threads};
+  if (dtype == 0) norm_gradient<F32>(n);
+  if (dtype == 1) norm_gradient<BF16>(n);
+  if (dtype == 2) norm_gradient<F16>(n);
+}
+
+void dsbert_cross_entropy(float* logits, const int64_t* labels, float* losses, int64_t rows, int64_t classes,
+                          int gradient, int threads) {
+  dsbert::cross_entropy({logits, labels, losses, rows, classes, gradient != 0, threads});
 }
 
 }  // extern "C"

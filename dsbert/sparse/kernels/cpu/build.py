@@ -23,8 +23,8 @@ from dsbert.sparse.kernels.trust import UntrustedError, open_to_all, open_truste
 
 SOURCES = (
     "block_sparse.cpp", "arguments.h", "attention.h", "attention_backward.h", "attention_forward.h",
-    "attention_packing.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h", "product.h",
-    "segments.h", "vectors.h",
+    "attention_packing.h", "cross_entropy.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h",
+    "product.h", "residual_norm.h", "segments.h", "vectors.h",
 )  # fmt: skip
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
 ISA_FLAGS = {
@@ -202,8 +202,15 @@ def load() -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.dsbert_gelu_gradient.argtypes = [number, pointer, pointer, pointer, size, number]
     loaded.dsbert_dropout.argtypes = [number, pointer, pointer, size, ctypes.c_uint64, ctypes.c_double, number]
+    drawn = (ctypes.c_uint64, ctypes.c_double, number, number)
+    loaded.dsbert_norm.argtypes = [number, *[pointer] * 8, size, size, ctypes.c_double, *drawn]
+    loaded.dsbert_norm_gradient.argtypes = [number, *[pointer] * 9, size, size, *drawn]
+    loaded.dsbert_cross_entropy.argtypes = [pointer, pointer, pointer, size, size, number, number]
     loaded.dsbert_attention.argtypes = loaded.dsbert_attention_gradient.argtypes = [pointer]
-    for name in ("product", "gradient", "gelu_gradient", "dropout", "attention", "attention_gradient"):
+    for name in (
+        *("product", "gradient", "gelu_gradient", "dropout", "attention", "attention_gradient"),
+        *("norm", "norm_gradient", "cross_entropy"),
+    ):
         getattr(loaded, f"dsbert_{name}").restype = None
     return loaded
 

@@ -44,6 +44,16 @@ struct Draw {
 
 inline float kept_scale(double p) { return float(1.0 / (1.0 - p)); }
 
+// What stays of a vector that begins at position i, scaled.
+struct Drawn {
+  Draw draw;
+  float scale;
+
+  Drawn(uint64_t seed, double p) : draw(seed, p), scale(kept_scale(p)) {}
+
+  Vec operator()(Vec x, int64_t i) const { return bits<Vec>(bits<IVec>(x * scale) & draw.stays(uint64_t(i))); }
+};
+
 struct Dropout {
   const void* x;
   void* y;  // x / (1 - p) where an element stays, 0 where it falls
@@ -58,11 +68,9 @@ void dropout(const Dropout& d) {
   typedef typename T::Raw Raw;
   const Raw* x = static_cast<const Raw*>(d.x);
   Raw* y = static_cast<Raw*>(d.y);
-  const Draw draw(d.seed, d.p);
-  const float scale = kept_scale(d.p);
+  const Drawn drawn(d.seed, d.p);
 #pragma omp parallel for schedule(static) num_threads(d.threads)
   for (int64_t i = 0; i < d.count; i += LANES) {
-    const IVec stays = draw.stays(uint64_t(i));
     const int n = int(std::min<int64_t>(LANES, d.count - i));
     Raw part[LANES] = {};
     const Raw* from = x + i;
@@ -70,7 +78,7 @@ void dropout(const Dropout& d) {
       std::copy(x + i, x + d.count, part);
       from = part;
     }
-    const Vec value = bits<Vec>(bits<IVec>(T::get(from) * scale) & stays);
+    const Vec value = drawn(T::get(from), i);
     if (n == LANES) {
       T::set(y + i, value);
     } else {
