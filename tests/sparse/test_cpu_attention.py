@@ -167,12 +167,12 @@ def test_operands_of_any_stride(dtype: torch.dtype) -> None:
     for q, k, v in (fused, heads_first, sparse):
         dout = torch.ones((), dtype=dtype).expand(tokens, heads, size)
         out, lse = of.forward(q, k, v)
-        dense = [x.contiguous() for x in (q, k, v)]
-        assert torch.equal(out, of.forward(*dense)[0])
-        expected = of.gradients(dout.contiguous(), *dense, out, lse)
+        packed = (q.contiguous(), k.contiguous(), v.contiguous())
+        assert torch.equal(out, of.forward(*packed)[0])
+        expected = of.gradients(dout.contiguous(), *packed, out, lse)
         found = of.gradients(dout, q, k, v, out, lse)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        assert (out.double() - exact(*dense, dout, of)[0]).norm() < DTYPES[dtype] * out.double().norm()
+        assert (out.double() - exact(*packed, dout, of)[0]).norm() < DTYPES[dtype] * out.double().norm()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -258,7 +258,8 @@ def test_what_is_not_a_number_is_not_hidden(operand: int) -> None:
     tensors[operand][20, 1] = torch.nan
     of = Attention(torch.tensor([0, 10, 40]), None, 1, 0.1, 0.3)
     out, lse = of.forward(*tensors)
-    gradients = of.gradients(torch.ones(40, 2, 16), *tensors, out, lse)
+    q, k, v = tensors
+    gradients = of.gradients(torch.ones(40, 2, 16), q, k, v, out, lse)
     touched = slice(20, 21) if operand == 0 else slice(10, 40)
     assert out[touched, 1].isnan().any(-1).all()
     assert out[:10].isfinite().all()
