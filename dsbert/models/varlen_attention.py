@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from dsbert.sparse.half_precision import is_slow
 
 
 def varlen_attention(
@@ -26,9 +29,6 @@ def varlen_attention(
     where None. window: how many tokens to each side are seen; None: all. visible: bool [T], keys that are seen; a query
     that sees none has finite numbers. T may be 0.
     """
-    from dsbert.models.fast_layers import drop  # which imports this module
-    from dsbert.sparse.half_precision import is_slow
-
     if is_slow(query):
         q, k, v = query.float(), key.float(), value.float()
         found = varlen_attention(q, k, v, starts, dropout=dropout, scaling=scaling, window=window, visible=visible)
@@ -54,6 +54,6 @@ def varlen_attention(
     hidden = torch.zeros(seen.shape, dtype=scores.dtype, device=device)
     hidden.masked_fill_(~seen, torch.finfo(scores.dtype).min / 2)
     scores.view(-1, heads, longest, longest).add_(hidden)
-    shares = drop(torch.softmax(scores, -1), dropout)
+    shares = functional.dropout(torch.softmax(scores, -1), dropout)
     found = torch.bmm(shares, padded(value)).view(-1, heads, longest, size).transpose(1, 2)
     return found.reshape(-1, heads * size).index_select(0, places).view(num_tokens, heads, size)
