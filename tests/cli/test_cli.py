@@ -225,7 +225,7 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     asked = {
         "mlm_positions": real.numpy(),
         "mlm_labels": rows["input_ids"].reshape(-1)[real],
-        "nsp_labels": np.zeros(2),
+        "nsp_labels": np.zeros(2, np.int64),
     }
     batch = Batch(**rows, **asked, num_tokens=len(real))
     with torch.no_grad():

@@ -214,7 +214,7 @@ def test_what_has_changed_is_said_when_a_run_goes_on(run: Path, data: Path, tmp_
     said = [line for line in done.stderr.splitlines() if line.startswith("dsbert: ")]
     for line in (
         "dsbert: DeepSpeed's gradient_clipping has changed since step_00000006: 1.0 -> 0.5",
-        "dsbert: not bit for bit as before step_00000006, but as good: arithmetic none -> 2, threads 1 -> 2",
+        "dsbert: not bit for bit as before step_00000006, but as good: threads 1 -> 2, arithmetic none -> 2",
         f"dsbert: {tmp_path / 'mine.json'}: ZeRO stage 1, fp32, gradients clipped at norm 0.5, nothing offloaded",
     ):
         assert said.count(line) == 1, done.stderr
