@@ -36,7 +36,7 @@ test: $(VENV)/.dev  ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## run the slower guards, which continuous integration runs after the tests
-	$(BIN)/python -m pytest -m "slow and not exhaustive"
+	$(BIN)/python -m pytest -m "slow and not exhaustive" --durations=20
 
 test-all: $(VENV)/.dev  ## run the tests and the exhaustive matrix (long)
 	$(BIN)/python -m pytest -m ""
