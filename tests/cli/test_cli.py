@@ -219,8 +219,8 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     model.eval()
     inputs = tokenizer(["the cat sees a house .", "a dog"], ["it is big .", "runs"], return_tensors="pt", padding=True)
     seen: list[torch.Tensor] = []
-    head = restored.model.cls.predictions
-    head.transform.register_forward_hook(lambda module, args, output: seen.append(output))
+    transform = restored.model.get_submodule("cls.predictions.transform")
+    transform.register_forward_hook(lambda module, args, output: seen.append(output))
     real = inputs["attention_mask"].flatten().nonzero()[:, 0]
     rows = {name: tensor.numpy() for name, tensor in inputs.items()}
     asked = {
@@ -231,7 +231,7 @@ def test_export_is_the_same_model_in_transformers(run: Path, tmp_path: Path) -> 
     batch = Batch(**rows, **asked, num_tokens=len(real))
     with torch.no_grad():
         restored.model(DeviceBatch.of(batch, torch.device("cpu")))
-        ours = head.decoder(seen[0])
+        ours = restored.model.get_submodule("cls.predictions.decoder")(seen[0])
         theirs = model(**inputs).prediction_logits.flatten(0, 1)[real]
     assert len(real) < inputs["input_ids"].numel()
     assert (ours - theirs).abs().max() < 1e-4
