@@ -118,9 +118,9 @@ class TrainingBar:
 def duration(seconds: float) -> str:
     """In the largest unit that fits, with one digit where it is small: 45 s, 3.5 min, 12 h."""
     for size, unit in _UNITS:
-        if seconds >= size:
+        if round(seconds) >= size:
             value = seconds / size
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
     return f"{seconds:.0f} s"
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from dsbert.base.errors import EXIT_OK, EXIT_USER, UserError
+from dsbert.base.errors import EXIT_OK, EXIT_USER, UserError, printable
 from dsbert.cli.checkpoints import as_json_option
-from dsbert.cli.parameters import PathName, examples
+from dsbert.cli.parameters import PathName, Seconds, examples
+
+if TYPE_CHECKING:
+    from dsbert.monitoring.run_status import RunStatus
 
 _DEFAULT = Path("runs")
 
@@ -26,7 +33,7 @@ def status(run_dirs: tuple[Path, ...], as_json: bool) -> None:
     from dsbert.monitoring.run_status import read_status
     from dsbert.monitoring.status_lines import status_lines
 
-    found = [read_status(path) for path in run_dirs or _runs_below(_DEFAULT)]
+    found = [read_status(path) for path in _named(run_dirs)] if run_dirs else _statuses_below(_DEFAULT)
     if as_json:
         print(to_json([one.to_json() for one in found]))
         return
@@ -39,21 +46,20 @@ def status(run_dirs: tuple[Path, ...], as_json: bool) -> None:
 def runs(folder: Path, as_json: bool) -> None:
     """The runs below a folder, a line each."""
     from dsbert.base.jsonl import to_json
-    from dsbert.monitoring.run_status import read_status
     from dsbert.monitoring.status_lines import status_table
 
-    found = [read_status(path) for path in _runs_below(folder)]
+    found = _statuses_below(folder)
     print(to_json([one.to_json() for one in found]) if as_json else status_table(found))
 
 
 @click.command(epilog=examples("dsbert watch runs/demo", "dsbert watch runs/*"))
 @click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=PathName())
-@click.option("--every", "every_s", default=2.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds.")
+@click.option("--every", "every_s", default=2.0, show_default=True, type=Seconds(min=0.1, max=86400.0), help="Seconds.")
 def watch(run_dirs: tuple[Path, ...], every_s: float) -> None:
     """The same, again and again, until Ctrl-C or until all runs are over."""
     from dsbert.monitoring.live import watch_runs
 
-    watch_runs(run_dirs, every_s)
+    watch_runs(_named(run_dirs), every_s)
 
 
 @click.command(
@@ -68,7 +74,7 @@ def report(argv: list[str], run_dirs: tuple[Path, ...], to: Path, as_json: bool)
     from dsbert.base.jsonl import to_json
     from dsbert.reports.run_report import report as write
 
-    numbers = write(run_dirs, to, shlex.join(["dsbert", *argv]))
+    numbers = write(_named(run_dirs), to, shlex.join(["dsbert", *argv]))
     print(to_json(numbers) if as_json else f"report in {to}: open {to / 'index.html'}")
 
 
@@ -89,18 +95,29 @@ def doctor(run_dir: Path, data: Path | None, as_json: bool) -> None:
     if as_json:
         print(to_json([finding._asdict() for finding in found]))
     else:
-        print(table(("what", "", "found"), found))
+        print(table(("what", "", "found"), found, fold="found"))
     raise SystemExit(EXIT_USER if any(finding.verdict == "fail" for finding in found) else EXIT_OK)
 
 
-def _runs_below(folder: Path) -> list[Path]:
-    from dsbert.monitoring.finding import find_runs
+def _named(paths: Sequence[Path]) -> list[Path]:
+    """What was asked for. Of several, without files: `runs/*` also takes the scripts that `dsbert submit` writes."""
+    folders = [path for path in paths if not os.path.isfile(path)]
+    return folders if len(paths) > 1 and folders else list(paths)
 
-    found = find_runs(folder) if folder.is_dir() else []
+
+def _statuses_below(folder: Path) -> list[RunStatus]:
+    """Of all runs that can be read; a line for each of the others."""
+    from dsbert.monitoring.finding import find_runs
+    from dsbert.monitoring.run_status import read_status
+
+    found = []
+    for path in find_runs(folder) if os.path.isdir(folder) else []:
+        try:
+            found.append(read_status(path))
+        except UserError as error:
+            print(f"dsbert: left out: {printable(error)}", file=sys.stderr)
     if not found:
-        raise UserError(
-            f"expected runs below {folder}, found none: name a folder in which `dsbert pretrain` has begun one"
-        )
+        raise UserError(f"expected runs below {folder}, found none: name a folder with runs of `dsbert pretrain` in it")
     return found
 
 

@@ -234,6 +234,10 @@ def _resolves(name: str) -> bool:
 
 def mpi_library() -> str:
     """The MPI that mpi4py has found, one line. Raises whatever mpi4py raises where it finds none."""
+    import mpi4py
+
+    # Asking for its name needs no MPI_Init, by which some MPIs end a process that srun has started.
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
     from mpi4py import MPI
 
     return " ".join(MPI.Get_library_version().split())[:60]

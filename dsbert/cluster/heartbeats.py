@@ -76,10 +76,11 @@ class SeenBeat:
 def beats_in(directory: Path) -> list[SeenBeat]:
     """Of every rank of an attempt, by rank; none without heartbeats."""
     found = []
-    for path in directory.glob("[0-9]*.json"):
-        with suppress(OSError):
-            if record := read_beat(path):
-                found.append(SeenBeat(record, path.stat().st_mtime))
+    with suppress(OSError):
+        for path in directory.glob("[0-9]*.json"):
+            with suppress(OSError):
+                if record := read_beat(path):
+                    found.append(SeenBeat(record, path.stat().st_mtime))
     return sorted(found, key=lambda seen: seen.beat.rank)
 
 

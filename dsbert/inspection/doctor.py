@@ -1,6 +1,7 @@
 """`dsbert doctor`: whether a machine can train, and what to do where it cannot.
 
-Each check is a function that yields findings; none of them trains, and none leaves anything behind.
+Each check is a function that yields findings. None of them trains, and none leaves anything behind but the compiled
+kernels, which the first run would compile.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal, NamedTuple
 import psutil
 
 from dsbert.base.cores import usable_cores
+from dsbert.base.errors import DsbertError
 from dsbert.inspection.doctor_storage import storage_facts
 from dsbert.training.provenance import versions
 from dsbert.training.wandb_mode import server_url, wandb_mode
@@ -35,12 +37,19 @@ class Finding(NamedTuple):
 
 
 def examine(run_dir: Path, data: Path | None = None) -> list[Finding]:
-    """All checks. run_dir, data: where runs are to be written, and prepared data to be read: existing or not."""
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _software, _processor, _cuda, _mpi, _slurm, _wandb, lambda: _storage("runs", run_dir, writes=True),
-        lambda: _storage("data", data, writes=False) if data else iter(()), _network, _limits,
-    )  # fmt: skip
-    return [finding for check in checks for finding in check()]
+    """All checks. run_dir, data: where runs are to be written, existing or not, and prepared data to be read."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "software": _software, "processor": _processor, "cuda": _cuda, "mpi": _mpi, "slurm": _slurm, "wandb": _wandb,
+        "runs": lambda: _storage("runs", run_dir, writes=True), "data": lambda: _data(data), "ports": _network,
+        "limits": _limits,
+    }  # fmt: skip
+    found: list[Finding] = []
+    for name, check in checks.items():
+        try:
+            found.extend(check())
+        except Exception as error:  # what cannot be looked at is a finding as well
+            found.append(Finding(name, "fail", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    return found
 
 
 def _software() -> Iterator[Finding]:
@@ -86,9 +95,14 @@ def _cuda() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        driver = Path("/dev/nvidiactl").exists()
-        text = "a driver is there, and torch is without CUDA: install a CUDA build of torch" if driver else "no card"
-        yield Finding("cuda", "fail" if driver else "ok", text)
+        if not Path("/dev/nvidiactl").exists():
+            yield Finding("cuda", "ok", "no card")
+        elif torch.version.cuda:
+            text = "a driver is there, and no card may be used: ask for one (--gres), look at CUDA_VISIBLE_DEVICES"
+            yield Finding("cuda", "note", text)
+        else:
+            text = "a driver is there, and torch is without CUDA: install a CUDA build of torch to train on a card"
+            yield Finding("cuda", "note", text)
         return
     names = sorted({torch.cuda.get_device_name(card) for card in range(torch.cuda.device_count())})
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
@@ -131,6 +145,8 @@ def _wandb() -> Iterator[Finding]:
         yield Finding("wandb", "note", "not installed: pip install 'dsbert[wandb]', or log.wandb=false")
     elif mode == "online":
         yield Finding("wandb", "ok", f"online, {server_url()}")
+    elif mode == "disabled":
+        yield Finding("wandb", "ok", "disabled: nothing is recorded but metrics.jsonl")
     else:
         yield Finding("wandb", "note" if why else "ok", why or f"{mode}: no key; `wandb sync` sends the records later")
 
@@ -138,6 +154,21 @@ def _wandb() -> Iterator[Finding]:
 def _storage(about: str, path: Path, *, writes: bool) -> Iterator[Finding]:
     for verdict, text in storage_facts(path, writes=writes):
         yield Finding(about, verdict, text)
+
+
+def _data(path: Path | None) -> Iterator[Finding]:
+    """As a start would see it."""
+    if path is None:
+        return
+    from dsbert.data.manifest import load_manifest
+
+    yield from _storage("data", path, writes=False)
+    try:
+        splits = load_manifest(path).splits
+    except DsbertError as error:
+        yield Finding("data", "fail", str(error))
+        return
+    yield Finding("data", "ok", f"prepared: {', '.join(f'{split.tokens:,} tokens {n}' for n, split in splits.items())}")
 
 
 def _network() -> Iterator[Finding]:
@@ -149,9 +180,13 @@ def _network() -> Iterator[Finding]:
         yield Finding("ports", "fail", f"loopback takes none ({error.strerror}): ranks of one machine cannot meet")
     name = socket.gethostname()
     try:
-        yield Finding("name", "ok", f"{name} is {socket.gethostbyname(name)}")
+        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
     except OSError:
         yield Finding("name", "note", f"{name} has no address: ranks of several machines need MASTER_ADDR")
+        return
+    alone = all(address.startswith("127.") or address == "::1" for address in found)
+    advice = ": on this machine alone, so that ranks of several need MASTER_ADDR" if alone else ""
+    yield Finding("name", "note" if alone else "ok", f"{name} is {', '.join(found)}{advice}")
 
 
 def _limits() -> Iterator[Finding]:

@@ -21,9 +21,15 @@ _LITTLE = 2e9  # bytes free
 def storage_facts(path: Path, *, writes: bool) -> Iterator[tuple[Literal["ok", "note", "fail"], str]]:
     """(verdict, text) of the file system at a path, or at the nearest folder above that exists."""
     place = _existing(path)
+    if not place.is_dir():
+        yield "fail", f"{place} is a file: name a folder"
+        return
     kind = _kind_of(place)
     if not os.access(place, os.R_OK | os.X_OK):
         yield "fail", f"{place} cannot be read: give another place, or its permissions"
+        return
+    if not writes and place != path.absolute():
+        yield "fail", f"{path} is not there: name the folder that `dsbert prepare` wrote"
         return
     if not writes:
         yield "ok", f"{place} on {kind} can be read"
@@ -70,7 +76,7 @@ def _tried(folder: Path) -> Iterator[tuple[Literal["ok", "note", "fail"], str]]:
 
 def _existing(path: Path) -> Path:
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 def _kind_of(path: Path) -> str:

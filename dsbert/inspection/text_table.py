@@ -11,15 +11,16 @@ from dsbert.base.errors import printable
 _UNBOUNDED = 1 << 20
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns under their heads, without styles; on a terminal, the first column is folded to fit."""
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], fold: str | None = None) -> str:
+    """Lines of aligned columns under their heads, without styles; on a terminal, one column is folded to fit: that of
+    the head `fold`, or the first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     for head in heads:
-        drawn.add_column(head, overflow="fold", no_wrap=head != heads[0])
+        drawn.add_column(head, overflow="fold", no_wrap=head != (fold or heads[0]))
     for row in rows:
         drawn.add_row(*(Text(printable(cell)) for cell in row))  # names are no markup
     is_terminal = sys.stdout.isatty()

@@ -21,7 +21,7 @@ class KeyMask(NamedTuple):
 
 
 # All layers of a forward pass are given the same few masks: each is read once.
-_read: list[tuple[weakref.ref[Tensor], int, KeyMask | None]] = []
+_read: list[tuple[weakref.ref[Tensor], int, int | None, KeyMask | None]] = []
 
 
 def key_mask(mask: Tensor | None, positions: int, sliding_window: int | None = None) -> KeyMask | None:
@@ -31,22 +31,24 @@ def key_mask(mask: Tensor | None, positions: int, sliding_window: int | None = N
         return KeyMask(None, None)
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != positions:
         return None
-    for known, version, found in _read:
-        if known() is mask and version == mask._version:
+    if mask.is_inference():  # nothing tells whether it has changed
+        return _look(mask, sliding_window)
+    for known, version, hint, found in _read:
+        if known() is mask and version == mask._version and hint == sliding_window:
             return found
     found = _look(mask, sliding_window)
     _read[:] = [entry for entry in _read if entry[0]() is not None][-3:]
-    _read.append((weakref.ref(mask), mask._version, found))
+    _read.append((weakref.ref(mask), mask._version, sliding_window, found))
     return found
 
 
 def _look(mask: Tensor, sliding_window: int | None) -> KeyMask | None:
     pairs = mask[:, 0]  # [b, S or 1, S]
     if pairs.shape[1] == 1 or pairs.stride(1) == 0:
-        return KeyMask(pairs[:, 0], None)
+        return KeyMask(pairs[:, 0].clone(), None)  # a view would keep all of the mask
     if pairs.shape[1] != pairs.shape[2]:
         return None
-    visible = pairs.diagonal(dim1=1, dim2=2)  # [b, S]: whoever is seen is seen by himself
+    visible = pairs.diagonal(dim1=1, dim2=2).clone()  # [b, S]: whoever is seen is seen by himself
     if torch.equal(pairs, visible[:, None].expand_as(pairs)):
         return KeyMask(visible, None)
     if sliding_window is None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertOutput, BertSelfOutput
 
 from dsbert.models.fast_layers import draw_seed, drop
 from dsbert.sparse.kernels import cpu
-
-_MOST_ELEMENTS = 2**32  # beyond, a row might lie where dropout changes its seed
 
 
 class ResidualNorm(torch.autograd.Function):
@@ -37,6 +36,7 @@ class ResidualNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         total, statistics, gamma = ctx.saved_tensors
         dx, dresidual, dgamma, dbeta = cpu.norm_gradient(dy, total, statistics, gamma, ctx.has, ctx.dropout)
@@ -70,8 +70,8 @@ class Norm(nn.LayerNorm):
         return (
             cpu.BACKEND.why_not(x.device, x.dtype, 1) is None
             and all(tensor.dtype == x.dtype for tensor in others)
+            and x.shape[-1:] == self.weight.shape  # the kernel reads as many
             and (residual is None or residual.shape == x.shape)
-            and x.numel() < _MOST_ELEMENTS
             and not torch.is_autocast_enabled("cpu")
         )
 

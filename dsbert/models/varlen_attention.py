@@ -1,8 +1,8 @@
 """Attention within sequences that stand one behind the other, without padding between them.
 
-On a CPU by dsbert's own kernel, which keeps no scores, draws what dropout takes by a hash, and computes half precisions
-in fp32. On CUDA by torch's flash attention for sequences of any length, where this torch has it, for half precisions
-without dropout. Else sequence by sequence by torch. Shapes: n sequences, T tokens in all of them, h heads, d head size;
+On a CPU by dsbert's own kernel, which keeps no scores, draws what dropout takes by a hash, and sums in fp32. On CUDA by
+torch's flash attention for sequences of any length, where this torch has it, for half precisions without dropout. Else
+sequence by sequence by torch. Shapes: n sequences, T tokens in all of them, h heads, d head size;
 L tokens of one sequence.
 """
 
@@ -88,11 +88,16 @@ def _gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return *gradient(dout, *ctx.saved_tensors, ctx.p, ctx.scaling, ctx.window), *(None,) * 6
 
 
+def _no_second(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("attention's gradient has no derivative of its own")
+
+
 _library.impl("varlen_attention", _forward, "CPU")
 _library.impl("varlen_attention_gradient", _backward, "CPU")
 torch.library.register_fake("dsbert::varlen_attention", _fake_forward, lib=_library)
 torch.library.register_fake("dsbert::varlen_attention_gradient", _fake_backward, lib=_library)
 torch.library.register_autograd("dsbert::varlen_attention", _gradient, setup_context=_save, lib=_library)
+torch.library.register_autograd("dsbert::varlen_attention_gradient", _no_second, lib=_library)
 
 
 def varlen_attention(
@@ -124,8 +129,8 @@ def varlen_attention(
             0
         ]
         return out
-    flash = _flash_attention()
-    if flash and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and visible is None:
+    flash = _flash_attention() if _fits_flash(query) and not dropout and visible is None else None
+    if flash:
         longest, where = int(starts.diff().max()), starts.to(query.device, torch.int32)
         sides = (-1, -1) if window is None else (window, window)
         found: Tensor = flash(query, key, value, where, where, longest, longest, scale=scaling, window_size=sides)
@@ -136,6 +141,17 @@ def varlen_attention(
 def has_kernel(x: Tensor, dropout: float = 0.0) -> bool:
     """Whether dsbert's own kernel can attend with operands like x [..., d]."""
     return 1 <= x.shape[-1] <= MAX_HEAD_SIZE and dropout < 1.0 and cpu.BACKEND.why_not(x.device, x.dtype, 1) is None
+
+
+def _fits_flash(x: Tensor) -> bool:
+    """What torch's flash attention takes: x [T, h, d], T > 0, on an Ampere card or a later one."""
+    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return half and len(x) > 0 and x.shape[2] % 8 == 0 and x.shape[2] <= 256 and _capability(x.device) >= (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, visible: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsbert.models.fast_layers import Linear
 from dsbert.models.spec import losses_and_hits
@@ -82,6 +83,7 @@ class VocabularyLoss(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, factor: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         dx, dw, *db = (_scaled(gradient, factor, ctx.dtype) for gradient in ctx.saved_tensors)
         return dx, dw, db[0] if db else None, None, None, None
@@ -95,7 +97,7 @@ def _chunks(predictions: int, classes: int) -> Iterator[slice]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In place where it can be: nobody else has it, and a second backward would be refused."""
+    """In place where it can be: nobody else has it. torch then refuses a second backward through the same loss."""
     return gradient.mul_(factor) if gradient.dtype == dtype else (gradient * factor).to(dtype)
 
 

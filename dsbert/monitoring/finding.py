@@ -12,10 +12,15 @@ _DEEPEST = 4
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run directories at or below a folder, by name; what cannot be listed is left out."""
-    found = []
-    for path, folders, files in os.walk(folder):
+    """Run directories at or below a folder, by name, each once; what cannot be listed is left out."""
+    found, seen = [], set()
+    for path, folders, files in os.walk(folder, followlinks=True):  # runs are often links to larger disks
         here = Path(path)
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         if {"attempts.jsonl", JOBS} & set(files):
             found.append(here)
             folders.clear()

@@ -14,19 +14,22 @@ from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
 from dsbert.base.records import read_record, valid_records
 from dsbert.cluster.heartbeats import SeenBeat, beats_in
-from dsbert.training.attempts import Attempt, Status
+from dsbert.training.attempts import Attempt, Ending, Status
 from dsbert.training.history import read_config
 
 JOBS = "jobs.jsonl"
+_LARGEST = 1e30  # FLOPs reach 1e24, everything else far less
+_LAST_TIME = 4e9  # of seconds since 1970
 
 
 @dataclass(frozen=True)
 class RunFiles:
     """What stands in a run directory.
 
-    attempts: oldest first; beats: of the newest; metrics: the lines of metrics.jsonl, whose fields are as
-    training/reporting.py wrote them; saved: the newest published checkpoint and when it was, in seconds since 1970;
-    job: the newest that was submitted for the run, and when; now: when all this was read.
+    attempts: oldest first; beats: of the newest; metrics: the lines of metrics.jsonl that count for the newest attempt,
+    of which only fields that are numbers; saved: the newest published checkpoint and when it was, in seconds since
+    1970; job: the newest that was submitted for the run, and when; coming: ranks that have met and not yet taken the
+    run over; closed: heartbeats are there and cannot be read; now: when all this was read.
     """
 
     path: Path
@@ -37,13 +40,22 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     saved: tuple[str, float] | None
     job: tuple[str, float] | None
+    coming: list[SeenBeat] = field(default_factory=list)
+    closed: bool = False
     now: float = field(default_factory=time.time)
+
+    @property
+    def name(self) -> str | None:
+        """Of the recipe."""
+        name = self.recipe.get("name")
+        return name if isinstance(name, str) else None
 
     @property
     def total_steps(self) -> int | None:
         """Of the recipe."""
-        total = self.recipe.get("optim", {}).get("total_steps")
-        return total if isinstance(total, int) else None
+        optim = self.recipe.get("optim")
+        total = optim.get("total_steps") if isinstance(optim, dict) else None
+        return total if type(total) is int and 0 < total <= 2**53 else None
 
     @property
     def attempt(self) -> Attempt | None:
@@ -60,20 +72,41 @@ class RunFiles:
 
 def read_files(path: Path) -> RunFiles:
     """Of a run, or of one that a job is to begin. Raises UserError where there is neither."""
-    attempts = valid_records(_lines(path / "attempts.jsonl"), Attempt)
+    # Heartbeats first: who ends while this is read has said so in what is read after them.
+    beats_of = {folder.name: beats_in(folder) for folder in _folders(path / "heartbeats")}
+    attempts = [_dated(one) for one in valid_records(_lines(path / "attempts.jsonl"), Attempt)]
     job = _newest_job(path)
-    if not attempts and job is None:
+    newest = attempts[-1] if attempts else None
+    coming = [
+        seen for nonce, beats in beats_of.items() if all(nonce != one.nonce for one in attempts) for seen in beats
+    ]
+    if newest is None and job is None and not coming:
         raise UserError(f"expected a run in {path}, found none: name a directory that `dsbert pretrain` writes")
-    status, recipe = None, {}
-    with suppress(OSError, ValueError):
-        status = read_record(path / "status.json", Status)
-        if status.time is None:  # of a dsbert that did not write it yet
-            status = status.model_copy(update={"time": (path / "status.json").stat().st_mtime})
+    recipe: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
         recipe = dict(read_config(path)["recipe"])
-    beats = beats_in(path / "heartbeats" / attempts[-1].nonce) if attempts else []
-    metrics = [record for record in _lines(path / "metrics.jsonl") if isinstance(record.get("step"), int)]
-    return RunFiles(path, recipe, attempts, status, beats, metrics, _newest_checkpoint(path), job)
+    return RunFiles(
+        path=path,
+        recipe=recipe,
+        attempts=attempts,
+        status=_status(path),
+        beats=beats_of.get(newest.nonce, []) if newest else [],
+        metrics=_metrics(path, newest),
+        saved=_newest_checkpoint(path),
+        job=job,
+        coming=coming,
+        closed=newest is not None and not beats_of and (path / "heartbeats").exists() and not _listable(path),
+    )
+
+
+def is_number(value: object, most: float = _LARGEST) -> bool:
+    """Finite, no truth value, and no larger than anything of ours."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
+
+
+def first_step(attempt: Attempt | None) -> int:
+    """After how many steps an attempt began."""
+    return int(attempt.checkpoint.removeprefix("step_")) if attempt and attempt.checkpoint else 0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -82,17 +115,63 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return []
 
 
+def _folders(path: Path) -> list[Path]:
+    with suppress(OSError):
+        return [folder for folder in path.iterdir() if folder.is_dir()]
+    return []
+
+
+def _listable(path: Path) -> bool:
+    with suppress(OSError):
+        list((path / "heartbeats").iterdir())
+        return True
+    return False
+
+
+def _metrics(path: Path, newest: Attempt | None) -> list[dict[str, Any]]:
+    """Without steps beyond the checkpoint of an attempt that has not cut the file back yet."""
+    found = [
+        {key: value for key, value in record.items() if is_number(value)}
+        for record in _lines(path / "metrics.jsonl")
+        if type(record.get("step")) is int and 0 < record["step"] <= 2**53
+    ]
+    started, began = (newest.started if newest else None) or 0.0, first_step(newest)
+    return [one for one in found if one["step"] <= began or one.get("time", started) >= started]
+
+
+def _status(path: Path) -> Status | None:
+    with suppress(OSError, ValueError):
+        status = read_record(path / "status.json", Status)
+        if not _is_time(status.time):  # of a dsbert that did not write it yet
+            status = status.model_copy(update={"time": (path / "status.json").stat().st_mtime})
+        return status
+    return None
+
+
+def _dated(attempt: Attempt) -> Attempt:
+    """Without times that are none."""
+    changes: dict[str, Any] = {} if _is_time(attempt.started) else {"started": None}
+    if attempt.previous and not _is_time(attempt.previous.time):
+        changes["previous"] = Ending(**{**dict(attempt.previous), "time": None})
+    return attempt.model_copy(update=changes) if changes else attempt
+
+
+def _is_time(value: object) -> bool:
+    return is_number(value, _LAST_TIME) and float(value) > 0  # type: ignore[arg-type]
+
+
 def _newest_job(path: Path) -> tuple[str, float] | None:
     for entry in reversed(_lines(path / JOBS)):
         job_id, submitted = entry.get("job_id"), entry.get("submitted")
-        if isinstance(job_id, str) and isinstance(submitted, int | float):
+        if isinstance(job_id, str) and _is_time(submitted):
             return job_id, float(submitted)
     return None
 
 
 def _newest_checkpoint(path: Path) -> tuple[str, float] | None:
     """By the names in checkpoints/, of which only whole ones have this form."""
-    for checkpoint in sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True):
-        with suppress(OSError):
-            return checkpoint.name, (checkpoint / "manifest.json").stat().st_mtime
+    with suppress(OSError):
+        for checkpoint in sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True):
+            with suppress(OSError):
+                return checkpoint.name, (checkpoint / "manifest.json").stat().st_mtime
     return None

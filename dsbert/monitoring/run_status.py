@@ -65,23 +65,34 @@ class RunStatus:
 
 def read_status(path: Path) -> RunStatus:
     """Of the run in a directory. Raises UserError where there is none."""
-    return status_of(read_files(path))
+    return read_run(path)[1]
+
+
+def read_run(path: Path) -> tuple[RunFiles, RunStatus]:
+    """The same with what it was read from. Who seems to be gone may have ended, or have been followed by another
+    attempt, while the files were read: then they say so now."""
+    files = read_files(path)
+    status = status_of(files)
+    if status.standing.state != "killed":
+        return files, status
+    files = read_files(path)
+    return files, status_of(files)
 
 
 def status_of(files: RunFiles) -> RunStatus:
     """Of what was read."""
-    found, attempts, last = standing(files), stretches(files), files.metrics[-1] if files.metrics else {}
-    at_work = found.state in ("running", "starting", "silent")
+    found, last = standing(files), files.metrics[-1] if files.metrics else {}
+    attempts = stretches(files, found.at_work)
+    at_work = found.at_work
     step = last.get("step", 0)
     if at_work and files.beats:
         step = max(step, *(seen.beat.step for seen in files.beats))
-    losses = [record["loss"] for record in files.metrics if isinstance(record.get("loss"), int | float)]
-    evaluated = [record["val_mlm_loss"] for record in files.metrics if record.get("val_mlm_loss") is not None]
+    losses = [record["loss"] for record in files.metrics if "loss" in record]
+    evaluated = [record["val_mlm_loss"] for record in files.metrics if "val_mlm_loss" in record]
     seconds = step_seconds(files)
-    tokens = last.get("tokens_per_s")
     return RunStatus(
         run=str(files.path),
-        name=files.recipe.get("name"),
+        name=files.name,
         standing=found,
         ranks=files.attempt.world_size if files.attempt else None,
         hosts=tuple(sorted({seen.beat.host for seen in files.beats})),
@@ -92,9 +103,9 @@ def status_of(files: RunFiles) -> RunStatus:
         val_loss=evaluated[-1] if evaluated else None,
         curve=thinned(losses, CURVE_POINTS),
         step_s=seconds,
-        tokens_per_s=tokens if isinstance(tokens, int | float) else None,
+        tokens_per_s=last.get("tokens_per_s"),
         flops_per_s=_flops_per_s(files, seconds),
-        skipped=sum(record.get("skipped") or 0 for record in files.metrics),
+        skipped=sum(int(record.get("skipped", 0)) for record in files.metrics),
         attempts=tuple(attempts),
         spending=spending(files, attempts),
         checkpoint=files.saved[0] if files.saved else None,
@@ -116,9 +127,9 @@ def _eta_s(files: RunFiles, step: int) -> float | None:
     if files.total_steps is None:
         return None
     started = (files.attempt.started if files.attempt else None) or 0.0
-    recent = [one for one in files.metrics[-20:] if isinstance(one.get("time"), int | float) and one["time"] >= started]
+    recent = [one for one in files.metrics[-20:] if one.get("time", -1.0) >= started]
     left = max(0, files.total_steps - step)
-    if len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
+    if len(recent) > 1 and recent[-1]["step"] > recent[0]["step"] and recent[-1]["time"] > recent[0]["time"]:
         return float(left * (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"]))
     seconds = step_seconds(files)
     return None if seconds is None else left * seconds
@@ -127,7 +138,7 @@ def _eta_s(files: RunFiles, step: int) -> float | None:
 def _flops_per_s(files: RunFiles, seconds: float | None) -> float | None:
     last = files.metrics[-1] if files.metrics else {}
     flops = last.get("flops_total")
-    return flops / last["step"] / seconds if isinstance(flops, int) and seconds and last["step"] else None
+    return flops / last["step"] / seconds if flops is not None and seconds else None
 
 
 def _slowest(files: RunFiles) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,19 +15,20 @@ from dsbert.monitoring.timeline import Stretch
 _BARS = "▁▂▃▄▅▆▇█"
 # Attempts that are shown; of more, the oldest are counted.
 _ATTEMPTS = 6
+_WIDTH = 80
 
 
 def status_lines(status: RunStatus) -> Iterator[str]:
     """One run."""
     why = f" ({status.standing.why})" if status.standing.why else ""
-    yield f"{status.run}: {status.standing.state}{why}"
+    yield from _wrapped("", f"{status.run}: {status.standing.state}{why}", indent=2)
     for head, text in _facts(status):
-        yield f"  {head:<12} {text}"
+        yield from _wrapped(f"  {head:<12} ", text)
     older = len(status.attempts) - _ATTEMPTS
     if older > 0:
         yield f"  attempts     {older} before these"
     for one in status.attempts[-_ATTEMPTS:] if len(status.attempts) > 1 else ():
-        yield f"  attempt {one.number:<4} {_attempt(one)}"
+        yield from _wrapped(f"  attempt {one.number:<4} ", _attempt(one))
 
 
 def status_table(found: Sequence[RunStatus]) -> str:
@@ -55,6 +57,14 @@ def sparkline(values: Sequence[float]) -> str:
         return ""
     least, most = min(values), max(values)
     return "".join(_BARS[round((value - least) / ((most - least) or 1.0) * (len(_BARS) - 1))] for value in values)
+
+
+def _wrapped(head: str, text: str, indent: int = 15) -> list[str]:
+    """At 80 columns; hosts, causes and names come from files."""
+    lines = textwrap.wrap(
+        printable(text), _WIDTH, initial_indent=head, subsequent_indent=" " * indent, break_on_hyphens=False
+    )
+    return lines or [head.rstrip()]
 
 
 def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
@@ -94,6 +104,5 @@ def _attempt(one: Stretch) -> str:
     cause = f": {one.cause}" if one.cause and one.cause != end else ""
     lost = f", {one.lost_steps} taken again" if one.lost_steps else ""
     job = f"job {one.job_id}, " if one.job_id else ""
-    return printable(
-        f"{when}, {job}{one.ranks or '?'} ranks, steps {one.first_step} to {one.last_step}{lost}, {end}{cause}"
-    )
+    last = one.last_step if one.last_step is not None else "?"
+    return f"{when}, {job}{one.ranks or '?'} ranks, steps {one.first_step} to {last}{lost}, {end}{cause}"

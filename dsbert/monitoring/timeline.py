@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from dsbert.monitoring.run_files import RunFiles
+from dsbert.monitoring.run_files import RunFiles, first_step
 from dsbert.training.attempts import Attempt, Ending
 
 
@@ -56,24 +58,25 @@ class Spending:
         return min(1.0, self.steps / self.total) if self.total > 0 else 0.0
 
 
-def stretches(files: RunFiles) -> list[Stretch]:
-    """Oldest first."""
+def stretches(files: RunFiles, at_work: bool) -> list[Stretch]:
+    """Oldest first. at_work: whether the newest goes on."""
     found = []
     for number, attempt in enumerate(files.attempts):
         after = files.attempts[number + 1] if number + 1 < len(files.attempts) else None
         ending = after.previous if after else files.ended.ending if files.ended else None
-        last = ending.step if ending else max((seen.beat.step for seen in files.beats), default=None)
-        if after is None and ending is None and files.metrics:
-            last = max(last or 0, files.metrics[-1]["step"])
-        lost = max(0, (last or 0) - _first_step(after)) if after else 0
+        last = ending.step if ending else None
+        if after is None and ending is None:
+            seen = [seen.beat.step for seen in files.beats] + [record["step"] for record in files.metrics[-1:]]
+            last = max(seen, default=None)
+        lost = max(0, (last or 0) - first_step(after)) if after else 0
         found.append(
             Stretch(
                 number=attempt.number,
                 job_id=attempt.job_id,
                 ranks=attempt.world_size,
                 started=attempt.started,
-                ended=_end(files, ending, after),
-                first_step=_first_step(attempt),
+                ended=_end(files, ending, after, at_work),
+                first_step=first_step(attempt),
                 last_step=last,
                 lost_steps=lost,
                 outcome=ending.outcome if ending else None,
@@ -110,16 +113,18 @@ def step_seconds(files: RunFiles) -> float | None:
     return statistics.median(recent) if recent else None
 
 
-def _seconds(record: dict[str, object], key: str) -> float:
-    value = record.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0
+def _seconds(record: Mapping[str, Any], key: str) -> float:
+    return max(0.0, float(record.get(key, 0.0)))
 
 
-def _first_step(attempt: Attempt | None) -> int:
-    return int(attempt.checkpoint.removeprefix("step_")) if attempt and attempt.checkpoint else 0
-
-
-def _end(files: RunFiles, ending: Ending | None, after: Attempt | None) -> float | None:
-    if ending is not None:
-        return ending.time if ending.time is not None else (after.started if after else None)
-    return after.started if after else None
+def _end(files: RunFiles, ending: Ending | None, after: Attempt | None, at_work: bool) -> float | None:
+    """When an attempt ended; of one that is gone without a word, when it was seen last."""
+    if ending is not None and ending.time is not None:
+        return ending.time
+    if after is not None:
+        return after.started
+    if ending is None and at_work:
+        return None
+    started = (files.attempt.started if files.attempt else None) or 0.0
+    times = [seen.time for seen in files.beats] + [record.get("time", 0.0) for record in files.metrics[-1:]]
+    return max([one for one in times if one >= started], default=started or None)

@@ -59,6 +59,12 @@ def _settings() -> Iterator[None]:
         import matplotlib
     except ImportError:
         raise UserError("expected matplotlib for pictures, found none: pip install 'dsbert[experiment]'") from None
-    settings = {"svg.hashsalt": "dsbert", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    settings = {
+        "text.parse_math": False,  # names of runs are no formulas
+        "svg.hashsalt": "dsbert",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+    }
     with matplotlib.rc_context(settings):
         yield

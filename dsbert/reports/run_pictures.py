@@ -28,7 +28,7 @@ def _losses(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
     for number, (name, (files, _)) in enumerate(runs.items()):
         color = f"C{number % 10}"
         axes.plot(*series(files, "loss_mlm"), color=color, alpha=0.35, linewidth=0.8)
-        axes.plot(*series(files, "val_mlm_loss"), "o-", color=color, markersize=3, label=f"{name}, held out")
+        axes.plot(*series(files, "val_mlm_loss"), "o-", color=color, markersize=3, label=label(f"{name}, held out"))
     axes.set(xlabel="step", ylabel="MLM loss, nats per masked token")
     axes.legend(frameon=False, fontsize="small")
     return Picture(figure)
@@ -37,7 +37,7 @@ def _losses(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
 def _rates(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
     figure, (left, right) = new_figure(2)
     for number, (name, (files, _)) in enumerate(runs.items()):
-        left.plot(*series(files, "lr"), color=f"C{number % 10}", label=name)
+        left.plot(*series(files, "lr"), color=f"C{number % 10}", label=label(name))
         right.plot(*series(files, "grad_norm"), color=f"C{number % 10}", linewidth=0.8)
     left.set(xlabel="step", ylabel="learning rate")
     right.set(xlabel="step", ylabel="gradient norm", yscale="log")
@@ -48,7 +48,7 @@ def _rates(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
 def _speed(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
     figure, (axes,) = new_figure()
     for number, (name, (files, _)) in enumerate(runs.items()):
-        axes.plot(*series(files, "tokens_per_s"), color=f"C{number % 10}", label=name)
+        axes.plot(*series(files, "tokens_per_s"), color=f"C{number % 10}", label=label(name))
     axes.set(xlabel="step", ylabel="tokens a second, all ranks", ylim=(0, None))
     axes.legend(frameon=False, fontsize="small")
     return Picture(figure)
@@ -67,9 +67,9 @@ def _cost(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
                 flops.append(_number(record, "flops_total"))
                 times.append(seconds)
                 losses.append(record["val_mlm_loss"])
-        left.plot(flops, losses, "o-", markersize=3, color=f"C{number % 10}", label=name)
+        left.plot(flops, losses, "o-", markersize=3, color=f"C{number % 10}", label=label(name))
         right.plot(times, losses, "o-", markersize=3, color=f"C{number % 10}")
-    left.set(xlabel="FLOPs", ylabel="held-out MLM loss", xscale="log")
+    left.set(xlabel="FLOPs", ylabel="held-out MLM loss")
     right.set(xlabel="seconds of steps", ylabel="held-out MLM loss")
     left.legend(frameon=False, fontsize="small")
     return Picture(figure)
@@ -95,6 +95,11 @@ def _time_line(runs: Mapping[str, tuple[RunFiles, RunStatus]]) -> Picture:
         axes.barh(0, 0, color=color, label=outcome or "without a word, or goes on")
     axes.legend(frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
     return Picture(figure)
+
+
+def label(name: str) -> str:
+    """Of a legend, which leaves out what begins with "_"."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def series(files: RunFiles, key: str) -> tuple[Sequence[int], Sequence[float]]:

@@ -12,8 +12,8 @@ from dsbert.base.durable import replace_durably
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import to_json
 from dsbert.base.progress import duration
-from dsbert.monitoring.run_files import RunFiles, read_files
-from dsbert.monitoring.run_status import RunStatus, status_of
+from dsbert.monitoring.run_files import RunFiles
+from dsbert.monitoring.run_status import RunStatus, read_run
 from dsbert.reports.drawing import Picture
 from dsbert.reports.run_pictures import pictures_of
 from dsbert.reports.topology_history import LayerHistory, LayerMap, layer_histories, layer_maps
@@ -29,8 +29,7 @@ def report(paths: Sequence[Path], to: Path, command: str) -> dict[str, Any]:
     names = _names(paths)
     runs: dict[str, tuple[RunFiles, RunStatus]] = {}
     for name, path in zip(names, paths, strict=True):
-        files = read_files(path)
-        runs[name] = (files, status_of(files))
+        runs[name] = read_run(path)
     drawn = {name: run for name, run in runs.items() if run[0].metrics}
     if not drawn:
         raise UserError(f"expected steps in {', '.join(map(str, paths))}, found none yet: wait for the first")
@@ -52,7 +51,10 @@ def report(paths: Sequence[Path], to: Path, command: str) -> dict[str, Any]:
         "layers": {name: [dict(zip(_LAYER_HEADS, row, strict=True)) for row in rows] for name, rows in layers.items()},
     }
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
-    _write(to, title, parts, pictures, numbers, command)
+    try:
+        _write(to, title, parts, pictures, numbers, command)
+    except OSError as error:
+        raise UserError(f"expected to write {to}, found: {error.strerror}: give another --to") from None
     return numbers
 
 
@@ -61,10 +63,10 @@ def _write(
 ) -> None:
     to.mkdir(parents=True, exist_ok=True)
     shown = {name: picture.svg() for name, picture in pictures.items()}
-    for name, picture in pictures.items():
-        replace_durably(to / f"{_file_name(name)}.png", picture.png())
+    for file, picture in zip(_file_names(list(pictures)), pictures.values(), strict=True):
+        replace_durably(to / file, picture.png())
     text = page(title, [*parts[:1], figures(shown), *parts[1:], made_by(command)])
-    replace_durably(to / "index.html", text.encode())
+    replace_durably(to / "index.html", text.encode(errors="backslashreplace"))
     replace_durably(to / "report.json", to_json(numbers).encode())
 
 
@@ -145,5 +147,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-def _file_name(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def _file_names(titles: Sequence[str]) -> list[str]:
+    """Of pictures, each another one."""
+    found: list[str] = []
+    for title in titles:
+        plain = re.sub(r"[^\w]+", "-", title.lower()).strip("-")
+        again = sum(name.partition(".")[0] == plain for name in found)
+        found.append(f"{plain}.{again + 1}.png" if again else f"{plain}.png")
+    return found

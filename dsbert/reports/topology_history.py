@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,8 @@ from dsbert.checkpoint.state import read_state
 from dsbert.sparse.journal import unpack
 from dsbert.sparse.topology import unpack_bits
 from dsbert.training.attempts import UpdateRecord
+
+_PARTS = ("rows", "cols", "born", "explored")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +53,17 @@ class LayerMap:
 
 def layer_histories(run: Path, maps: dict[str, LayerMap]) -> tuple[list[int], dict[str, LayerHistory]]:
     """(steps of the updates, histories by layer), of the layers that have a map."""
-    updates = valid_records(JsonlFile(run / "masks.jsonl").read(skip_garbled=True), UpdateRecord)
+    lines: list[dict[str, Any]] = []
+    with suppress(OSError):
+        lines = JsonlFile(run / "masks.jsonl").read(skip_garbled=True)
+    updates = valid_records(lines, UpdateRecord)
     found = {}
     for name, layer in maps.items():
         born = np.zeros(int(layer.active.sum()), dtype=np.int64)
         churn, new_again, ages = [], [], []
         for update in updates:
-            slots = unpack(update.layers[name]["slots"]).numpy() if name in update.layers else np.empty(0, np.int64)
-            slots = slots[slots < born.size]
+            slots = _slots(update, name)
+            slots = slots[(slots >= 0) & (slots < born.size)]
             age = update.update - born[slots]
             churn.append(float(slots.size / max(born.size, 1)))
             new_again.append(float((age == 1).mean()) if slots.size and update.update > 1 else 0.0)
@@ -63,6 +71,15 @@ def layer_histories(run: Path, maps: dict[str, LayerMap]) -> tuple[list[int], di
             born[slots] = update.update
         found[name] = LayerHistory(name, tuple(churn), tuple(new_again), tuple(ages))
     return [update.step for update in updates], found
+
+
+def _slots(update: UpdateRecord, name: str) -> np.ndarray:
+    """Those that an update re-pointed; none where the line does not say."""
+    try:
+        found: np.ndarray = unpack(update.layers[name]["slots"]).numpy()
+    except (KeyError, ValueError, zlib.error):
+        return np.empty(0, np.int64)
+    return found
 
 
 def layer_maps(run: Path) -> dict[str, LayerMap]:
@@ -74,7 +91,7 @@ def layer_maps(run: Path) -> dict[str, LayerMap]:
         return {}
     found = {}
     for name, layer in state.layers.items():
-        if layer.block_size is None or f"{name}.rows" not in tensors:
+        if layer.block_size is None or any(f"{name}.{part}" not in tensors for part in _PARTS):
             continue
         rows, cols = tensors[f"{name}.rows"].numpy(), tensors[f"{name}.cols"].numpy()
         grid = (layer.shape[0] // layer.block_size, layer.shape[1] // layer.block_size)

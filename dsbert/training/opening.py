@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 
 from dsbert.checkpoint.state import RunRecord
@@ -58,7 +58,7 @@ def _batches(recipe: Recipe, world_size: int) -> str:
 
 def _where(record: RunRecord, hosts: Sequence[str]) -> str:
     """Ranks, hosts, devices, parameters."""
-    counts = [(host, len(list(ranks))) for host, ranks in groupby(hosts)]
+    counts = list(Counter(hosts).items())  # ranks may go round the hosts
     named = ", ".join(f"{count} on {host}" for host, count in counts[:_MOST_HOSTS])
     if len(counts) > _MOST_HOSTS:
         named += f" and more on {len(counts) - _MOST_HOSTS} others"

@@ -209,7 +209,7 @@ class RunDirectory:
     def _previous(self) -> Ending | None:
         """How the attempt before this one ended: its status, or where its ranks were seen last."""
         before, status = self._record("attempt.json", Attempt), self._record("status.json", Status)
-        if before is None or status is None:
+        if before is None or status is None or status.attempt != before.number:
             return None
         if status.outcome is not None:
             return status.ending

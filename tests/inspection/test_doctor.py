@@ -20,7 +20,7 @@ def test_this_machine_can_train(tmp_path: Path, data: Path) -> None:
     assert {one["verdict"] for one in found} <= {"ok", "note"}
     about = {one["about"]: one["text"] for one in found}
     assert "torch 2." in about["software"]
-    assert "can be read" in about["data"]
+    assert about["data"].startswith("prepared: train ") or "tokens" in about["data"]
     assert "written through in" in about["runs"]
     assert list(tmp_path.iterdir()) == []
 
@@ -29,6 +29,24 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     done = dsbert("doctor", "--run-dir", "/proc/runs")
     assert done.returncode == 2
     assert "--run-dir on another file system" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_data_that_cannot_be_trained_on(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    if kind == "empty":
+        path.mkdir()
+    if kind == "file":
+        path.write_text("text")
+    verdicts = [one.verdict for one in doctor._data(path)]
+    assert verdicts[-1] == "fail"
+
+
+def test_what_cannot_be_looked_at_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_processor", lambda: iter([1 / 0]))
+    found = {one.about: one for one in doctor.examine(tmp_path)}
+    assert found["processor"] == ("processor", "fail", "ZeroDivisionError: division by zero")
+    assert found["limits"].verdict in ("ok", "note")
 
 
 def test_kernels_that_cannot_be_compiled_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

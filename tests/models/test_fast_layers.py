@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 from unittest import mock
 
@@ -17,7 +18,7 @@ from dsbert.models import key_mask as module
 from dsbert.models.bert import bert_config
 from dsbert.models.construction import build_model
 from dsbert.models.fast_layers import attention, drop, use_fast_layers_
-from dsbert.models.key_mask import key_mask
+from dsbert.models.key_mask import KeyMask, key_mask
 from dsbert.models.varlen_attention import varlen_attention
 from dsbert.sparse import half_precision
 from dsbert.sparse.kernels import cpu
@@ -130,6 +131,27 @@ def test_a_mask_is_read_once_and_again_when_it_has_changed() -> None:
     assert len(module._read) <= 4
     assert key_mask(mask.float(), 6) is None
     assert key_mask(mask, 7) is None
+
+
+def test_a_mask_is_not_kept_and_asked_anew_with_another_hint() -> None:
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril(1).triu(-1)
+    assert key_mask(mask, 6) is None
+    assert key_mask(mask, 6, 2) == KeyMask(mock.ANY, 1)
+    known = weakref.ref(mask)
+    del mask
+    assert known() is None
+    with torch.inference_mode():
+        padded = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+        padded[..., 4:] = False
+        assert key_mask(padded, 6) is not None
+
+
+def test_what_has_no_second_derivative_says_so() -> None:
+    q, k, v = (torch.randn(5, 2, 8, requires_grad=True) for _ in range(3))
+    out = varlen_attention(q, k, v, torch.tensor([0, 5]))
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative of its own"):
+        gradient.sum().backward()
 
 
 def test_attention_that_looks_back_only_is_left_to_torch() -> None:

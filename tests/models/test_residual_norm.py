@@ -113,6 +113,19 @@ def test_extreme_rows() -> None:
     assert not norm.weight.grad.any()
 
 
+def test_a_width_that_is_not_the_norms_is_refused() -> None:
+    """The kernel would read, and write, beyond the weight."""
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm_of(32, torch.float32)(torch.randn(3, 48))
+
+
+def test_there_is_no_second_derivative() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(norm_of(8, torch.float32)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("obstacle", ["no kernels", "autocast", "dtypes", "shapes", "float64"])
 def test_elsewhere_torch_runs(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if obstacle == "no kernels":

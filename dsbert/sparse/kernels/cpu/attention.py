@@ -51,7 +51,8 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(Q K^T scaling) V within every sequence; scores, shares and sums in fp32, whatever the operands are.
+    """softmax(Q K^T scaling) V within every sequence; scores and sums in fp32, whatever the operands are. (Shares as
+    well, but where the machine multiplies pairs of bf16: there they are rounded before they meet V.)
 
     starts: int64 [n + 1] on the CPU, contiguous: where each sequence begins, and T. visible: bool or uint8 [T], keys
     that are seen; None: all. seed, p: which shares fall, by a hash of seed and the share's place among those of all
