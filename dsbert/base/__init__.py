@@ -3,7 +3,7 @@
 errors           DsbertError and the exit codes
 collectives      all_reduce, gather; what fails on one rank fails on all
 durable          files that are whole or not there; jsonl.py files of records, records.py what must stand in them
-output           standard error that may vanish; progress.py bars
+output           standard error that may vanish; progress.py bars, text_table.py tables
 cores            how many this process may use
 fields           kinds of values in what people write
 splitmix64       hashes of integers, for random choices without state

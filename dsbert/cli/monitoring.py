@@ -88,8 +88,8 @@ def doctor(run_dir: Path, data: Path | None, as_json: bool) -> None:
     To look at a node: `srun dsbert doctor`.
     """
     from dsbert.base.jsonl import to_json
+    from dsbert.base.text_table import table
     from dsbert.inspection.doctor import examine
-    from dsbert.inspection.text_table import table
 
     found = examine(run_dir, data)
     if as_json:

@@ -5,7 +5,6 @@
     export              `dsbert export`: a directory that transformers loads
     data_summary        `dsbert data`
     doctor              `dsbert doctor`: whether a machine can train; doctor_storage.py what its file systems do
-    text_table          tables for people, on a terminal or in a pipe
 
 `dsbert verify`, whether everything is what it should be, every byte and what the bytes mean:
 

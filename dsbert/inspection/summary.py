@@ -12,12 +12,12 @@ from typing import Any
 
 from dsbert.base.durable import open_regular
 from dsbert.base.errors import CheckpointError, UserError
+from dsbert.base.text_table import table
 from dsbert.checkpoint.loading import fragment_files, read_topology, resolve_checkpoint
 from dsbert.checkpoint.state import manifest_object, read_state, state_object
 from dsbert.engine.zero_shards import MOMENTS
 from dsbert.inspection.audit_checkpoint import ASIDE, NAME, audit_checkpoint
 from dsbert.inspection.audit_run import CHECKPOINTS, bytes_below, kind_of, read_latest
-from dsbert.inspection.text_table import table
 from dsbert.sparse import BlockTopology
 from dsbert.sparse.config import density_of
 from dsbert.sparse.low_rank import PARTS

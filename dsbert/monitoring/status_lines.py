@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from dsbert.base.errors import printable
 from dsbert.base.progress import duration
-from dsbert.inspection.text_table import table
+from dsbert.base.text_table import table
 from dsbert.monitoring.run_status import RunStatus
 from dsbert.monitoring.timeline import Stretch
 
