@@ -67,7 +67,8 @@ def test_a_dry_run(tmp_path: Path) -> None:
     assert run["exit_code"] == 75
     assert run["difference"] == 0.0  # the steps that were taken again are the same to the last bit
     assert run["resumed_after"] < run["killed_at"] < run["last_step"]
-    assert run["taken_again"] == run["killed_at"] - run["resumed_after"]
+    # It may have taken more steps between the look at it and its end.
+    assert run["taken_again"] >= run["killed_at"] - run["resumed_after"] > 0
     again = [row["step"] for row in of("progress") if row["attempt"] == 2]
     assert again == list(range(run["resumed_after"] + 1, run["last_step"] + 1))
 
