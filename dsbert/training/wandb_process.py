@@ -77,10 +77,10 @@ def send(metrics: Path, options: dict[str, Any], ended: threading.Event, out: Te
 
 
 def _is_gone(error: Exception) -> bool:
-    """Whether wandb's helper program has ended, at work or while it started: the latter has classes of their own, which
-    stand where wandb promises nothing."""
-    starting = {"ServicePollForTokenError", "WandbServiceConnectionError"}
-    return isinstance(error, ConnectionError) or type(error).__name__ in starting
+    """Whether wandb's helper program has ended: at work, while it started, or with an answer that was waited for. The
+    latter have classes of their own, which stand where wandb promises nothing."""
+    named = {"ServicePollForTokenError", "WandbServiceConnectionError", "HandleAbandonedError"}
+    return isinstance(error, ConnectionError) or type(error).__name__ in named
 
 
 def _follow(path: Path, ended: threading.Event) -> Iterator[dict[str, Any]]:
