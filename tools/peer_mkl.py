@@ -28,7 +28,7 @@ def why_not() -> str | None:
     for library in sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*")):
         os.environ.setdefault("MKL_RT", str(library))
     try:
-        import scipy.sparse  # noqa: F401
+        import scipy.sparse  # noqa: F401  # whether they can be is the question
         import sparse_dot_mkl  # noqa: F401
     except ImportError as error:
         return f"MKL's block-sparse product is left out: {str(error).splitlines()[0]} (pip install sparse-dot-mkl mkl)"

@@ -8,17 +8,13 @@ Needs matplotlib (pip install 'dsbert[plot]').
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+
+from dsbert.monitoring.run_files import RunFiles, read_files
+from dsbert.reports.run_pictures import series
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def draw(records: list[dict[str, Any]], to: Path, unigram: float | None) -> None:
+def draw(files: RunFiles, to: Path, unigram: float | None) -> None:
     """Two panels beside each other."""
     import matplotlib
 
@@ -26,24 +22,18 @@ def draw(records: list[dict[str, Any]], to: Path, unigram: float | None) -> None
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
-    left.plot(*_series(records, "loss_mlm"), color="0.7", linewidth=1, label="training MLM loss")
-    left.plot(*_series(records, "val_mlm_loss"), "o-", color="C0", label="held-out MLM loss")
+    left.plot(*series(files, "loss_mlm"), color="0.7", linewidth=1, label="training MLM loss")
+    left.plot(*series(files, "val_mlm_loss"), "o-", color="C0", label="held-out MLM loss")
     if unigram is not None:
         left.axhline(unigram, color="C3", linestyle="--", linewidth=1, label="unigram cross-entropy")
     left.set(xlabel="step", ylabel="nats per masked token", title="loss")
     left.legend(frameon=False)
-    right.plot(*_series(records, "dof"), color="C2", label="explored degrees of freedom")
-    right.plot(*_series(records, "density"), color="C1", label="density: constant")
+    right.plot(*series(files, "dof"), color="C2", label="explored degrees of freedom")
+    right.plot(*series(files, "density"), color="C1", label="density: constant")
     right.set(xlabel="step", ylabel="share of the encoder's weights", ylim=(0, 1), title="pattern")
     right.legend(frameon=False)
     to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, dpi=110)
-
-
-def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) where the key was measured."""
-    kept = [(record["step"], record[key]) for record in records if record[key] is not None]
-    return [step for step, _ in kept], [value for _, value in kept]
 
 
 def main() -> None:
@@ -53,7 +43,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--unigram", type=float, help="drawn as a line: `dsbert evaluate RUN` prints it")
     options = parser.parse_args()
-    draw(read(options.run), options.to, options.unigram)
+    draw(read_files(options.run), options.to, options.unigram)
 
 
 if __name__ == "__main__":

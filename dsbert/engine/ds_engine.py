@@ -26,7 +26,7 @@ def why_not_importable() -> str | None:
     """What DeepSpeed says where it cannot be imported, one line; None where it can."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed  # noqa: F401  # whether it can be is the question
     except Exception as error:  # of any type, where a compiler or a driver is odd
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dsbert.cluster.heartbeats import beats_in
+from dsbert.base.errors import UserError
 from dsbert.experiment.planning import Plan, run_directory
+from dsbert.monitoring.run_status import read_status
 
 
 def progress_of(plan: Plan, directory: Path) -> list[str]:
@@ -21,9 +22,10 @@ def progress_of(plan: Plan, directory: Path) -> list[str]:
 
 
 def _last_step(run_dir: Path) -> int | None:
-    """Of the newest attempt, by its heartbeats."""
-    folders = sorted((run_dir / "heartbeats").glob("*"), key=lambda path: path.stat().st_mtime)
-    return max((seen.beat.step for seen in beats_in(folders[-1])), default=None) if folders else None
+    """None of a run that has not begun."""
+    with suppress(UserError):
+        return read_status(run_dir).step
+    return None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dsbert.sparse.kernels import cpu
 
 
 class ResidualNorm(torch.autograd.Function):
-    """y = LayerNorm(dropout(x) + residual), or dropout(LayerNorm(x)) where dropout = (seed, p, after) says so."""
+    """y = LayerNorm(dropout(x) + residual), or dropout(LayerNorm(x)) where `dropout.after`."""
 
     @staticmethod
     def forward(
@@ -28,7 +28,7 @@ class ResidualNorm(torch.autograd.Function):
         gamma: Tensor,
         beta: Tensor | None,
         eps: float,
-        dropout: tuple[int, float, bool],
+        dropout: cpu.NormDropout,
     ) -> Tensor:
         y, total, statistics = cpu.norm(x, residual, gamma, beta, eps, dropout)
         ctx.save_for_backward(total, statistics, gamma)
@@ -57,7 +57,7 @@ class Norm(nn.LayerNorm):
         after = self.after if self.training else 0.0
         if self._fits(x, residual) and before < 1 and after < 1 and not (before and after):
             p = before or after
-            drawn = (int(draw_seed()) if p else 0, p, after > 0)
+            drawn = cpu.NormDropout(int(draw_seed()) if p else 0, p, after > 0)
             y: Tensor = ResidualNorm.apply(x, residual, self.weight, self.bias, self.eps, drawn)
             return y
         if dropout is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
@@ -99,7 +99,7 @@ def read_files(path: Path) -> RunFiles:
     )
 
 
-def is_number(value: object, most: float = _LARGEST) -> bool:
+def is_number(value: object, most: float = _LARGEST) -> TypeGuard[float]:
     """Finite, no truth value, and no larger than anything of ours."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
 
@@ -156,8 +156,8 @@ def _dated(attempt: Attempt) -> Attempt:
     return attempt.model_copy(update=changes) if changes else attempt
 
 
-def _is_time(value: object) -> bool:
-    return is_number(value, _LAST_TIME) and float(value) > 0  # type: ignore[arg-type]
+def _is_time(value: object) -> TypeGuard[float]:
+    return is_number(value, _LAST_TIME) and value > 0
 
 
 def _newest_job(path: Path) -> tuple[str, float] | None:

@@ -4,7 +4,6 @@ Everything against float64."""
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dsbert.models.varlen_attention import varlen_attention
 from dsbert.sparse.kernels import cpu
 from dsbert.sparse.kernels.cpu import build
 from dsbert.sparse.kernels.cpu.attention import Attention, Gradients
-from tests.sparse.test_cpu_kernels import ABLE, forget
+from tests.sparse.test_cpu_kernels import ABLE, kernels_of
 
 # Largest Frobenius error allowed. Half precisions are read and written once, and multiplied in fp32; pairs of bf16 are
 # rounded within, too, and so is what the gradient takes from the result.
@@ -105,20 +104,11 @@ def test_long_sequences(window: int) -> None:
 def test_attention_on_every_instruction_set(
     isa: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As test_cpu_kernels.py does it. With pairs, shares and their gradients are rounded to bf16 as well."""
-    folder = tmp_path_factory.getbasetemp() / "isas"
-    emulated = isa not in build.ISA_FLAGS
-    extra = ("-DDSBERT_PAIRS", "-DDSBERT_LANES=16") if emulated else ()
-    library = build.compile_library(ABLE[0] if emulated else isa, folder, extra)
-    monkeypatch.setattr(build, "compile_library", lambda *_: library)
-    forget()
-    try:
-        assert os.readlink(build.load()._name) == str(library)
+    """With pairs, shares and their gradients are rounded to bf16 as well."""
+    with kernels_of(isa, tmp_path_factory.getbasetemp(), monkeypatch) as emulated:
         for size, dtype in itertools.product((1, 20, 64, 80), DTYPES):
             for options in OPTIONS.values():
                 check([1, 37, 150], 2, size, dtype, DTYPES[dtype] * (1.5 if emulated else 1), **options)
-    finally:
-        forget()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "avx2" not in ABLE, reason="needs an x86 assembler")

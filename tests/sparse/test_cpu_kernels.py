@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,23 @@ def forget() -> None:
     """As in a process that has not asked for the kernels yet."""
     build.load.cache_clear()
     build.unavailable.cache_clear()
+
+
+@contextmanager
+def kernels_of(isa: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """The kernels of an instruction set in the place of the machine's own. What is none stands for AVX-512 with its
+    pairs of bf16, in vectors that the compiler splits and with arithmetic in the place of the instruction: whether it
+    is that."""
+    emulated = isa not in build.ISA_FLAGS
+    extra = ("-DDSBERT_PAIRS", "-DDSBERT_LANES=16") if emulated else ()
+    library = build.compile_library(ABLE[0] if emulated else isa, folder / "isas", extra)
+    monkeypatch.setattr(build, "compile_library", lambda *_: library)
+    forget()
+    try:
+        assert os.readlink(build.load()._name) == str(library)
+        yield emulated
+    finally:
+        forget()
 
 
 def topologies(shape: tuple[int, int], size: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -105,23 +124,13 @@ def test_products_of_more_features_than_a_slice_holds(size: int) -> None:
 def test_products_on_every_instruction_set(
     isa: str, size: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What this machine can execute below its best; and the loops and layouts of AVX-512 with its pairs of bf16, in
-    vectors that the compiler splits and with arithmetic in the place of the instruction."""
-    folder = tmp_path_factory.getbasetemp() / "isas"
-    emulated = isa not in build.ISA_FLAGS
-    extra = ("-DDSBERT_PAIRS", "-DDSBERT_LANES=16") if emulated else ()
-    library = build.compile_library(ABLE[0] if emulated else isa, folder, extra)
-    monkeypatch.setattr(build, "compile_library", lambda *_: library)
-    forget()
-    try:
-        assert os.readlink(build.load()._name) == str(library)
+    """What this machine can execute below its best; and the loops and layouts of the best."""
+    with kernels_of(isa, tmp_path_factory.getbasetemp(), monkeypatch):
         for dtype in DTYPES:
             for tokens in (1, 50, 131):
                 check_products((size * 3, size * 5), size, dtype, tokens)
             if size == 16:
                 check_products((32, 3072), size, dtype, 50)
-    finally:
-        forget()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or "avx2" not in ABLE, reason="needs an x86 assembler")

@@ -118,6 +118,7 @@ def sync(server: WandbServer, run_dir: Path) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).with_name("wandb")), "sync", *map(str, (run_dir / "wandb").glob("offline-run-*"))],
         env=os.environ | server.environment,
+        cwd=run_dir.parent,  # where wandb leaves logs of its own
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,6 +3,14 @@
 build.py compiles them on first use, backend.py calls the products and dropout, attention.py attention.
 """
 
-from dsbert.sparse.kernels.cpu.backend import BACKEND, cross_entropy_, dropout, gelu_gradient, norm, norm_gradient
+from dsbert.sparse.kernels.cpu.backend import (
+    BACKEND,
+    NormDropout,
+    cross_entropy_,
+    dropout,
+    gelu_gradient,
+    norm,
+    norm_gradient,
+)
 
-__all__ = ["BACKEND", "cross_entropy_", "dropout", "gelu_gradient", "norm", "norm_gradient"]
+__all__ = ["BACKEND", "NormDropout", "cross_entropy_", "dropout", "gelu_gradient", "norm", "norm_gradient"]

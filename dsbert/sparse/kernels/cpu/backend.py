@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -65,17 +67,26 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     return y
 
 
+class NormDropout(NamedTuple):
+    """Which elements fall, by seed and position, each with probability p; after: those of the norm's result, and not of
+    what is added to the residual."""
+
+    seed: int
+    p: float
+    after: bool
+
+
 def norm(
     x: Tensor,
     residual: Tensor | None,
     gamma: Tensor,
     beta: Tensor | None,
     eps: float,
-    dropout: tuple[int, float, bool],
+    dropout: NormDropout,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, sum, statistics) of LayerNorm(dropout(x) + residual) over the last dimension, or dropout(LayerNorm(x)).
 
-    x, residual [..., H]; gamma, beta [H], all of one dtype; dropout: seed, p and whether it comes after the norm. sum:
+    x, residual [..., H]; gamma, beta [H], all of one dtype. sum:
     what is normalized, like x; statistics: mean and 1 / sqrt(variance + eps) of every row, fp32 [2, rows].
     """
     seed, p, after = dropout
@@ -99,7 +110,7 @@ def norm_gradient(
     statistics: Tensor,
     gamma: Tensor,
     has: tuple[bool, bool],
-    dropout: tuple[int, float, bool],
+    dropout: NormDropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dx, dresidual, dgamma, dbeta) of `norm`, from its sum and statistics; has: whether there were a residual and a
     beta. Where nothing fell before the sum, dresidual is dx itself."""
