@@ -84,9 +84,8 @@ def status_of(files: RunFiles) -> RunStatus:
     found, last = standing(files), files.metrics[-1] if files.metrics else {}
     attempts = stretches(files, found.at_work)
     at_work = found.at_work
-    step = last.get("step", 0)
-    if at_work and files.beats:
-        step = max(step, *(seen.beat.step for seen in files.beats))
+    # Heartbeats know of steps whose records were not written, also once the ranks are gone.
+    step = max([last.get("step", 0), *(seen.beat.step for seen in files.beats)])
     losses = [record["loss"] for record in files.metrics if "loss" in record]
     evaluated = [record["val_mlm_loss"] for record in files.metrics if "val_mlm_loss" in record]
     seconds = step_seconds(files)

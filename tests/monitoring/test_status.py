@@ -135,6 +135,7 @@ def test_ranks_on_other_machines_are_judged_by_their_beats(tmp_path: Path) -> No
     assert state_of(run_dir) == ("silent", "rank 0 on far was heard 5.0 min ago")
     beat(run_dir, "a", 90.0, ended={"code": 3, "cause": "peer"})
     assert state_of(run_dir)[0] == "killed"
+    assert read_status(run_dir).step == 7, "a step is taken before its record is written"
     spent = read_status(run_dir).spending
     assert spent.total == pytest.approx(410, abs=5), "the time of who is gone stands still"
 
