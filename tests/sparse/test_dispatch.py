@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,35 @@ def test_measured_once_and_remembered_on_disk(cache: Path, monkeypatch: pytest.M
     dispatch._Table._memory.clear()
     with pytest.raises(AssertionError, match="measured again"):
         choose(index, "auto", tokens=32, dtype=torch.float32)
+
+
+def raced(monkeypatch: pytest.MonkeyPatch, cost: Callable[[str, int], float]) -> tuple[dict[str, float], list[str]]:
+    """The times of a race by a clock that `cost` moves: milliseconds of a backend's n-th call, warm-up included."""
+    clock, calls = [0.0], []
+
+    def call(name: str) -> None:
+        calls.append(name)
+        clock[0] += 1e-3 * cost(name, calls.count(name))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    contenders = {name: functools.partial(call, name) for name in ("cpu", "reference", "dense")}
+    return dispatch._race(contenders, torch.device("cpu")), calls
+
+
+def test_an_interruption_decides_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was interrupted at the first call, or stood in a slow second of the machine, is fastest all the same."""
+    usual = {"cpu": 0.2, "reference": 0.5, "dense": 0.4}
+    times, _ = raced(monkeypatch, lambda name, call: usual[name] + (5.0 if (name, call) == ("cpu", 2) else 0.0))
+    assert times == pytest.approx(usual)
+    moments = iter(range(10**6))
+    times, _ = raced(monkeypatch, lambda name, call: usual[name] * (8.0 if next(moments) < 6 else 1.0))
+    assert times == pytest.approx(usual)
+
+
+def test_who_is_out_of_reach_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, calls = raced(monkeypatch, lambda name, call: {"cpu": 1.0, "reference": 9.0, "dense": 2000.0}[name])
+    assert times == pytest.approx({"cpu": 1.0, "reference": 9.0, "dense": 2000.0})
+    assert (calls.count("dense"), calls.count("reference")) == (2, 3)
 
 
 def test_what_the_file_says_decides(cache: Path) -> None:
