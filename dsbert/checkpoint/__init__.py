@@ -13,5 +13,6 @@ A save, in its order:
 
 A load: `loading` lists what there is, has all ranks share the reading of the newest, takes the first of which every
 byte verifies, and hands each rank the pieces that overlap its own shards. `restore` makes a model of one, without
-ranks. `state` is what state.json and manifest.json hold.
+ranks. `weight_source` reads what another run may begin with, also weights of transformers, and `initial_weights` gives
+them to its model. `state` is what state.json and manifest.json hold.
 """

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from dsbert.base.errors import UserError
-from dsbert.base.fields import Section, Text, Whole
+from dsbert.base.fields import PathName, Section, Text, Whole
 from dsbert.config.architectures import ARCHITECTURES
 from dsbert.config.complaints import RECIPE_SYNONYMS, Key, explain, in_one_line
 from dsbert.config.documents import DocumentError
@@ -39,10 +39,14 @@ from dsbert.sparse.schedule import UpdateSchedule
 
 
 class Recipe(Section):
-    """A whole experiment. name: of its run directory, where none is given."""
+    """A whole experiment. name: of its run directory, where none is given. init_from: a run, a checkpoint, an export or
+    a transformers directory whose weights it begins with, in place of random ones."""
+
+    added_later = ("init_from",)
 
     name: Text
     seed: Whole = Field(1, ge=0, lt=2**63)
+    init_from: PathName | None = None
     model: ModelConfig
     sparsity: SparsityConfig = SparsityConfig()
     data: DataConfig

@@ -96,15 +96,31 @@ class BatchConfig(Section):
         return self.model_copy(update={"micro_batch": min(self.micro_batch, share)})
 
 
-class OptimConfig(Section):
-    """AdamW with linear warm-up and linear decay to 0.
+# Of a run, where `optim.schedule` is wsd and no optim.decay_steps are given.
+_DECAY_SHARE = 0.1
 
+
+def _steps_of_shares(values: Any) -> Any:
+    """With warmup_steps and decay_steps that are shares of the run, between 0 and 1, as numbers of steps."""
+    total = values.get("total_steps") if isinstance(values, dict) else None
+    if isinstance(total, bool) or not isinstance(total, int | float) or not 1 <= total < 2**63:
+        return values
+    shares = {key: values.get(key) for key in ("warmup_steps", "decay_steps")}
+    steps = {key: round(share * total) for key, share in shares.items() if isinstance(share, float) and 0 < share < 1}
+    return values | steps
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up, and then by `schedule`: "linear" or "cosine" decay to 0, or "wsd" (warm-up, stable,
+    decay), which stays at the peak until the last decay_steps and falls linearly in these (None: a tenth of the run).
+
+    warmup_steps, decay_steps: a number of steps, or a share of the run between 0 and 1.
     Give `lr`, or `dense_lr`: the best rate of the dense model, which `lr_rule` scales to the density d: eq. 3 of the
     paper, 1/d, or 1/sqrt(d).
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
     """
 
-    added_later = ("lr_rule",)
+    added_later = ("lr_rule", "schedule", "decay_steps")
 
     total_steps: Whole = Positive
     warmup_steps: Whole = Field(ge=0)
@@ -116,6 +132,13 @@ class OptimConfig(Section):
     eps: Number = Field(1e-6, gt=0)
     max_skipped_steps: Whole = Field(10, gt=0)
     lr_rule: Literal["eq3", "inverse", "inverse_sqrt"] = "eq3"
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    decay_steps: Whole | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_steps(cls, values: Any) -> Any:
+        return _steps_of_shares(values)
 
     @model_validator(mode="after")
     def _one_rate(self) -> OptimConfig:
@@ -125,9 +148,21 @@ class OptimConfig(Section):
             found.append(f"expected exactly one of lr and dense_lr, found {given}")
         if self.warmup_steps >= self.total_steps:
             found.append(f"expected warmup_steps below total_steps {self.total_steps}, found {self.warmup_steps}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            found.append(f"expected decay_steps with schedule wsd alone, found schedule {self.schedule}")
+        elif self.schedule == "wsd" and self.num_decay_steps > self.total_steps - self.warmup_steps:
+            most = self.total_steps - self.warmup_steps
+            found.append(
+                f"expected decay_steps of at most the {most} steps after warm-up, found {self.num_decay_steps}"
+            )
         if found:
             raise ValueError(in_one_line(found))
         return self
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Over which the rate falls at the end of a run by wsd."""
+        return self.decay_steps or max(1, round(_DECAY_SHARE * self.total_steps))
 
 
 class EvalConfig(Section):

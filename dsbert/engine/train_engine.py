@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dsbert.base.collectives import all_reduce
 from dsbert.cluster.process_group import World
+from dsbert.config.lr_schedule import learning_rate
 from dsbert.config.recipe import Recipe
 from dsbert.config.sparsity_keys import named_as_in_recipes
 from dsbert.data.stream import Batch
@@ -198,14 +199,8 @@ class TrainEngine(ShardEditor):
         return found
 
     def learning_rate(self, step: int) -> float:
-        """Rate of optimizer step `step` = 1..total_steps: linear warm-up to the peak, then linear decay (paper).
-
-        It would reach 0 one step after the last, so that no step is taken in vain.
-        """
-        optim = self.recipe.optim
-        if step <= optim.warmup_steps:
-            return self.recipe.peak_lr * step / optim.warmup_steps
-        return self.recipe.peak_lr * (optim.total_steps - step + 1) / (optim.total_steps - optim.warmup_steps + 1)
+        """Rate of optimizer step `step` = 1..total_steps, by optim.schedule."""
+        return learning_rate(self.recipe.optim, self.recipe.peak_lr, step)
 
     def shards(self) -> dict[str, ParamShard]:
         """What this rank answers for of every parameter, as live views: together the ranks hold each element once."""

@@ -26,6 +26,7 @@ from dsbert.sparse.journal import replay
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.training.attempts import Attempt, Status, StepRecord, UpdateRecord
+from dsbert.training.run_directory import INITIAL_TOPOLOGY
 
 MASKS = "masks.jsonl"
 _JOURNALS: dict[str, type[Record]] = {
@@ -97,7 +98,7 @@ def _replayed(file: Path, whole: list[Path]) -> Iterator[Problem]:
     try:
         state = read_state(whole[-1])
         recipe = recipe_from_dict(state.recipe.whole)
-        replayed = _Replay(recipe, state.layers)
+        replayed = _Replay(recipe, state.layers, file.parent)
         if replayed.schedule is None:
             return
         for checkpoint in whole:
@@ -107,18 +108,37 @@ def _replayed(file: Path, whole: list[Path]) -> Iterator[Problem]:
         yield Problem(file.name, " ".join(str(error).split()))
 
 
+def _drawn(recipe: Recipe, layers: dict[str, LayerRecord]) -> dict[str, BlockTopology]:
+    """What a run begins with that begins with random weights."""
+    found = {}
+    for name, layer in layers.items():
+        key, density = DrawKey(recipe.seed, "init", 0, name), recipe.sparsity.density
+        found[name] = BlockTopology.random(layer.out_in, layer.block_size or 1, density, key, recipe.sparsity.balance)
+    return found
+
+
+def _kept(run: Path, layers: dict[str, LayerRecord]) -> dict[str, BlockTopology]:
+    """What a run began with that begins with weights of another. Raises ValueError where that is not there."""
+    from safetensors.torch import load_file
+
+    try:
+        open_regular(run / INITIAL_TOPOLOGY).close()
+        tensors = load_file(run / INITIAL_TOPOLOGY)
+        return {
+            name: BlockTopology(layer.out_in, layer.block_size or 1, tensors[f"{name}.rows"], tensors[f"{name}.cols"])
+            for name, layer in layers.items()
+        }
+    except Exception as error:  # safetensors raises its own type
+        raise ValueError(f"expected {INITIAL_TOPOLOGY} beside it, found: {' '.join(str(error).split())}") from None
+
+
 class _Replay:
     """The topologies of a run after the updates read so far. schedule: None where none is due."""
 
-    def __init__(self, recipe: Recipe, layers: dict[str, LayerRecord]) -> None:
-        sparsity, seed = recipe.sparsity, recipe.seed
-        self.topologies: dict[str, BlockTopology] = {}
-        for name, layer in layers.items():
-            if layer.block_size is not None:
-                key = DrawKey(seed, "init", 0, name)
-                self.topologies[name] = BlockTopology.random(
-                    layer.out_in, layer.block_size, sparsity.density, key, sparsity.balance
-                )
+    def __init__(self, recipe: Recipe, layers: dict[str, LayerRecord], run: Path) -> None:
+        sparsity = recipe.sparsity
+        sparse = {name: layer for name, layer in layers.items() if layer.block_size is not None}
+        self.topologies = _drawn(recipe, sparse) if recipe.init_from is None else _kept(run, sparse)
         self.schedule = None
         if sparsity.pattern == "dynamic" and self.topologies:
             self.schedule = UpdateSchedule.of(sparsity, recipe.optim.total_steps)

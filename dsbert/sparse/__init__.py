@@ -8,6 +8,7 @@
     block_editor     how the manager reaches weights and moments; flat_blocks.py blocks in a slice of a flat parameter
     fresh_moments    what Adam knows of a block that was just regrown
     journal          the updates as JSON, to be replayed
+    magnitude        cuts a dense weight to its largest blocks
     group_lasso      pulls whole blocks towards zero; flops.py counts as the paper does
     kernel_plan      which kernels a model runs on, alike on all ranks; kernels/ the products themselves
     half_precision   where a CPU is better off in fp32

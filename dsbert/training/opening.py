@@ -16,6 +16,11 @@ from dsbert.engine.ds_config import config_label
 from dsbert.training.wandb_mode import wandb_mode
 
 _RULES = {"eq3": "eq. 3", "inverse": "1/density", "inverse_sqrt": "1/sqrt(density)"}
+_DECAYS = {
+    "linear": lambda optim: "",
+    "cosine": lambda optim: " and cosine decay",
+    "wsd": lambda optim: f" and the last {optim.num_decay_steps} of decay",
+}
 _MOST_HOSTS = 4  # that are named
 
 
@@ -37,7 +42,7 @@ def _what(recipe: Recipe) -> str:
     return (
         f"{recipe.name}: {sparsity.pattern}, density {sparsity.density:.3g}, block {sparsity.block_size}{beside}, "
         f"{rate}, {optim.total_steps} steps of {recipe.batch.global_batch} x {recipe.data.seq_len}, "
-        f"{optim.warmup_steps} of warm-up, {config_label(recipe)}"
+        f"{optim.warmup_steps} of warm-up{_DECAYS[optim.schedule](optim)}, {config_label(recipe)}"
     )
 
 

@@ -52,10 +52,20 @@ def frozen(recipe: Recipe) -> Recipe:
     stage_to = data.stage_to.absolute() if data.stage_to else None
     return recipe.model_copy(
         update={
+            "init_from": recipe.init_from.absolute() if recipe.init_from else None,
             "data": data.model_copy(update={"path": data.path.absolute(), "stage_to": stage_to}),
             "deepspeed": recipe.deepspeed.model_copy(update={"config": merged_config(recipe), "overrides": {}}),
         }
     )
+
+
+def assert_init_from(recipe: Recipe, run_dir: Path) -> None:
+    """Raises UserError unless what the recipe names is there, or the run has checkpoints of its own."""
+    path = recipe.init_from
+    if path is not None and not path.exists() and not (run_dir / "checkpoints").is_dir():
+        raise UserError(
+            f"expected init_from={path} to be a run, a checkpoint, an export or a transformers directory, found nothing"
+        )
 
 
 def assert_startable(recipe: Recipe, run_dir: Path) -> None:
@@ -64,6 +74,7 @@ def assert_startable(recipe: Recipe, run_dir: Path) -> None:
     for check in (
         lambda: load_ds_config(recipe, 1, 1, run_dir),
         lambda: assert_data(recipe),
+        lambda: assert_init_from(recipe, run_dir),
         lambda: assert_writable(run_dir),
     ):
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from dsbert.base.collectives import gather_json, on_main_rank, raise_on_all_ranks
 from dsbert.checkpoint.loading import load_checkpoint
@@ -30,6 +31,7 @@ from dsbert.sparse import MaskManager
 from dsbert.training.agreement import Agreement
 from dsbert.training.attempts import Attempt
 from dsbert.training.failures import Failures
+from dsbert.training.init_from import InitFrom, init_from_of
 from dsbert.training.numerics import changes, numerics
 from dsbert.training.opening import opening_lines
 from dsbert.training.reporting import Reporter
@@ -39,11 +41,13 @@ from dsbert.training.streams import Streams, open_data
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """layers: of every fully connected weight."""
+    """layers: of every fully connected weight. init_from: the weights of another model that it began with; None where
+    they were drawn."""
 
     engine: TrainEngine
     masks: MaskManager
     layers: dict[str, LayerRecord]
+    init_from: InitFrom | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,8 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
     model = _build(agreed, streams, failures)
     record = _describe(agreed, model)
     attempt = _begin_attempt(agreed, record, resume, failures)
+    if model.init_from is not None:
+        model.init_from.keep_topology(agreed.directory, attempt, model.masks)
     reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers)
     on_failure.callback(reporter.close, patient=False)
     run = Run(
@@ -87,7 +93,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
         reporter=reporter,
         writer=_writer(agreed, attempt),
     )
-    _restore(run, agreed.hosts)
+    _restore(run, agreed.hosts, model.init_from)
     return run
 
 
@@ -96,6 +102,9 @@ def _build(agreed: Agreement, streams: Streams, failures: Failures) -> Model:
     module, sparse_layers = raise_on_all_ranks(
         lambda: build_model(recipe, vocab.vocab_size, world.device, streams.train.vocab.pad)
     )
+    init_from = init_from_of(agreed)
+    if init_from is not None:
+        raise_on_all_ranks(lambda: init_from.fill_(module, sparse_layers, recipe))
     layers = {
         name: LayerRecord.from_json(shape) for name, shape in layer_shapes(module, model_spec(recipe.model)).items()
     }
@@ -106,14 +115,18 @@ def _build(agreed: Agreement, streams: Streams, failures: Failures) -> Model:
     total_steps = recipe.optim.total_steps
     masks = MaskManager(sparse_layers, recipe.sparsity, total_steps=total_steps, editor=engine, seed=recipe.seed)
     masks.verify_replicas()
-    return Model(engine, masks, layers)
+    return Model(engine, masks, layers, init_from)
 
 
 def _describe(agreed: Agreement, model: Model) -> RunRecord:
     recipe, manifest, engine = agreed.recipe, agreed.manifest, model.engine
     # The checkpoint is evaluated from other working directories.
-    absolute = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": recipe.data.path.resolve()})})
+    places: dict[str, Any] = {"data": recipe.data.model_copy(update={"path": recipe.data.path.resolve()})}
     identity = recipe.identity() | {"data_digest": manifest.digest, "samples": SAMPLES}
+    if recipe.init_from is not None and model.init_from is not None:
+        places |= {"init_from": recipe.init_from.resolve()}
+        identity["init_from"] = model.init_from.digest
+    absolute = recipe.model_copy(update=places)
     return RunRecord(
         recipe=RecipeRecord.from_json(absolute.model_dump(mode="json")),
         identity=IdentityRecord.from_json(identity),
@@ -157,7 +170,7 @@ def _writer(agreed: Agreement, attempt: Attempt) -> CheckpointWriter:
     )
 
 
-def _restore(run: Run, hosts: list[str]) -> None:
+def _restore(run: Run, hosts: list[str], init_from: InitFrom | None) -> None:
     """Load the checkpoint that the attempt goes on from, if there is one, and begin to report."""
     name, totals = run.attempt.checkpoint, Totals()
     if name is not None:
@@ -167,6 +180,9 @@ def _restore(run: Run, hosts: list[str]) -> None:
         totals = state.totals
         run.reporter.say(f"resuming from {path}")
         for line in changes(state, run.record, since=name):
+            run.reporter.say(line)
+    elif init_from is not None:
+        for line in init_from.lines:
             run.reporter.say(line)
     run.reporter.say(what_holds(run.recipe, run.engine.ds_config))
     for line in run.engine.kernels.lines():

@@ -36,6 +36,7 @@ from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status
 from dsbert.training.history import assert_files, read_config, saved_before
 from dsbert.training.provenance import git_revision, versions
 
+INITIAL_TOPOLOGY = "initial_topology.safetensors"  # of a run that began with weights of another
 _MARK = "shared"
 _LEFT_OVER = (".step_*.tmp", ".step_*.removed*", ".latest.*.tmp", ".trash-*")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsbert.base.errors import UserError
+from dsbert.config.lr_schedule import learning_rate
 from dsbert.config.recipe import load_recipe, recipe_from_dict, sparse_lr_factor
 from dsbert.config.recipe_files import RECIPES, recipe_names
 from dsbert.config.sections import BatchConfig
@@ -23,7 +24,9 @@ def test_the_family_of_the_paper() -> None:
         [
             "demo",
             "modernbert-demo",
+            "continue-base",
             "wikibooks",
+            "wikibooks-phase2",
             *(f"bert-{size}" for size in ("tiny", "mini", "small", "medium", "base", "large")),
             *(f"short-{size}" for size in ("tiny", "mini", "medium")),
         ]
@@ -56,6 +59,39 @@ def test_learning_rate_rule() -> None:
     assert given.peak_lr == 3e-4
 
 
+def rates(*overrides: str) -> list[float]:
+    """Shares of the peak at each of ten steps, of which the first two warm up."""
+    recipe = load_recipe("demo", ["optim.total_steps=10", "optim.warmup_steps=2", "sparsity.num_updates=2", *overrides])
+    return [learning_rate(recipe.optim, 1.0, step) for step in range(1, 11)]
+
+
+def test_schedules_of_the_learning_rate() -> None:
+    """No step is taken in vain; a stable phase, where there is one, ends where decay_steps say."""
+    assert rates() == pytest.approx([1 / 2, 1, *(left / 9 for left in range(8, 0, -1))])
+    cosine = rates("optim.schedule=cosine")
+    assert cosine[:2] == [0.5, 1.0]
+    assert cosine[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * done / 9)) for done in range(1, 9)])
+    stable = [1 / 2, 1, 1, 1, 1, 1, 1]
+    assert rates("optim.schedule=wsd", "optim.decay_steps=3") == pytest.approx([*stable, 3 / 4, 2 / 4, 1 / 4])
+    assert rates("optim.schedule=wsd", "optim.decay_steps=0.3") == rates("optim.schedule=wsd", "optim.decay_steps=3")
+    assert rates("optim.schedule=wsd") == pytest.approx([*stable, 1, 1, 1 / 2])
+
+
+def test_steps_may_be_shares_of_the_run() -> None:
+    recipe = load_recipe("demo", ["optim.total_steps=1000", "optim.warmup_steps=0.06"])
+    assert recipe.optim.warmup_steps == 60
+    assert recipe.model_dump(mode="json")["optim"]["warmup_steps"] == 60
+    assert load_recipe("demo", ["optim.warmup_steps=0"]).optim.warmup_steps == 0
+
+
+def test_what_is_at_its_default_is_in_no_record() -> None:
+    """Else no run of before would be resumed."""
+    recipe = load_recipe("demo")
+    assert "init_from" not in recipe.model_dump(mode="json")
+    assert {"schedule", "decay_steps"}.isdisjoint(recipe.identity()["optim"])
+    assert load_recipe("demo", ["optim.schedule=wsd"]).identity()["optim"]["schedule"] == "wsd"
+
+
 def test_yaml_that_reads_numbers_as_strings(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "dsbert" / "recipes" / "demo.yaml").read_text()
     path = tmp_path / "mine.yaml"
@@ -73,6 +109,12 @@ def test_yaml_that_reads_numbers_as_strings(tmp_path: Path) -> None:
         ("sparcity.block_size=8", "the nearest known key is 'sparsity'"),
         ("sparsity.block_size=7", "recipe key 'sparsity.block_size'"),
         ("optim.warmup_steps=100000000", "expected warmup_steps below total_steps"),
+        ("optim.warmup_steps=1.5", "recipe key 'optim.warmup_steps'"),
+        ("optim.decay_steps=10", "expected decay_steps with schedule wsd alone, found schedule linear"),
+        (
+            "lr_scheduler_type=cosine",
+            "unknown recipe key 'lr_scheduler_type': the nearest known key is 'optim.schedule'",
+        ),
         ("sparsity.num_updates=800000", "expected sparsity.num_updates of at most total_steps"),
         ("data.seq_len=1024", "expected data.seq_len of at most model.max_positions 512"),
         ("model.num_heads=5", "expected num_heads that divides hidden_size"),
