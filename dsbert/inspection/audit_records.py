@@ -21,16 +21,15 @@ from dsbert.checkpoint.loading import Problem, read_topology
 from dsbert.checkpoint.state import LayerRecord, read_manifest, read_state
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.inspection.audit_checkpoint import Audit
-from dsbert.sparse import BlockTopology, DrawKey
+from dsbert.inspection.topologies import JOURNAL, first_topologies
 from dsbert.sparse.journal import replay
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.training.attempts import Attempt, Status, StepRecord, UpdateRecord
 
-MASKS = "masks.jsonl"
 _JOURNALS: dict[str, type[Record]] = {
     "metrics.jsonl": StepRecord,
-    MASKS: UpdateRecord,
+    JOURNAL: UpdateRecord,
     "attempts.jsonl": Attempt,
 }
 _RECORDS: dict[str, type[Record]] = {"attempt.json": Attempt, "status.json": Status}
@@ -41,8 +40,8 @@ def audit_records(run: Path, whole: list[Path], audit: Audit) -> None:
     for name, model in _JOURNALS.items():
         before = len(audit.problems)
         _audit_journal(run / name, model, audit)
-        if name == MASKS and len(audit.problems) == before and whole:
-            audit.problems += _replayed(run / MASKS, whole)
+        if name == JOURNAL and len(audit.problems) == before and whole:
+            audit.problems += _replayed(run / JOURNAL, whole)
     for name, model in _RECORDS.items():
         try:
             record = parse_object(read_regular(run / name))
@@ -111,17 +110,10 @@ class _Replay:
     """The topologies of a run after the updates read so far. schedule: None where none is due."""
 
     def __init__(self, recipe: Recipe, layers: dict[str, LayerRecord]) -> None:
-        sparsity, seed = recipe.sparsity, recipe.seed
-        self.topologies: dict[str, BlockTopology] = {}
-        for name, layer in layers.items():
-            if layer.block_size is not None:
-                key = DrawKey(seed, "init", 0, name)
-                self.topologies[name] = BlockTopology.random(
-                    layer.out_in, layer.block_size, sparsity.density, key, sparsity.balance
-                )
+        self.topologies = first_topologies(recipe, layers)
         self.schedule = None
-        if sparsity.pattern == "dynamic" and self.topologies:
-            self.schedule = UpdateSchedule.of(sparsity, recipe.optim.total_steps)
+        if recipe.sparsity.pattern == "dynamic" and self.topologies:
+            self.schedule = UpdateSchedule.of(recipe.sparsity, recipe.optim.total_steps)
         self._explored: dict[str, Tensor] = {name: topology.mask() for name, topology in self.topologies.items()}
         self._lines = self._offset = 0  # of the journal, whose line n is update n
 
