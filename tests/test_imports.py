@@ -20,6 +20,7 @@ FLOORS = (
         "__main__",
         "cli",
         "experiment",
+        "api",
         "reports",
         "jobs",
         "monitoring",
@@ -177,6 +178,10 @@ def test_nobody_imports_the_loop_but_the_command_line() -> None:
         named(path) for path in MODULES if any(name.startswith("dsbert.training.pretrain.") for name in imports(path))
     }
     assert found == {"dsbert.cli.training"}
+
+
+def test_nobody_imports_what_is_for_notebooks() -> None:
+    assert not [named(path) for path in MODULES if any(name.startswith("dsbert.api") for name in imports(path))]
 
 
 def test_no_pickle_is_read_or_written() -> None:

@@ -66,15 +66,22 @@ def watch(run_dirs: tuple[Path, ...], every_s: float) -> None:
     epilog=examples("dsbert report runs/demo --to reports/demo", "dsbert report runs/a runs/b --to reports/ab")
 )
 @click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=PathName())
-@click.option("--to", type=PathName(), required=True, help="The directory to write: index.html, report.json, PNGs.")
+@click.option(
+    "--to", type=PathName(), required=True, help="The directory to write: index.html, report.json, PNGs and GIFs."
+)
+@click.option(
+    "--weights",
+    metavar="PATTERN",
+    help="Which sparse weights are shown block by block, such as '*layer.11.*'; 6 at most.",
+)
 @as_json_option
 @click.pass_obj
-def report(argv: list[str], run_dirs: tuple[Path, ...], to: Path, as_json: bool) -> None:
+def report(argv: list[str], run_dirs: tuple[Path, ...], to: Path, weights: str | None, as_json: bool) -> None:
     """Runs as a page that needs no network: losses, speed, cost, interruptions, what became of blocks."""
     from dsbert.base.jsonl import to_json
     from dsbert.reports.run_report import report as write
 
-    numbers = write(_named(run_dirs), to, shlex.join(["dsbert", *argv]))
+    numbers = write(_named(run_dirs), to, shlex.join(["dsbert", *argv]), weights)
     print(to_json(numbers) if as_json else f"report in {to}: open {to / 'index.html'}")
 
 

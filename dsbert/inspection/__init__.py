@@ -3,6 +3,7 @@
     summary             `dsbert inspect`
     comparison          `dsbert diff`
     export              `dsbert export`: a directory that transformers loads
+    topologies          where blocks stood after any step, by the journal of mask updates
     data_summary        `dsbert data`
     doctor              `dsbert doctor`: whether a machine can train; doctor_storage.py what its file systems do
 

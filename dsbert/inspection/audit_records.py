@@ -21,17 +21,16 @@ from dsbert.checkpoint.loading import Problem, read_topology
 from dsbert.checkpoint.state import LayerRecord, read_manifest, read_state
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.inspection.audit_checkpoint import Audit
-from dsbert.sparse import BlockTopology, DrawKey
+from dsbert.inspection.topologies import JOURNAL
 from dsbert.sparse.journal import replay
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.training.attempts import Attempt, Status, StepRecord, UpdateRecord
-from dsbert.training.run_directory import INITIAL_TOPOLOGY
+from dsbert.training.first_topologies import first_topologies
 
-MASKS = "masks.jsonl"
 _JOURNALS: dict[str, type[Record]] = {
     "metrics.jsonl": StepRecord,
-    MASKS: UpdateRecord,
+    JOURNAL: UpdateRecord,
     "attempts.jsonl": Attempt,
 }
 _RECORDS: dict[str, type[Record]] = {"attempt.json": Attempt, "status.json": Status}
@@ -42,8 +41,8 @@ def audit_records(run: Path, whole: list[Path], audit: Audit) -> None:
     for name, model in _JOURNALS.items():
         before = len(audit.problems)
         _audit_journal(run / name, model, audit)
-        if name == MASKS and len(audit.problems) == before and whole:
-            audit.problems += _replayed(run / MASKS, whole)
+        if name == JOURNAL and len(audit.problems) == before and whole:
+            audit.problems += _replayed(run / JOURNAL, whole)
     for name, model in _RECORDS.items():
         try:
             record = parse_object(read_regular(run / name))
@@ -108,40 +107,14 @@ def _replayed(file: Path, whole: list[Path]) -> Iterator[Problem]:
         yield Problem(file.name, " ".join(str(error).split()))
 
 
-def _drawn(recipe: Recipe, layers: dict[str, LayerRecord]) -> dict[str, BlockTopology]:
-    """What a run begins with that begins with random weights."""
-    found = {}
-    for name, layer in layers.items():
-        key, density = DrawKey(recipe.seed, "init", 0, name), recipe.sparsity.density
-        found[name] = BlockTopology.random(layer.out_in, layer.block_size or 1, density, key, recipe.sparsity.balance)
-    return found
-
-
-def _kept(run: Path, layers: dict[str, LayerRecord]) -> dict[str, BlockTopology]:
-    """What a run began with that begins with weights of another. Raises ValueError where that is not there."""
-    from safetensors.torch import load_file
-
-    try:
-        open_regular(run / INITIAL_TOPOLOGY).close()
-        tensors = load_file(run / INITIAL_TOPOLOGY)
-        return {
-            name: BlockTopology(layer.out_in, layer.block_size or 1, tensors[f"{name}.rows"], tensors[f"{name}.cols"])
-            for name, layer in layers.items()
-        }
-    except Exception as error:  # safetensors raises its own type
-        raise ValueError(f"expected {INITIAL_TOPOLOGY} beside it, found: {' '.join(str(error).split())}") from None
-
-
 class _Replay:
     """The topologies of a run after the updates read so far. schedule: None where none is due."""
 
     def __init__(self, recipe: Recipe, layers: dict[str, LayerRecord], run: Path) -> None:
-        sparsity = recipe.sparsity
-        sparse = {name: layer for name, layer in layers.items() if layer.block_size is not None}
-        self.topologies = _drawn(recipe, sparse) if recipe.init_from is None else _kept(run, sparse)
+        self.topologies = first_topologies(run, recipe, layers)
         self.schedule = None
-        if sparsity.pattern == "dynamic" and self.topologies:
-            self.schedule = UpdateSchedule.of(sparsity, recipe.optim.total_steps)
+        if recipe.sparsity.pattern == "dynamic" and self.topologies:
+            self.schedule = UpdateSchedule.of(recipe.sparsity, recipe.optim.total_steps)
         self._explored: dict[str, Tensor] = {name: topology.mask() for name, topology in self.topologies.items()}
         self._lines = self._offset = 0  # of the journal, whose line n is update n
 

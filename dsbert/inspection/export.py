@@ -182,8 +182,6 @@ def _umask() -> int:
 
 def _write(restored: Any, to: Path) -> None:
     """All files of an export but the record."""
-    from dsbert.models.spec import model_spec
-
     for name in read_manifest(restored.path).files:  # no more than was verified, whatever else lies there
         if name.startswith(f"{TOKENIZER}/"):
             shutil.copyfile(restored.path / name, to / Path(name).name)
@@ -191,10 +189,21 @@ def _write(restored: Any, to: Path) -> None:
     # As this version writes it: an older one had transformers rebuild normalisers that are not BERT's.
     save_tokenizer(tokenizer, to)
     check_saved(to)
-    spec, config, vocabulary = model_spec(restored.recipe.model), restored.model.config, Vocabulary.of(tokenizer)
+    model = transformers_model(restored)
+    _limit_tokenizer(to / "tokenizer_config.json", model.config.max_position_embeddings)
+    model.save_pretrained(to)
+    _save_compact(restored, to / COMPACT)
+
+
+def transformers_model(restored: Any) -> Any:
+    """A restored model (checkpoint/restore.py) as transformers has it: of its class, with dense weights, and with the
+    ids of special tokens in its configuration."""
+    from dsbert.models.spec import model_spec
+
+    spec, config = model_spec(restored.recipe.model), restored.model.config
+    vocabulary = Vocabulary.of(load_tokenizer(restored.path / TOKENIZER))
     for name, token in spec.special_tokens.items():
         setattr(config, name, getattr(vocabulary, token))
-    _limit_tokenizer(to / "tokenizer_config.json", config.max_position_embeddings)
     model = spec.exported(config)
     weights = dense_state(restored)
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -202,8 +211,7 @@ def _write(restored: Any, to: Path) -> None:
     assert not missing, missing
     assert not unexpected, unexpected
     model.tie_weights()
-    model.save_pretrained(to)
-    _save_compact(restored, to / COMPACT)
+    return model
 
 
 def _limit_tokenizer(path: Path, max_positions: int) -> None:

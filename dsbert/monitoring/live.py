@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dsbert.monitoring.run_status import RunStatus, read_status
+from dsbert.monitoring.run_status import RunStatus, read_run
 from dsbert.monitoring.status_lines import status_lines, status_table
+from dsbert.monitoring.step_records import StepLog
 
 
 def watch_runs(paths: Sequence[Path], every_s: float) -> None:
@@ -33,8 +34,9 @@ def watch_runs(paths: Sequence[Path], every_s: float) -> None:
 
 
 def _looks(paths: Sequence[Path], every_s: float) -> Iterator[str]:
+    logs = [StepLog(path) for path in paths]
     while True:
-        found = [read_status(path) for path in paths]
+        found = [read_run(path, log)[1] for path, log in zip(paths, logs, strict=True)]
         yield _shown(found)
         if all(one.standing.over for one in found):
             return

@@ -14,11 +14,11 @@ from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
 from dsbert.base.records import read_record, valid_records
 from dsbert.cluster.heartbeats import SeenBeat, beats_in
+from dsbert.monitoring.step_records import StepLog, StepSums, is_number
 from dsbert.training.attempts import Attempt, Ending, Status
 from dsbert.training.history import read_config
 
 JOBS = "jobs.jsonl"
-_LARGEST = 1e30  # FLOPs reach 1e24, everything else far less
 _LAST_TIME = 4e9  # of seconds since 1970
 
 
@@ -26,23 +26,29 @@ _LAST_TIME = 4e9  # of seconds since 1970
 class RunFiles:
     """What stands in a run directory.
 
-    attempts: oldest first; beats: of the newest; metrics: the lines of metrics.jsonl that count for the newest attempt,
-    of which only fields that are numbers; saved: the newest published checkpoint and when it was, in seconds since
-    1970; job: the newest that was submitted for the run, and when; coming: ranks that have met and not yet taken the
-    run over; closed: heartbeats are there and cannot be read; now: when all this was read.
+    config: config.yaml; attempts: oldest first; beats: of the newest; metrics: what the lines of metrics.jsonl say that
+    count for the newest attempt; saved: the newest published checkpoint and when it was, in seconds since 1970; job:
+    the newest that was submitted for the run, and when; coming: ranks that have met and not yet taken the run over;
+    closed: heartbeats are there and cannot be read; now: when all this was read.
     """
 
     path: Path
-    recipe: Mapping[str, Any]
+    config: Mapping[str, Any]
     attempts: list[Attempt]
     status: Status | None
     beats: list[SeenBeat]
-    metrics: list[dict[str, Any]]
+    metrics: StepSums
     saved: tuple[str, float] | None
     job: tuple[str, float] | None
     coming: list[SeenBeat] = field(default_factory=list)
     closed: bool = False
     now: float = field(default_factory=time.time)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """As config.yaml has it; {} where it has none."""
+        recipe = self.config.get("recipe")
+        return recipe if isinstance(recipe, dict) else {}
 
     @property
     def name(self) -> str | None:
@@ -70,8 +76,9 @@ class RunFiles:
         return status if said else None
 
 
-def read_files(path: Path) -> RunFiles:
-    """Of a run, or of one that a job is to begin. Raises UserError where there is neither."""
+def read_files(path: Path, log: StepLog | None = None) -> RunFiles:
+    """Of a run, or of one that a job is to begin. log: of this run, from the look before. Raises UserError where there
+    is neither."""
     # Heartbeats first: who ends while this is read has said so in what is read after them.
     beats_of = {folder.name: beats_in(folder) for folder in _folders(path / "heartbeats")}
     attempts = [_dated(one) for one in valid_records(_lines(path / "attempts.jsonl"), Attempt)]
@@ -82,16 +89,16 @@ def read_files(path: Path) -> RunFiles:
     ]
     if newest is None and job is None and not coming:
         raise UserError(f"expected a run in {path}, found none: name a directory that `dsbert pretrain` writes")
-    recipe: dict[str, Any] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        recipe = dict(read_config(path)["recipe"])
+    config: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        config = read_config(path)
     return RunFiles(
         path=path,
-        recipe=recipe,
+        config=config,
         attempts=attempts,
         status=_status(path),
         beats=beats_of.get(newest.nonce, []) if newest else [],
-        metrics=_metrics(path, newest),
+        metrics=(log or StepLog(path)).read(*since(newest)),
         saved=_newest_checkpoint(path),
         job=job,
         coming=coming,
@@ -99,14 +106,14 @@ def read_files(path: Path) -> RunFiles:
     )
 
 
-def is_number(value: object, most: float = _LARGEST) -> TypeGuard[float]:
-    """Finite, no truth value, and no larger than anything of ours."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
-
-
 def first_step(attempt: Attempt | None) -> int:
     """After how many steps an attempt began."""
     return int(attempt.checkpoint.removeprefix("step_")) if attempt and attempt.checkpoint else 0
+
+
+def since(newest: Attempt | None) -> tuple[int, float]:
+    """(after how many steps the newest attempt began, when): which lines of metrics.jsonl count."""
+    return first_step(newest), (newest.started if newest else None) or 0.0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -126,17 +133,6 @@ def _listable(path: Path) -> bool:
         list((path / "heartbeats").iterdir())
         return True
     return False
-
-
-def _metrics(path: Path, newest: Attempt | None) -> list[dict[str, Any]]:
-    """Without steps beyond the checkpoint of an attempt that has not cut the file back yet."""
-    found = [
-        {key: value for key, value in record.items() if is_number(value)}
-        for record in _lines(path / "metrics.jsonl")
-        if type(record.get("step")) is int and 0 < record["step"] <= 2**53
-    ]
-    started, began = (newest.started if newest else None) or 0.0, first_step(newest)
-    return [one for one in found if one["step"] <= began or one.get("time", started) >= started]
 
 
 def _status(path: Path) -> Status | None:

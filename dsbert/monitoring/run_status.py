@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsbert.monitoring.card_peaks import peak_flops_per_s
 from dsbert.monitoring.run_files import RunFiles, read_files
 from dsbert.monitoring.standing import Standing, heartbeat_age_s, standing
+from dsbert.monitoring.step_records import StepLog
 from dsbert.monitoring.timeline import Spending, Stretch, spending, step_seconds, stretches
 
 # Losses are shown over the run by so many points.
@@ -20,8 +23,9 @@ class RunStatus:
 
     step: the newest that is known, of total_steps; eta_s: until the last step, by the newest records, evaluations and
     saves included. loss: of the newest record; val_loss: held-out MLM loss, of the newest evaluation; curve: training
-    losses over the run, at most CURVE_POINTS. flops_per_s: of all ranks, by the paper's count. slowest: the rank that
-    has taken fewest steps, if not all have taken as many.
+    losses over the run, at most CURVE_POINTS. flops_per_s: of all ranks, by the paper's count, of weights that are
+    kept; mfu: the share of what the cards can do at most that this is (card_peaks.py). slowest: the rank that has taken
+    fewest steps, if not all have taken as many.
     """
 
     run: str
@@ -38,6 +42,7 @@ class RunStatus:
     step_s: float | None
     tokens_per_s: float | None
     flops_per_s: float | None
+    mfu: float | None
     skipped: int
     attempts: tuple[Stretch, ...]
     spending: Spending
@@ -68,27 +73,29 @@ def read_status(path: Path) -> RunStatus:
     return read_run(path)[1]
 
 
-def read_run(path: Path) -> tuple[RunFiles, RunStatus]:
+def read_run(path: Path, log: StepLog | None = None) -> tuple[RunFiles, RunStatus]:
     """The same with what it was read from. Who seems to be gone may have ended, or have been followed by another
-    attempt, while the files were read: then they say so now."""
-    files = read_files(path)
+    attempt, while the files were read: then they say so now. log: of this run, where it is looked at again and
+    again."""
+    log = log or StepLog(path)
+    files = read_files(path, log)
     status = status_of(files)
     if status.standing.state != "killed":
         return files, status
-    files = read_files(path)
+    files = read_files(path, log)
     return files, status_of(files)
 
 
 def status_of(files: RunFiles) -> RunStatus:
     """Of what was read."""
-    found, last = standing(files), files.metrics[-1] if files.metrics else {}
+    found, last = standing(files), files.metrics.last
     attempts = stretches(files, found.at_work)
     at_work = found.at_work
     # Heartbeats know of steps whose records were not written, also once the ranks are gone.
-    step = max([last.get("step", 0), *(seen.beat.step for seen in files.beats)])
-    losses = [record["loss"] for record in files.metrics if "loss" in record]
-    evaluated = [record["val_mlm_loss"] for record in files.metrics if "val_mlm_loss" in record]
+    step = max([int(last.get("step", 0)), *(seen.beat.step for seen in files.beats)])
+    losses = files.metrics.losses
     seconds = step_seconds(files)
+    flops_per_s = _flops_per_s(files, seconds)
     return RunStatus(
         run=str(files.path),
         name=files.name,
@@ -99,12 +106,13 @@ def status_of(files: RunFiles) -> RunStatus:
         total_steps=files.total_steps,
         eta_s=_eta_s(files, step) if found.state in ("running", "starting") else None,
         loss=losses[-1] if losses else None,
-        val_loss=evaluated[-1] if evaluated else None,
+        val_loss=files.metrics.val_loss,
         curve=thinned(losses, CURVE_POINTS),
         step_s=seconds,
         tokens_per_s=last.get("tokens_per_s"),
-        flops_per_s=_flops_per_s(files, seconds),
-        skipped=sum(int(record.get("skipped", 0)) for record in files.metrics),
+        flops_per_s=flops_per_s,
+        mfu=_mfu(files, flops_per_s),
+        skipped=files.metrics.skipped,
         attempts=tuple(attempts),
         spending=spending(files, attempts),
         checkpoint=files.saved[0] if files.saved else None,
@@ -114,7 +122,7 @@ def status_of(files: RunFiles) -> RunStatus:
     )
 
 
-def thinned(values: list[float], most: int) -> tuple[float, ...]:
+def thinned(values: Sequence[float], most: int) -> tuple[float, ...]:
     """At most so many, evenly spread, the last among them."""
     if len(values) <= most:
         return tuple(values)
@@ -126,7 +134,7 @@ def _eta_s(files: RunFiles, step: int) -> float | None:
     if files.total_steps is None:
         return None
     started = (files.attempt.started if files.attempt else None) or 0.0
-    recent = [one for one in files.metrics[-20:] if one.get("time", -1.0) >= started]
+    recent = [one for one in files.metrics.recent if one.get("time", -1.0) >= started]
     left = max(0, files.total_steps - step)
     if len(recent) > 1 and recent[-1]["step"] > recent[0]["step"] and recent[-1]["time"] > recent[0]["time"]:
         return float(left * (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"]))
@@ -135,9 +143,14 @@ def _eta_s(files: RunFiles, step: int) -> float | None:
 
 
 def _flops_per_s(files: RunFiles, seconds: float | None) -> float | None:
-    last = files.metrics[-1] if files.metrics else {}
+    last = files.metrics.last
     flops = last.get("flops_total")
     return flops / last["step"] / seconds if flops is not None and seconds else None
+
+
+def _mfu(files: RunFiles, flops_per_s: float | None) -> float | None:
+    peak, ranks = peak_flops_per_s(files.config), files.attempt.world_size if files.attempt else None
+    return flops_per_s / (peak * ranks) if flops_per_s is not None and peak and ranks else None
 
 
 def _slowest(files: RunFiles) -> str | None:

@@ -70,7 +70,7 @@ def _waiting(files: RunFiles) -> str | None:
     if files.job is None:
         return None
     job_id, submitted = files.job
-    if attempt is not None and (job_id == attempt.job_id or submitted <= (attempt.started or 0.0)):
+    if attempt is not None and (job_id in (attempt.job, attempt.job_id) or submitted <= (attempt.started or 0.0)):
         return None
     return f"job {job_id}, submitted {duration(max(0.0, files.now - submitted))} ago"
 
@@ -90,7 +90,7 @@ def _of_ending(files: RunFiles) -> Standing:
 def _lost(files: RunFiles, state: Literal["failed", "killed"], why: str) -> Standing:
     """A job requeues itself, but where a rank has left with what is final; the heartbeats know."""
     codes = {seen.beat.ended.code for seen in files.beats if seen.beat.ended}
-    job_id = files.attempt.job_id if files.attempt else None
+    job_id = files.attempt.job if files.attempt else None
     if job_id is None or codes & _FINAL or (state == "failed" and not files.beats):
         return Standing(state, why)
     return Standing("requeued", f"{why}; job {job_id} requeues itself, unless it has given up")

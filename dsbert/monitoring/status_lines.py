@@ -76,7 +76,8 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "loss", f"{status.loss:.3f}{held_out}  {sparkline(status.curve)}"
     if status.tokens_per_s is not None and status.step_s is not None:
         flops = f", {status.flops_per_s / 1e9:,.1f} GFLOP/s" if status.flops_per_s else ""
-        yield "speed", f"{status.tokens_per_s:,.0f} tokens/s{flops}, {status.step_s:.3g} s a step"
+        mfu = f", MFU {status.mfu:.1%}" if status.mfu is not None else ""
+        yield "speed", f"{status.tokens_per_s:,.0f} tokens/s{flops}{mfu}, {status.step_s:.3g} s a step"
     if status.ranks:
         yield "ranks", f"{status.ranks} on {', '.join(status.hosts) or 'unknown hosts'}"
     if status.heartbeat_age_s is not None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dsbert.monitoring.run_files import RunFiles, first_step
 from dsbert.training.attempts import Attempt, Ending
@@ -18,7 +16,8 @@ from dsbert.training.attempts import Attempt, Ending
 
 @dataclass(frozen=True)
 class Stretch:
-    """One attempt. Times in seconds since 1970, None where nobody knows; ended: None while it goes on.
+    """One attempt. Times in seconds since 1970, None where nobody knows; ended: None while it goes on. job_id: as
+    squeue shows it.
 
     first_step, last_step: after how many steps it began, and how far it was seen. lost_steps: how many of these the
     next one took again. outcome: done | requeue | failed, None where it did not say.
@@ -66,13 +65,13 @@ def stretches(files: RunFiles, at_work: bool) -> list[Stretch]:
         ending = after.previous if after else files.ended.ending if files.ended else None
         last = ending.step if ending else None
         if after is None and ending is None:
-            seen = [seen.beat.step for seen in files.beats] + [record["step"] for record in files.metrics[-1:]]
+            seen = [seen.beat.step for seen in files.beats] + [int(one["step"]) for one in files.metrics.recent[-1:]]
             last = max(seen, default=None)
         lost = max(0, (last or 0) - first_step(after)) if after else 0
         found.append(
             Stretch(
                 number=attempt.number,
-                job_id=attempt.job_id,
+                job_id=attempt.job,
                 ranks=attempt.world_size,
                 started=attempt.started,
                 ended=_end(files, ending, after, at_work),
@@ -92,29 +91,19 @@ def spending(files: RunFiles, found: list[Stretch]) -> Spending:
     ends = [one.ended for one in found if one.ended is not None]
     over = bool(found) and found[-1].ended is not None
     total = ((max(ends) if over and ends else files.now) - min(starts)) if starts else 0.0
-    steps = evaluation = saves = 0.0
-    before = 0
-    for record in files.metrics:
-        steps += _seconds(record, "step_s") * (record["step"] - before)
-        evaluation += _seconds(record, "validation_s")
-        saves += _seconds(record, "save_s")
-        before = record["step"]
     down = 0.0
     for one, after in itertools.pairwise(found):
         if one.ended is not None and after.started is not None:
             down += max(0.0, after.started - one.ended)
     lost = sum(one.lost_steps for one in found) * (step_seconds(files) or 0.0)
-    return Spending(max(total, 0.0), steps, evaluation, saves, lost, down)
+    sums = files.metrics
+    return Spending(max(total, 0.0), sums.steps_s, sums.evaluation_s, sums.saves_s, lost, down)
 
 
 def step_seconds(files: RunFiles) -> float | None:
     """Of one step: the median of the last records."""
-    recent = [value for record in files.metrics[-20:] if (value := _seconds(record, "step_s")) > 0]
+    recent = [value for record in files.metrics.recent if (value := record.get("step_s", 0.0)) > 0]
     return statistics.median(recent) if recent else None
-
-
-def _seconds(record: Mapping[str, Any], key: str) -> float:
-    return max(0.0, float(record.get(key, 0.0)))
 
 
 def _end(files: RunFiles, ending: Ending | None, after: Attempt | None, at_work: bool) -> float | None:
@@ -126,5 +115,5 @@ def _end(files: RunFiles, ending: Ending | None, after: Attempt | None, at_work:
     if ending is None and at_work:
         return None
     started = (files.attempt.started if files.attempt else None) or 0.0
-    times = [seen.time for seen in files.beats] + [record.get("time", 0.0) for record in files.metrics[-1:]]
-    return max([one for one in times if one >= started], default=started or None)
+    times = [seen.time for seen in files.beats] + [files.metrics.last.get("time", 0.0)]
+    return max([one for one in times if one and one >= started], default=started or None)

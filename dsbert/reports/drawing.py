@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from dsbert.base.errors import UserError
@@ -13,16 +14,16 @@ _DPI = 110
 
 
 class Picture:
-    """A drawn figure."""
+    """A drawn figure; a notebook shows it. figure: matplotlib's."""
 
     def __init__(self, figure: Any) -> None:
-        self._figure = figure
+        self.figure = figure
 
     def svg(self) -> str:
         """Without what differs from call to call."""
         with _settings():
             buffer = io.StringIO()
-            self._figure.savefig(buffer, format="svg", metadata={"Date": None})
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue()
         return text[text.index("<svg") :]
 
@@ -30,8 +31,21 @@ class Picture:
         """At a fixed resolution."""
         buffer = io.BytesIO()
         with _settings():
-            self._figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+            self.figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
         return buffer.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """As SVG or PNG, by the name. Raises UserError where it cannot be written."""
+        path = Path(path)
+        if path.suffix not in (".svg", ".png"):
+            raise UserError(f"expected a file that ends in .svg or .png, found {path}")
+        try:
+            path.write_bytes(self.png() if path.suffix == ".png" else self.svg().encode())
+        except OSError as error:
+            raise UserError(f"expected to write {path}, found: {error.strerror}") from None
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
 
 
 _WIDTH = 7.2  # inches, of every picture: so that letters are of one size where several stand beside each other

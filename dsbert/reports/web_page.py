@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+
+_FRAME_S = 0.3  # of each picture of a player
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -16,6 +19,16 @@ th { font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 .pictures { margin-top: 2rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; } figcaption { font-weight: 600; }
+details { margin: 0.5rem 0; } summary { font-weight: 600; cursor: pointer; overflow-wrap: anywhere; }
+.film { display: grid; gap: 0 1px; align-items: center; max-width: 40rem; margin-top: 0.5rem; }
+.film label { display: contents; } .film input { width: 100%; min-width: 0; margin: 0; }
+.film .play { width: 1rem; }
+.film .frame { grid-row: 1; grid-column: 1 / -1; visibility: hidden; }
+.film input:checked + .frame { visibility: visible; }
+.film img { display: block; height: 20rem; max-width: 100%; object-fit: contain; object-position: left;
+  image-rendering: pixelated; border: 1px solid #d8dee4; }
+.key span { display: inline-block; width: 0.8rem; height: 0.8rem; border: 1px solid #d8dee4; margin: 0 0.3rem 0 0; }
+.key { font-size: 0.9rem; } .key b { font-weight: 400; margin-right: 1rem; white-space: nowrap; }
 code { font-size: 0.85rem; background: #f3f4f6; padding: 0.1rem 0.3rem; }
 """
 
@@ -27,6 +40,11 @@ def page(title: str, parts: Iterable[str]) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
+
+
+def heading(text: str) -> str:
+    """Above a part of the page."""
+    return f"<h2>{escape(text)}</h2>"
 
 
 def note(text: str) -> str:
@@ -43,10 +61,47 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     """Scrolls by itself where the window is narrow."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<h2>{escape(title)}</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return f'{heading(title)}<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def figures(pictures: Mapping[str, str]) -> str:
     """By title: SVG; as many beside each other as there is room for."""
     shown = (f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in pictures.items())
     return "\n".join(['<div class="pictures">', *shown, "</div>"])
+
+
+def player(title: str, group: str, frames: Sequence[tuple[str, bytes]], key: Mapping[str, str], opened: bool) -> str:
+    """Pictures of which one is shown, by a row of buttons, or all in turn; no script is needed for it.
+
+    group: a word of its own for each player of a page. frames: captions and PNGs. key: what colours mean. Folded up, if
+    it is not opened.
+    """
+    count = len(frames)
+    cycle = f"{group} {count * _FRAME_S:.1f}s step-end infinite"
+    style = (
+        f"@keyframes {group} {{ 0% {{ visibility: visible }} {100 / count:.4f}%, 100% {{ visibility: hidden }} }}\n"
+        f".{group} .play:checked ~ label .frame {{ animation: {cycle} }}"
+    )
+    columns = f"grid-template-columns: auto auto repeat({count}, minmax(0, 1fr))"
+    shown = [
+        f'<label><input type="radio" name="{group}" aria-label="{escape(caption)}"{" checked" * (number == count - 1)}>'
+        f'<span class="frame" style="animation-delay: {number * _FRAME_S:.1f}s"><img alt="" src="{_png(png)}">'
+        f"{escape(caption)}</span></label>"
+        for number, (caption, png) in enumerate(frames)
+    ]
+    colours = "".join(
+        f'<span style="background: {colour}"></span><b>{escape(word)}</b>' for word, colour in key.items()
+    )
+    return "\n".join(
+        [
+            f"<details{' open' * opened}><summary>{escape(title)}</summary><style>{style}</style>",
+            f'<div class="film {group}" style="{columns}">',
+            f'<input type="radio" class="play" name="{group}" id="{group}-play"><label for="{group}-play">play</label>',
+            *shown,
+            f'</div><p class="key">{colours}</p></details>',
+        ]
+    )
+
+
+def _png(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

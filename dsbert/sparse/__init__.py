@@ -7,7 +7,7 @@
     mask_manager     one collective decision per update: regrow.py which blocks, schedule.py when and how many
     block_editor     how the manager reaches weights and moments; flat_blocks.py blocks in a slice of a flat parameter
     fresh_moments    what Adam knows of a block that was just regrown
-    journal          the updates as JSON, to be replayed
+    journal          the updates as JSON, to be replayed; update_norms.py what they kept and dropped, in a few numbers
     magnitude        cuts a dense weight to its largest blocks
     group_lasso      pulls whole blocks towards zero; flops.py counts as the paper does
     kernel_plan      which kernels a model runs on, alike on all ranks; kernels/ the products themselves

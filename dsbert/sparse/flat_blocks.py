@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -20,13 +22,20 @@ class PruneScore:
     a block and over ranks. A term is `scale` times what it stands for.
 
     by_age(scores int64 [K], ages int64 [K]): what is compared in place of the combined scores: [K], of any ordered
-    dtype, on the CPU, by arithmetic that is the same on every machine. ages: see `MaskManager`.
+    dtype, on the CPU, by arithmetic that is the same on every machine. ages: see `MaskManager`. squared: the score is
+    the square of a norm.
     """
 
     terms: Callable[[Tensor], Tensor]
     combine: Literal["sum", "max"]
     scale: float
     by_age: Callable[[Tensor, Tensor], Tensor] | None = None
+    squared: bool = False
+
+    def norms(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What combined scores stand for, in units of the weights."""
+        values = scores / self.scale
+        return np.sqrt(values) if self.squared else values
 
 
 # Fixed point. Integer sums do not depend on the order or on where shards are cut, so equal weights give equal scores
@@ -66,7 +75,7 @@ def _per_root_of_age(scores: Tensor, ages: Tensor) -> Tensor:
 # What `SparsityConfig.prune_score` may name; a program may add scores of its own. l2 is the norm's square.
 PRUNE_SCORES: dict[str, PruneScore] = {
     "l1": PruneScore(_absolute, "sum", _L1_SCALE),
-    "l2": PruneScore(_squared, "sum", _L2_SCALE),
+    "l2": PruneScore(_squared, "sum", _L2_SCALE, squared=True),
     "linf": PruneScore(_absolute, "max", _L1_SCALE),
     "l1_by_age": PruneScore(_absolute, "sum", _L1_SCALE, _per_root_of_age),
 }

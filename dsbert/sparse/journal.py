@@ -1,6 +1,8 @@
 """The journal of mask updates: enough to replay any topology from the first one.
 
-One object per update: step, update, digest, pruned, and per layer the re-pointed slots with their new rows and cols.
+One object per update: step, update, digest, pruned, per layer the re-pointed slots with their new rows and cols, and
+per layer the norms of blocks that were kept and dropped, by group as update_norms.py sums them up (older journals have
+none).
 Lists are plain JSON up to 4,096 entries and base64 of zlib-compressed little-endian int32 differences beyond (B = 1 on
 BERT-Base re-points four million slots at once).
 """
@@ -36,6 +38,7 @@ def journal_entry(update: MaskUpdate) -> dict[str, Any]:
         "digest": update.digest,
         "pruned": update.num_pruned,
         "layers": layers,
+        "norms": update.norms,
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from dsbert.sparse.linear import BlockSparseLinear
 from dsbert.sparse.regrow import REGROW_RULES, prune_and_regrow
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import BlockTopology, TopologyUpdate, combined_digest, pack_bits, unpack_bits
+from dsbert.sparse.update_norms import NormSummary, norm_summary
 
 # The age of blocks that stand where the start has put them, in updates.
 _OLDEST = 2**31 - 1
@@ -37,7 +38,8 @@ def state_parts(fresh_moments: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class MaskUpdate:
-    """What an update did. removed_new_ratio: share of the pruned blocks that the previous update had allocated."""
+    """What an update did. removed_new_ratio: share of the pruned blocks that the previous update had allocated. norms:
+    by layer, of the blocks that it kept and dropped (update_norms.py)."""
 
     number: int
     step: int
@@ -46,6 +48,7 @@ class MaskUpdate:
     dof: float
     digest: str
     seconds: float
+    norms: dict[str, NormSummary] = field(default_factory=dict)
 
     @property
     def num_pruned(self) -> int:
@@ -172,21 +175,25 @@ class MaskManager:
     def _update(self, number: int, step: int, schedule: UpdateSchedule) -> MaskUpdate:
         start = time.perf_counter()
         self.verify_replicas()  # the update rewrites the kernels' buffers: it must not heal what went wrong before it
-        scores = self._reduced_scores(number)
+        scores = self._reduced_scores()
+        compared = self._set_against_ages(scores, number)
         gradient_norms = self._reduced_gradient_norms()
         updates = {}
         for name, topology in self.topologies.items():
             key = DrawKey(self._seed, "regrow", number, name)
             count = schedule.num_pruned(step, topology.num_active)
             updates[name] = prune_and_regrow(
-                topology, scores[name], count, key, self.config.regrow, gradient_norms.get(name), self.config.balance,
+                topology, compared[name], count, key, self.config.regrow, gradient_norms.get(name), self.config.balance,
                 self._may_prune(name, number),
             )  # fmt: skip
         second_moments = self._fresh_second_moments(updates)
         # Every decision is taken before the first weight is touched.
         removed_new = pruned = 0
+        norms = {}
         for name, update in updates.items():
-            removed_new += int((self._born[name][update.slots] == number - 1).sum()) if number > 1 else 0
+            new = self._born[name] == (number - 1 or -1)  # before the first update none is
+            norms[name] = norm_summary(scores[name], self._score, update.slots, new)
+            removed_new += int(new[update.slots].sum())
             pruned += update.num_pruned
             self._apply(name, update, number, second_moments.get(name, 0.0))
         if self._born_step:
@@ -194,8 +201,9 @@ class MaskManager:
                 self._born_step[name][updates[name].slots] = count
         self.verify_replicas()
         return MaskUpdate(
-            number, step, updates, removed_new / max(pruned, 1), self.dof, self.digest(), time.perf_counter() - start
-        )
+            number, step, updates, removed_new / max(pruned, 1), self.dof, self.digest(), time.perf_counter() - start,
+            norms,
+        )  # fmt: skip
 
     def _may_prune(self, name: str, number: int) -> Tensor | None:
         """bool [K]: blocks that update `number` may prune; None if all."""
@@ -215,14 +223,18 @@ class MaskManager:
         self._born[name][update.slots] = number
         self._explored[name][update.rows.long(), update.cols.long()] = True
 
-    def _reduced_scores(self, number: int) -> dict[str, Tensor]:
-        """By layer what update `number` compares blocks by ([K], CPU), after ONE all-reduce over all layers."""
+    def _reduced_scores(self) -> dict[str, Tensor]:
+        """By layer the blocks' scores (int64 [K], CPU), after ONE all-reduce over all layers."""
         parts = [self._editor.block_scores(layer, self._score) for layer in self.layers.values()]
         flat = all_reduce(torch.cat(parts), self._score.combine, self._group).cpu()
-        scores = dict(zip(self.layers, flat.split([part.numel() for part in parts]), strict=True))
-        if (by_age := self._score.by_age) is not None:
-            scores = {name: by_age(own, self._ages(name, number)) for name, own in scores.items()}
-        return scores
+        return dict(zip(self.layers, flat.split([part.numel() for part in parts]), strict=True))
+
+    def _set_against_ages(self, scores: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+        """By layer what update `number` compares blocks by: [K], CPU."""
+        by_age = self._score.by_age
+        return scores if by_age is None else {
+            name: by_age(own, self._ages(name, number)) for name, own in scores.items()
+        }  # fmt: skip
 
     def _fresh_second_moments(self, updates: dict[str, TopologyUpdate]) -> dict[str, float]:
         """By layer what Adam's second moment of regrown blocks begins as, after ONE all-reduce; {} where it is zero."""

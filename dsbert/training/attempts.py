@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+from pydantic import Field
+
 from dsbert.base.records import CheckpointName, Count, Digest, Number, NumRanks, Record, Word
 from dsbert.cluster.heartbeats import Culprit
 
@@ -34,18 +38,31 @@ class Ending(Record):
 class Attempt(Record):
     """attempt.json, the owner of the run, and the lines of attempts.jsonl.
 
-    nonce: drawn at every start; checkpoint: what it goes on from; started: seconds since 1970; previous: how the
-    attempt before it ended, where that is known.
+    nonce: drawn at every start; job_id: SLURM's, of an array's task its own; array_task: the same as squeue and sbatch
+    call it, ARRAY_TASK; checkpoint: what it goes on from; started: seconds since 1970; previous: how the attempt before
+    it ended, where that is known.
     """
 
     number: Number
     nonce: Word
     job_id: str | None = None
+    array_task: str | None = None
     restart_count: Count | None = None
     started: float | None = None
     world_size: NumRanks | None = None
     checkpoint: CheckpointName | None = None
     previous: Ending | None = None
+
+    @property
+    def job(self) -> str | None:
+        """As people know it, and jobs.jsonl."""
+        return self.array_task or self.job_id
+
+
+def slurm_array_task() -> str | None:
+    """Which task of an array this job is, by the name that squeue has for it; None where it is none."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else None
 
 
 class Status(Record):
@@ -75,10 +92,12 @@ class StepRecord(Record):
 
 
 class UpdateRecord(Record):
-    """The lines of masks.jsonl. Coordinates are lists, or packed (sparse/journal.py)."""
+    """The lines of masks.jsonl. Coordinates are lists, or packed (sparse/journal.py); norms: by layer and group of
+    blocks, in the order of `update_norms.SUMMARY`; older journals have none."""
 
     step: Number
     update: Number
     digest: Digest
     pruned: Count
     layers: dict[str, dict[str, list[Count] | str]]
+    norms: dict[str, dict[str, list[float]]] = Field(default_factory=dict)

@@ -23,7 +23,7 @@ def assert_free(run_dir: Path, else_do: str) -> None:
         return
     rank = living_rank(run_dir / "heartbeats" / owner.nonce)
     if rank is not None:
-        job = f" of job {owner.job_id}" if owner.job_id else ""
+        job = f" of job {owner.job}" if owner.job else ""
         where = f"rank {rank.rank} on {rank.host} (process {rank.pid}) at step {rank.step}"
         raise UserError(
             f"expected nobody at work on the run in {run_dir}, found attempt {owner.number}{job}, {where}: wait for "

@@ -32,7 +32,7 @@ from dsbert.cluster.heartbeats import Beat, beats_in
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.data.stream import assert_samples
-from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status
+from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status, slurm_array_task
 from dsbert.training.history import assert_files, read_config, saved_before
 from dsbert.training.provenance import git_revision, versions
 
@@ -130,6 +130,7 @@ class RunDirectory:
             number=1 + max((entry.number for entry in before), default=0),
             nonce=nonce,
             job_id=os.environ.get("SLURM_JOB_ID"),
+            array_task=slurm_array_task(),
             restart_count=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             started=time.time(),
             world_size=world_size,

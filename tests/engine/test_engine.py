@@ -34,7 +34,7 @@ def train_save_resume(stage: int, dtype: str, directory: str, low_rank: int = 0)
     masks.verify_replicas()
     companions = Path(directory) / "companions"
     companions.mkdir(exist_ok=True)
-    losses, norms, digests, at_save = [], [], [], None
+    losses, norms, digests, block_norms, at_save = [], [], [], [], None
     for step in range(1, STEPS + 1):
         result = engine.train_step(bench.step_batches(engine, source, step - 1))
         losses.append(result.mean_losses())
@@ -44,6 +44,7 @@ def train_save_resume(stage: int, dtype: str, directory: str, low_rank: int = 0)
         if update:
             bench.check_update(engine, before, update)
             digests.append(update.digest)
+            block_norms.append(update.norms)
         if step == SAVE_AT:
             from dsbert.checkpoint.publisher import Retention
             from dsbert.checkpoint.state import Totals
@@ -71,7 +72,7 @@ def train_save_resume(stage: int, dtype: str, directory: str, low_rank: int = 0)
     for name, tensors in first[0].items():
         for kind, (offset, tensor) in tensors.items():
             assert torch.equal(tensor, second[0][name][kind][1]), (name, kind, offset)
-    return {"losses": losses, "digests": digests, "norms": norms}
+    return {"losses": losses, "digests": digests, "norms": norms, "block_norms": block_norms}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,10 @@ def test_every_stage_and_world_takes_the_same_way(
     for found, expected in zip(ranks[0]["losses"], undisturbed["losses"], strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
     assert ranks[0]["norms"] == pytest.approx(undisturbed["norms"], rel=1e-4)
+    for layers, expected_layers in zip(ranks[0]["block_norms"], undisturbed["block_norms"], strict=True):
+        for name, groups in expected_layers.items():
+            for group, summary in groups.items():
+                assert layers[name][group] == pytest.approx(summary, rel=1e-4), (name, group)
 
 
 @pytest.mark.parametrize(

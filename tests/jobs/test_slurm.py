@@ -24,6 +24,7 @@ import yaml
 
 from dsbert.cluster.launcher import module_command
 from dsbert.config.recipe_files import RECIPES
+from dsbert.monitoring.run_status import read_status
 from tests.commands import ENVIRONMENT, SMALL, dsbert_on_a_rank
 from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
@@ -344,6 +345,8 @@ def test_an_experiment_is_an_array_of_its_cells(cluster: Sandbox, data: Path, tm
         return sum(json.loads(path.read_text())["outcome"] == "done" for path in states)
 
     wait_for(lambda: done() == 4, START_S, "four cells", step_s=0.2)
+    named = {read_status(path.parent).attempts[0].job_id for path in tmp_path.glob("cells/cells/*/jobs.jsonl")}
+    assert named == {f"{number}_{task}" for task in (1, 2, 3, 4)}, "as squeue calls them"
     shown = subprocess.run(
         [*command, "table", str(file), *place, "--format", "json"], capture_output=True, text=True, env=ENVIRONMENT,
         check=True,

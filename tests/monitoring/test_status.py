@@ -20,6 +20,7 @@ from dsbert.monitoring.run_files import read_files
 from dsbert.monitoring.run_status import read_status, status_of, thinned
 from dsbert.monitoring.standing import standing
 from dsbert.monitoring.status_lines import sparkline, status_lines
+from dsbert.training.attempts import slurm_array_task
 from tests.commands import ENVIRONMENT, SMALL, complaint, dsbert, dsbert_process
 
 NOW = 1_000_000.0
@@ -201,6 +202,54 @@ def test_a_job_that_waits(tmp_path: Path) -> None:
     assert state_of(run_dir) == ("queued", "job 42, submitted 0 s ago; before: requeued (SIGUSR2)")
     (run_dir / "status.json").write_text(to_json({**status, "outcome": "done"}))
     assert state_of(run_dir) == ("done", "")
+
+
+def test_a_task_of_an_array_that_has_begun_waits_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch calls it ARRAY_TASK, in its own environment it has another id; and clocks of machines differ."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")
+    assert slurm_array_task() is None
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    now = time.time()
+    attempt = {"number": 1, "nonce": "a", "started": now - 90, "job_id": "43", "array_task": slurm_array_task()}
+    run_dir = written(tmp_path / "run", [attempt])
+    (run_dir / "jobs.jsonl").write_text(to_json({"job_id": "41_2", "submitted": now - 60}) + "\n")
+    status = {"attempt": 1, "outcome": "requeue", "step": 7, "cause": "SIGUSR2", "culprit": None, "job_id": "43"}
+    (run_dir / "status.json").write_text(to_json(status))
+    assert state_of(run_dir) == ("requeued", "SIGUSR2")
+    assert read_status(run_dir).attempts[0].job_id == "41_2"
+    with (run_dir / "jobs.jsonl").open("a") as jobs:
+        jobs.write(to_json({"job_id": "50_2", "submitted": now - 30}) + "\n")
+    assert state_of(run_dir)[0] == "queued"
+    (run_dir / "status.json").write_text(to_json({**status, "outcome": "failed", "cause": "boom"}))
+    (run_dir / "jobs.jsonl").unlink()
+    beat(run_dir, "a", 1.0, ended={"code": 3, "cause": "boom"})
+    assert state_of(run_dir) == ("requeued", "boom; job 41_2 requeues itself, unless it has given up")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "mfu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 0.25),
+        ("NVIDIA H100 PCIe", "fp16", 0.25 * 989 / 756),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("cpu", "bf16", None),
+        (["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"], "bf16", None),
+    ],
+)
+def test_mfu_is_a_share_of_what_the_cards_can_do(
+    device: Any, precision: str, mfu: float | None, tmp_path: Path
+) -> None:
+    """Of 4 ranks; where the card is known, and computes in half precision."""
+    flops = 0.25 * 989e12 * 4
+    metrics = [{"step": 10, "step_s": 2.0, "loss": 5.0, "flops_total": 10 * 2.0 * flops, "tokens_per_s": 123456.7}]
+    run_dir = written(tmp_path / "run", [{"number": 1, "nonce": "a", "world_size": 4}], metrics)
+    config = {"recipe": {}, "deepspeed": {precision: {"enabled": True}}, "numerics": {"device": device}}
+    (run_dir / "config.yaml").write_text(to_json(config))
+    found = read_status(run_dir)
+    assert found.mfu == pytest.approx(mfu)
+    lines = list(status_lines(found))
+    assert any("MFU" in one for one in lines) == (mfu is not None)
+    assert all(len(one) <= 80 for one in lines)
 
 
 def test_where_the_time_went(tmp_path: Path) -> None:

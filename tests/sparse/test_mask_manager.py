@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 import math
 from collections import Counter
 
@@ -399,7 +400,7 @@ def check_ranks():
     for accumulation in (1, 3):
         error = dense_gradient_error(rank, world_size, accumulation) if 12 % (world_size * accumulation) == 0 else 0.0
         assert error < 1e-5, (accumulation, error)
-    decisions = {score: fixed_weight_digests(score) for score in ("l1", "l2", "linf", "l1_by_age")}
+    decisions = {score: fixed_weight_decisions(score) for score in ("l1", "l2", "linf", "l1_by_age")}
     dist.destroy_process_group()
     return {"digests": digests, "decisions": decisions}
 
@@ -453,10 +454,11 @@ def check_another_decision(rank):
         masks.maybe_update(UPDATE_STEPS[0])
 
 
-def fixed_weight_digests(prune_score):
-    """Digests of five updates of weights that nobody trains: equal weights, equal decisions."""
+def fixed_weight_decisions(prune_score):
+    """Digests and norms of five updates of weights that nobody trains: equal weights, equal decisions."""
     toy = Toy(prune_score=prune_score)
-    return [toy.masks.maybe_update(step).digest for step in UPDATE_STEPS]
+    updates = [toy.masks.maybe_update(step) for step in UPDATE_STEPS]
+    return json.loads(json.dumps([[update.digest, update.norms] for update in updates]))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -468,7 +470,7 @@ def test_ranks(world_size):
     assert changed == UPDATE_STEPS
     # The decision does not depend on how many take it.
     for score, decisions in results[0]["decisions"].items():
-        assert decisions == fixed_weight_digests(score), score
+        assert decisions == fixed_weight_decisions(score), score
 
 
 def test_digest_covers_every_layer_by_name():
