@@ -92,7 +92,7 @@ class Run:
         UserError where there is none of that name, CheckpointError where it is damaged.
         """
         from dsbert.checkpoint.restore import restore_model
-        from dsbert.inspection.export import transformers_model
+        from dsbert.inspection.export_forms import transformers_model
 
         return transformers_model(restore_model(self._checkpoint(checkpoint))).eval()
 

@@ -147,8 +147,10 @@ def _of_directory(path: Path) -> WeightSource:
                 tensors |= {_renamed(name): opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own type
             raise UserError(f"expected safetensors in {file}, found: {' '.join(str(error).split())}") from None
-    sparse = {name: _taken_sparse(name, tensors, shapes, path) for name in _sparse_layers(tensors)}
     config = parse_object((path / "config.json").read_bytes()) or {}
+    for name in _sparse_layers(tensors):  # a sparse export says it by its configuration alone
+        shapes.setdefault(name, [*_shape_by_name(name, config), tensors[f"{name}.blocks"].shape[-1]])
+    sparse = {name: _taken_sparse(name, tensors, shapes, path) for name in _sparse_layers(tensors)}
     has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
     return WeightSource(
         label=str(path),
@@ -168,6 +170,15 @@ def _renamed(name: str) -> str:
 
 def _sparse_layers(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(".blocks") for name in names if name.endswith(".blocks")]
+
+
+def _shape_by_name(name: str, config: Mapping[str, Any]) -> tuple[int, int]:
+    """[out, in] of a linear layer of BERT's encoder."""
+    hidden, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
+    if name.endswith("intermediate.dense"):
+        return inner, hidden
+    is_wide = name.endswith("output.dense") and "attention" not in name
+    return (hidden, inner) if is_wide else (hidden, hidden)
 
 
 def _taken_sparse(name: str, tensors: dict[str, Tensor], shapes: dict[str, list[int]], path: Path) -> SparseWeight:

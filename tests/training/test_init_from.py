@@ -48,13 +48,15 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_the_source_by_its_losses(run: Path, exported: Path, data: Path, tmp_path: Path) -> None:
-    """A run, an export, its dense half alone; at the source's length, and with more positions at a longer one."""
+    """A run, an export in both forms, its dense half alone; at the source's length, and with more positions at a longer one."""
     dense_only = tmp_path / "dense"
     shutil.copytree(exported, dense_only)
     (dense_only / COMPACT).unlink()
+    sparse_form = tmp_path / "sparse"
+    assert dsbert("export", str(run), "--form", "sparse", "--to", str(sparse_form)).returncode == 0
     restored = restore_model(run)
     restored.model.eval()
-    for source, kept in ((run, True), (exported, True), (dense_only, False)):
+    for source, kept in ((run, True), (exported, True), (sparse_form, True), (dense_only, False)):
         model, layers, taken, _ = begun(source, data, "model.max_positions=64", "seed=9")
         torch.testing.assert_close(losses(model, data, 24), losses(restored.model, data, 24), rtol=0, atol=1e-5)
         assert (len(taken.kept), len(taken.cut), taken.anew, taken.positions) == (6 * kept, 6 * (not kept), [], 32)
