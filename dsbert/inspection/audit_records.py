@@ -21,11 +21,11 @@ from dsbert.checkpoint.loading import Problem, read_topology
 from dsbert.checkpoint.state import LayerRecord, read_manifest, read_state
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.inspection.audit_checkpoint import Audit
-from dsbert.sparse import BlockTopology, DrawKey
 from dsbert.sparse.journal import replay
 from dsbert.sparse.schedule import UpdateSchedule
 from dsbert.sparse.topology import combined_digest, unpack_bits
 from dsbert.training.attempts import Attempt, Status, StepRecord, UpdateRecord
+from dsbert.training.topology_media import first_topologies
 
 MASKS = "masks.jsonl"
 _JOURNALS: dict[str, type[Record]] = {
@@ -111,17 +111,10 @@ class _Replay:
     """The topologies of a run after the updates read so far. schedule: None where none is due."""
 
     def __init__(self, recipe: Recipe, layers: dict[str, LayerRecord]) -> None:
-        sparsity, seed = recipe.sparsity, recipe.seed
-        self.topologies: dict[str, BlockTopology] = {}
-        for name, layer in layers.items():
-            if layer.block_size is not None:
-                key = DrawKey(seed, "init", 0, name)
-                self.topologies[name] = BlockTopology.random(
-                    layer.out_in, layer.block_size, sparsity.density, key, sparsity.balance
-                )
+        self.topologies = first_topologies(recipe, layers)
         self.schedule = None
-        if sparsity.pattern == "dynamic" and self.topologies:
-            self.schedule = UpdateSchedule.of(sparsity, recipe.optim.total_steps)
+        if recipe.sparsity.pattern == "dynamic" and self.topologies:
+            self.schedule = UpdateSchedule.of(recipe.sparsity, recipe.optim.total_steps)
         self._explored: dict[str, Tensor] = {name: topology.mask() for name, topology in self.topologies.items()}
         self._lines = self._offset = 0  # of the journal, whose line n is update n
 

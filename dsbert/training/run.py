@@ -73,7 +73,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
     record = _describe(agreed, model)
     attempt = _begin_attempt(agreed, record, resume, failures)
     reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers)
-    on_failure.callback(reporter.close, patient=False)
+    on_failure.callback(reporter.close, "failed")
     run = Run(
         recipe=agreed.recipe,
         world=agreed.world,
