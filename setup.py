@@ -23,7 +23,9 @@ def read_readme() -> str:
 
 
 EXTRAS = {
-    "wandb": ["wandb>=0.30"],  # the first whose `sync` takes the parts of a resumed offline run in their order
+    # The first whose `sync` takes the parts of a resumed offline run in their order; pillow for pictures.
+    "wandb": ["wandb>=0.30", "pillow"],
+    "tensorboard": ["tensorboard", "pillow"],
     "plot": ["matplotlib"],
     "experiment": ["matplotlib", "pillow", "scipy", "tabulate"],
     "mpi": ["mpi4py>=4"],

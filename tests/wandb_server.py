@@ -13,7 +13,9 @@ from typing import Any
 
 class WandbServer(ThreadingHTTPServer):
     """posts: every history line that arrived, in order, also one that arrived again. lines: by run and offset, which is
-    what W&B keeps. configs, states: of each run, as last heard."""
+    what W&B keeps. configs, summaries, exit_codes: of each run, as last heard; named: what a run was called, and its
+    group. files: what was uploaded, by name. artifacts: the variables that created each; alerts: those of each alert.
+    unknown: queries that nobody has answered."""
 
     daemon_threads = True
 
@@ -23,6 +25,12 @@ class WandbServer(ThreadingHTTPServer):
         self.lines: dict[str, dict[int, dict[str, Any]]] = {}
         self.summaries: dict[str, str] = {}
         self.configs: dict[str, dict[str, Any]] = {}
+        self.exit_codes: dict[str, int] = {}
+        self.named: dict[str, tuple[str | None, str | None]] = {}
+        self.files: dict[str, bytes] = {}
+        self.artifacts: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
+        self.unknown: list[str] = []
         self.lock = threading.Lock()
 
     @property
@@ -30,10 +38,12 @@ class WandbServer(ThreadingHTTPServer):
         """What has wandb talk to this server."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server_address[1]}", "WANDB_API_KEY": "0" * 40}
 
-    def take(self, run: str, files: dict[str, Any]) -> None:
+    def take(self, run: str, post: dict[str, Any]) -> None:
         """A post of the file stream."""
         with self.lock:
-            for name, chunk in files.items():
+            if post.get("complete"):
+                self.exit_codes[run] = post["exitcode"]
+            for name, chunk in (post.get("files") or {}).items():
                 if name == "wandb-history.jsonl":
                     found = [json.loads(line) for line in chunk["content"]]
                     self.posts += found
@@ -48,17 +58,42 @@ class WandbServer(ThreadingHTTPServer):
         if "upsertBucket" in query:
             if variables.get("config"):
                 self.configs.setdefault(name, {}).update(json.loads(variables["config"]))
+            if variables.get("displayName"):
+                self.named[name] = (variables["displayName"], variables.get("groupName"))
             run = {"id": "run", "name": name, "displayName": variables.get("displayName"), "project": project}
             return {"upsertBucket": {"bucket": run, "inserted": name not in self.lines}}
         if "RunResumeStatus" in query:
             return {"model": project | {"bucket": self._resumed(name)}}
         if "createRunFiles" in query:
-            url = f"http://127.0.0.1:{self.server_address[1]}/upload"
-            files = [{"name": file, "uploadUrl": url} for file in variables["files"]]
+            files = [{"name": file, "uploadUrl": self._upload_url(file)} for file in variables["files"]]
             return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
         if "viewer" in query:
             return {"viewer": {"id": "viewer", "entity": "somebody", "username": "somebody", "flags": "{}"}}
+        return self._answer_more(query, variables)
+
+    def _answer_more(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Artifacts and alerts."""
+        given = variables.get("input") or variables
+        if "query ArtifactType" in query:
+            return {"project": {"artifact": None}}
+        if "createArtifactManifest(" in query:
+            name = f"manifest-{len(self.artifacts)}.json"
+            file = {"id": "file", "displayName": name, "uploadUrl": self._upload_url(name), "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": "manifest", "file": file}}}
+        if "createArtifact(" in query:
+            self.artifacts.append(given)
+            artifact = {"id": "artifact", "state": "PENDING", "artifactSequence": {"id": "it", "latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if "commitArtifact(" in query:
+            return {"commitArtifact": {"artifact": {"id": "artifact", "digest": "digest"}}}
+        if "notifyScriptableRunAlert(" in query:
+            self.alerts.append(given)
+            return {"notifyScriptableRunAlert": {"success": True}}
+        self.unknown.append(query)
         return {}
+
+    def _upload_url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/upload/{name}"
 
     def _resumed(self, name: str) -> dict[str, Any] | None:
         """What is known of a run, as the file stream has left it."""
@@ -91,14 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply({"data": self.server.answer(request["query"], request.get("variables") or {})})
             return
         if self.path.endswith("/file_stream"):
-            self.server.take(self.path.split("/")[-2], json.loads(body).get("files") or {})
+            self.server.take(self.path.split("/")[-2], json.loads(body))
         self._reply({})
 
     def do_PUT(self) -> None:
-        self._body()
+        self.server.files[self.path.removeprefix("/upload/")] = self._body()
         self._reply({})
 
-    do_GET = do_PUT
+    def do_GET(self) -> None:
+        self._reply({})
 
     def _body(self) -> bytes:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -1,4 +1,5 @@
-"""The subcommands that look at how runs go, and where they are to go: status, runs, watch, report, doctor."""
+"""The subcommands that look at how runs go, and where they are to go: status, runs, watch, report, doctor; and
+wandb-sync, which has W&B show them."""
 
 from __future__ import annotations
 
@@ -85,6 +86,39 @@ def report(argv: list[str], run_dirs: tuple[Path, ...], to: Path, weights: str |
     print(to_json(numbers) if as_json else f"report in {to}: open {to / 'index.html'}")
 
 
+@click.command("wandb-sync", epilog=examples("dsbert wandb-sync runs/demo", "dsbert wandb-sync runs/* --json"))
+@click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=PathName())
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=Seconds(min=1, max=1e6),
+    default=600.0,
+    show_default=True,
+    help="Seconds that W&B may take for one run.",
+)
+@as_json_option
+def wandb_sync(run_dirs: tuple[Path, ...], timeout_s: float, as_json: bool) -> None:
+    """Send to Weights & Biases what it lacks of runs, as of those on nodes without a network.
+
+    Each step once, however often it is called, and whatever the files of offline starts are worth.
+    """
+    from dsbert.base.jsonl import to_json
+    from dsbert.training.wandb_sync import assert_online, sync_run
+
+    assert_online()
+    found = []
+    for path in _named(run_dirs):
+        synced = sync_run(path, timeout_s)
+        found.append(synced.to_json())
+        for note in synced.notes:
+            print(f"dsbert: W&B: {printable(f'{path}: {note}')}", file=sys.stderr)
+        if not as_json:
+            has = f"W&B has its steps up to {synced.last}" if synced.last else "it has no steps yet"
+            print(printable(f"{path}: {synced.sent} steps sent, {has}: {synced.url}"))
+    if as_json:
+        print(to_json(found))
+
+
 @click.command(epilog=examples("dsbert doctor", "dsbert doctor --run-dir /scratch/me/runs --data /data/wikibooks"))
 @click.option("--run-dir", default=_DEFAULT, type=PathName(), help="Where runs are to be written.  [default: runs]")
 @click.option("--data", type=PathName(), help="Where prepared data are to be read.")
@@ -128,4 +162,4 @@ def _statuses_below(folder: Path) -> list[RunStatus]:
     return found
 
 
-MONITORING_COMMANDS = (status, runs, watch, report, doctor)
+MONITORING_COMMANDS = (status, runs, watch, report, wandb_sync, doctor)

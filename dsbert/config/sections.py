@@ -187,14 +187,23 @@ class CheckpointConfig(Section):
 
 class LogConfig(Section):
     """A record in metrics.jsonl (and W&B) every_steps; steps with an update or an evaluation are always logged.
-    lines_every_s: seconds between two lines for people, where standard error is no terminal."""
+    lines_every_s: seconds between two lines for people, where standard error is no terminal.
 
-    added_later = ("lines_every_s",)
+    wandb_group: what W&B shows runs together by; wandb_name: of the run there, by default that of its directory.
+    wandb_artifacts: W&B lists the checkpoints, by where they are; nothing of them is sent. tensorboard: also write
+    RUN/tensorboard.
+    """
+
+    added_later = ("lines_every_s", "wandb_group", "wandb_name", "wandb_artifacts", "tensorboard")
 
     every_steps: Whole = Field(10, gt=0)
     lines_every_s: Number = Field(60.0, gt=0)
     wandb: Flag = True
     wandb_project: Text = "dsbert"
+    wandb_group: Text | None = None
+    wandb_name: Text | None = None
+    wandb_artifacts: Flag = False
+    tensorboard: Flag = False
 
 
 class DeepSpeedConfig(Section):

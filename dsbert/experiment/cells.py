@@ -71,7 +71,11 @@ class Cell:
     @property
     def label(self) -> str:
         """For people: arm, grid point and swept values; the seed last."""
-        return " ".join([self.arm, *words((*self.point, *self.swept)), f"seed={self.seed}"])
+        return _label(self.arm, (*self.point, *self.swept), self.seed)
+
+
+def _label(arm: str, values: Point, seed: int) -> str:
+    return " ".join([arm, *words(values), f"seed={seed}"])
 
 
 def words(point: Point) -> list[str]:
@@ -105,7 +109,9 @@ def all_cells(experiment: Experiment, directory: Path, numerics: int = NUMERICS)
 
 
 def _cell(experiment: Experiment, arm: str, point: Point, swept: Point, seed: int, data: Path | None) -> Cell:
-    settings: dict[str, Value] = {"log.wandb": False, **experiment.overrides, **experiment.arms[arm].overrides}
+    settings: dict[str, Value] = {"log.wandb": False, "log.wandb_group": experiment.name}
+    settings["log.wandb_name"] = _label(arm, (*point, *swept), seed)  # its directory is called after a hash
+    settings |= {**experiment.overrides, **experiment.arms[arm].overrides}
     settings |= dict(point) | dict(swept) | {"seed": seed, "name": experiment.name}
     if data:
         settings["data.path"] = str(data)

@@ -148,7 +148,9 @@ def _wandb() -> Iterator[Finding]:
     elif mode == "disabled":
         yield Finding("wandb", "ok", "disabled: nothing is recorded but metrics.jsonl")
     else:
-        yield Finding("wandb", "note" if why else "ok", why or f"{mode}: no key; `wandb sync` sends the records later")
+        yield Finding(
+            "wandb", "note" if why else "ok", why or f"{mode}: no key; `dsbert wandb-sync` sends the records later"
+        )
 
 
 def _storage(about: str, path: Path, *, writes: bool) -> Iterator[Finding]:

@@ -73,6 +73,8 @@ def submit(job: Job, *, dry_run: bool = False) -> dict[str, Any]:
     for word in job.overrides:
         quote(word)  # a line break in one of them was meant to be two
     recipes = [frozen(load_recipe(job.recipe, (*job.overrides, *words))) for words in sweep or [[]]]
+    if sweep:
+        recipes = [_grouped(recipe, _run_dir(job, recipes).name) for recipe in recipes]
     return _submit(job, recipes, [], sweep=bool(sweep), dry_run=dry_run)
 
 
@@ -87,7 +89,7 @@ def submit_recipes(
 def _submit(
     job: Job, recipes: Sequence[Recipe], task_dirs: Sequence[Path], *, sweep: bool, dry_run: bool
 ) -> dict[str, Any]:
-    run_dir = (job.run_dir or Path("runs") / recipes[0].name).absolute()
+    run_dir = _run_dir(job, recipes)
     directives = _directives(job, recipes[0].name, len(recipes) if sweep else 0)
     runs = {} if sweep else {run_dir: TaskRun(recipes[0])}
     if sweep:
@@ -120,6 +122,17 @@ def _submit(
     _make_log_folders(directives)
     job_id, path = hand_over(text, run_dir, runs)
     return {"job_id": job_id, "script": str(path), "run_dir": str(run_dir), "text": text}
+
+
+def _run_dir(job: Job, recipes: Sequence[Recipe]) -> Path:
+    """Of the job; the tasks of a sweep have theirs beside it."""
+    return (job.run_dir or Path("runs") / recipes[0].name).absolute()
+
+
+def _grouped(recipe: Recipe, name: str) -> Recipe:
+    """With the group that W&B shows the tasks of a sweep in, unless the recipe has one."""
+    group = recipe.log.wandb_group or name
+    return recipe.model_copy(update={"log": recipe.log.model_copy(update={"wandb_group": group})})
 
 
 def _after(jobs: Sequence[str], directives: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -9,6 +9,9 @@ preflight        what is refused before any rank starts; ownership.py where anot
 numerics         what has changed of what moves bits
 run_directory    the files of a run; attempts.py its records, history.py what they say, provenance.py
 reporting        progress for people, records for machines; opening.py what is said before the first step
-metrics          metrics.jsonl and its way to W&B; wandb_process.py, wandb_file.py, wandb_mode.py
+metrics          where records go beside metrics.jsonl: W&B and TensorBoard
+follower         their processes, from the run's side; record_stream.py from theirs: wandb_process.py,
+                 tensorboard_process.py; topology_media.py pictures and histograms of mask updates
+wandb_run        what W&B is told of a run; wandb_mode.py, wandb_file.py offline, wandb_sync.py `dsbert wandb-sync`
 evaluate         held-out losses, while training and by `dsbert evaluate`
 """

@@ -86,7 +86,7 @@ def _finish(run: Run, outcome: str, code: int, stop: StopRequest | None = None) 
     on_main_rank(record)
     run.heartbeat.end(code)
     run.writer.close()
-    run.reporter.close(patient=code == EXIT_OK)
+    run.reporter.close(outcome)
     return code
 
 

@@ -19,10 +19,13 @@ from dsbert.sparse import MaskManager, MaskUpdate
 from dsbert.sparse.flops import sequence_flops
 from dsbert.training.attempts import Attempt
 from dsbert.training.evaluate import Evaluation, Score
-from dsbert.training.metrics import WandbLogger
+from dsbert.training.metrics import RecordLogger, TensorBoardLogger, WandbLogger
 from dsbert.training.run_directory import RunDirectory
 
 _WAITS = ("data", "save", "validation")
+# How long records that are not passed on yet are waited for. After a signal, the machine may be about to go; of a
+# failure, somebody should hear.
+_PATIENCE_S = {"done": 60.0, "failed": 10.0, "requeue": 5.0}
 # Above it, and so often in a row, what is explored is thrown away before it can grow (the best runs: 0.05 to 0.1).
 _WASTEFUL, _OFTEN = 0.5, 3
 
@@ -39,7 +42,7 @@ class StepReport:
 
 
 class Reporter:
-    """Counts tokens and FLOPs, and writes metrics.jsonl, W&B and the progress bar.
+    """Counts tokens and FLOPs, writes metrics.jsonl, moves the progress bar, and tells W&B and TensorBoard.
 
     FLOPs are counted as the paper does, forward and backward of encoder linears and attention products, but of the
     positions that were computed: of a sample, its tokens.
@@ -52,7 +55,8 @@ class Reporter:
         self._kept = sum(layer.kept for layer in layers.values())
         self._dense = sum(math.prod(layer.shape) for layer in layers.values())
         self._totals = Totals()
-        self._wandb: WandbLogger | None = None
+        self._layers = {name: layer.to_json() for name, layer in layers.items()}
+        self._loggers: tuple[RecordLogger, ...] = ()
         self._bar: TrainingBar | None = None
         self._since = (0, self._totals, 0.0)  # step, totals, time of the last record
         self._waits = dict.fromkeys(_WAITS, 0.0)
@@ -68,9 +72,11 @@ class Reporter:
         recipe = self._recipe
         for file in (self._directory.metrics, self._directory.journal):
             file.cut_back(step, attempt.number)
-        config = recipe.model_dump(mode="json")
-        log = recipe.log
-        self._wandb = WandbLogger(self._directory.path, config, log.wandb_project, recipe.name, log.wandb)
+        path, log = self._directory.path, recipe.log
+        self._loggers = (
+            WandbLogger(path, log.wandb, attempt.number, self._layers),
+            TensorBoardLogger(path, log.tensorboard, step, self._layers),
+        )
         self._bar = TrainingBar(recipe.optim.total_steps, step, recipe.log.lines_every_s)
 
     @property
@@ -101,12 +107,12 @@ class Reporter:
         if report.update:
             self._warn_of_waste(report.update)
         assert self._bar is not None
-        assert self._wandb is not None
         happened = report.update or report.validation or result.stop or result.skipped
         if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
             record = self._record(report)
             self._directory.assert_owner(self._attempt)
-            self._wandb.log(record)
+            for logger in self._loggers:
+                logger.log(record)
             self._directory.metrics.append(record)
             self._bar.show(record, self._objectives[0].name)
         self._bar.advance(step, self._losses(result), result.lr, result.grad_norm)
@@ -129,13 +135,12 @@ class Reporter:
             else:
                 print(f"dsbert: {printable(line)}", file=sys.stderr, flush=True)
 
-    def close(self, *, patient: bool) -> None:
-        """patient: the run is done, and W&B may take a minute to send what is left; else the machine may be about to
-        go."""
+    def close(self, outcome: str) -> None:
+        """outcome: of the attempt, by which W&B may take longer to send what is left."""
         if self._bar:
             self._bar.close()
-        if self._wandb:
-            self._wandb.close(60.0 if patient else 5.0)
+        for logger in self._loggers:
+            logger.close(_PATIENCE_S[outcome])
         self._directory.metrics.close()
         self._directory.journal.close()
 

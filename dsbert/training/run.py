@@ -79,7 +79,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
     if model.init_from is not None:
         model.init_from.keep_topology(agreed.directory, attempt, model.masks)
     reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers)
-    on_failure.callback(reporter.close, patient=False)
+    on_failure.callback(reporter.close, "failed")
     run = Run(
         recipe=agreed.recipe,
         world=agreed.world,

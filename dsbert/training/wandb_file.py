@@ -48,26 +48,26 @@ class OfflineRun:
     def __init__(self, root: Path, run: Mapping[str, Any]) -> None:
         self._root, self._run = root, run
         self._file: int | None = None
-        self._nbytes = self._count = self._num = 0
+        self._nbytes = self._num = 0
         self._start_time, self._began = time.time(), time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one step's record.
+        """Add one step's record, which has that "step".
 
         Raises:
             OSError: the disk refuses; the file is what it was before.
             TypeError: something in the record has no JSON form.
         """
-        extra = {"_timestamp": time.time(), "_runtime": time.monotonic() - self._began, "_step": self._count}
+        step = record["step"]
+        extra = {"_timestamp": time.time(), "_runtime": time.monotonic() - self._began, "_step": step}
         items = [_item(key, value) for key, value in {**record, **extra}.items()]
         # What W&B shows as the last values is a record of its own.
         summary = b"".join(_field(1, item) for item in items)
-        history = summary + _field(2, _field(1, self._count))
+        history = summary + _field(2, _field(1, step))
         if self._file is None:
             self._create([*self._head(), (_SUMMARY, summary), (_HISTORY, history)])
         else:
             self._write([(_SUMMARY, summary), (_HISTORY, history)])
-        self._count += 1
 
     def close(self) -> None:
         """Say that this start has ended by itself. Raises OSError."""
@@ -145,17 +145,37 @@ def steps_on_disk(root: Path) -> set[int]:
     for hidden in root.glob(".offline-run-*.tmp"):
         shutil.rmtree(hidden, ignore_errors=True)
     steps: set[int] = set()
-    for path in root.glob("offline-run-*/run-*.wandb"):
-        data, whole = path.read_bytes(), 0
-        for record, end in _records(data):
-            whole = end
-            if _HISTORY_RECORD.match(record) and (found := _STEP.search(record)):
-                steps.add(int(found[1]))
+    for path in _parts(root):
+        own, whole, size = _steps_in(path)
+        steps |= own
         if not whole:
             path.unlink()
-        elif whole < len(data):
+        elif whole < size:
             os.truncate(path, whole)
     return steps
+
+
+def mark_synced(root: Path, last_step: int) -> None:
+    """Have `wandb sync` pass over the files of which a server has every step, as it does over those that it has sent
+    itself: it would send them again. Raises OSError."""
+    for path in _parts(root):
+        if max(_steps_in(path)[0], default=0) <= last_step:
+            path.with_suffix(".wandb.synced").touch()
+
+
+def _parts(root: Path) -> list[Path]:
+    return list(root.glob("offline-run-*/run-*.wandb"))
+
+
+def _steps_in(path: Path) -> tuple[set[int], int, int]:
+    """The steps that a file holds, where its last whole record ends, and how long it is, in bytes."""
+    data, whole = path.read_bytes(), 0
+    steps = set()
+    for record, end in _records(data):
+        whole = end
+        if _HISTORY_RECORD.match(record) and (found := _STEP.search(record)):
+            steps.add(int(found[1]))
+    return steps, whole, len(data)
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, int]]:

@@ -1,13 +1,18 @@
-"""Whether W&B is to be online: where it would find its key, read without importing wandb."""
+"""Whether W&B is to be online: where it would find its key and its server, read without importing wandb."""
 
 from __future__ import annotations
 
 import netrc
 import os
+import ssl
+import urllib.error
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 _SERVER = "https://api.wandb.ai"
+# How long to wait for a server that does not answer.
+UNREACHABLE_S = 5.0
 
 
 def server_url() -> str:
@@ -34,3 +39,17 @@ def wandb_mode() -> tuple[str, str | None]:
     if entry and entry[2]:
         return "online", None
     return "offline", None
+
+
+def answers(url: str) -> bool:
+    """Whether a server says anything at all, be it that it does not know us. Takes `UNREACHABLE_S` seconds at most."""
+    try:
+        with urllib.request.urlopen(url, timeout=UNREACHABLE_S):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    except ValueError:
+        return False

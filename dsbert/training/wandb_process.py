@@ -1,79 +1,91 @@
-"""The process that sends a run to a W&B server: metrics.py starts it, by `python -m`, and it alone imports wandb.
+"""The process that sends a run to a W&B server: follower.py starts it, and it alone imports wandb.
 
-A slow import, a server that never answers, a crash, and wandb's exit hooks, which may wait for minutes: all of that
-happens here. It has a session of its own and minds no signal but KILL. wandb's helper program does mind TERM and INT,
-and ends with all that it has not sent: another one is started then, and begins where the server says that it stands.
+W&B's own step counts ours, and only grows: what the server has of a run is its first steps, and the rest comes from
+metrics.jsonl, whatever the starts before have sent. wandb's helper program minds TERM and INT, and ends with all that
+it has not sent: another one is started then, and begins where the server says that it stands.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from dsbert.base.durable import read_regular
 from dsbert.base.jsonl import parse_object
-from dsbert.training.wandb_file import steps_on_disk
+from dsbert.base.records import read_record
+from dsbert.training.attempts import Attempt, Ending, Status
+from dsbert.training.record_stream import MediaReader, Say, alone, follow, in_words, run_process
+from dsbert.training.wandb_file import mark_synced
 
-# How long the process may go on after the run has ended, in whatever way.
-FINISH_S = 60.0
-# Signals for the run are the run's affair.
-RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_POLL_S = 1.0
 _STARTS = 5
+# How long after rank 0 a run may say how it ended: of a rank that was killed, its peers say it.
+_VERDICT_S = 30.0
+_TITLE_CHARS = 64  # of an alert, at most
 
 
 def main() -> int:
-    """Options on standard input, whose end is that of the run; "connected URL" or one complaint on standard output."""
-    for number in RUN_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # wandb's own words go where standard error goes: nowhere
-    options = json.loads(sys.stdin.readline())
-    ended = threading.Event()
-    threading.Thread(target=_leave_after_the_run, args=[ended], daemon=True).start()
-    try:
-        send(Path(options.pop("metrics")), options, ended, out)
-    except BaseException as error:  # wandb has been seen to raise SystemExit
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print("wandb is not installed: pip install 'dsbert[wandb]'" if absent else why, file=out)
-        return 1
-    return 0
+    """See record_stream.py."""
+    return run_process(send, package="wandb", extra="wandb")
 
 
-def send(metrics: Path, options: dict[str, Any], ended: threading.Event, out: TextIO) -> None:
-    """Send what `metrics` holds and what is appended to it until `ended`, each step once."""
+def send(options: dict[str, Any], ended: threading.Event, say: Say) -> dict[str, Any]:
+    """Send what the run's records hold, and what is appended to them until `ended`, each step once.
+
+    options: run_dir; run: the arguments of wandb.init that say which run it is; mode; patient: wait for another process
+    that sends this run; attempt: its number, whose failure is worth an alert; artifacts: send references of the
+    checkpoints; layers: as of `MediaReader`. Returns {"sent": steps, "last": step, "url"}. Raises whatever wandb does.
+    """
     import wandb
 
-    lock = (Path(options["dir"]) / "wandb_id").open("rb")
-    with suppress(OSError):  # the process of the start before may still be sending; not every file system has locks
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    elsewhere = steps_on_disk(Path(options["dir"]) / "wandb")  # for `wandb sync` to send
-    for start in range(1, _STARTS + 1):
-        try:
-            run = wandb.init(**options, resume="allow", settings=wandb.Settings(console="off", silent=True))
-            print(f"connected {run.settings.base_url}", file=out)
-            run.define_metric("step")
-            run.define_metric("*", step_metric="step")
-            there = int(run.summary.get("step") or 0)
-            for record in _follow(metrics, ended):
-                if record["step"] > there and record["step"] not in elsewhere:
-                    run.log({key: value for key, value in record.items() if value is not None})
-            run.finish()
-            return
-        except Exception as error:
-            if start == _STARTS or not _is_gone(error):
-                raise
-            with suppress(Exception):
-                wandb.teardown()
+    sent: set[int] = set()
+    with alone(Path(options["run_dir"]) / "wandb_id", patient=options["patient"]):
+        for start in range(1, _STARTS + 1):
+            try:
+                return _send(options, ended, say, sent)
+            except Exception as error:
+                if start == _STARTS or not _is_gone(error):
+                    raise
+                with suppress(Exception):
+                    wandb.teardown()
+    raise AssertionError("the last start returns or raises")
+
+
+def _send(options: dict[str, Any], ended: threading.Event, say: Say, sent: set[int]) -> dict[str, Any]:
+    import wandb
+
+    run_dir, attempt = Path(options["run_dir"]), options.get("attempt")
+    settings = wandb.Settings(console="off", silent=True)
+    run = wandb.init(**options["run"], dir=str(run_dir), mode=options["mode"], resume="allow", settings=settings)
+    say(f"connected {run.settings.base_url}")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    # The summary comes behind the history, and the history of older runs counts lines.
+    there = max(int(run.summary.get("step") or 0), run.starting_step - 1)
+    media = MediaReader(run_dir, options.get("layers"), say)
+    checkpoints = _Checkpoints(run, run_dir, say) if options.get("artifacts") else None
+    for records in follow(run_dir / "metrics.jsonl", ended):
+        for record in records:
+            if record["step"] > there:
+                there = record["step"]
+                shown = _pictures(media, record)
+                told = {key: value for key, value in record.items() if value is not None}
+                run.log(told | shown, step=there, commit=True)
+                sent.add(there)
+        if checkpoints:
+            checkpoints.send()
+    ending = _ending(run_dir, attempt)
+    failed = ending is not None and ending.outcome == "failed"
+    if ending and failed and attempt is not None:
+        run.alert(title=f"{run.name or run.id} failed"[:_TITLE_CHARS], text=_in_words(ending, run_dir), level="ERROR")
+    url = run.url
+    run.finish(exit_code=int(failed))
+    with suppress(OSError):
+        mark_synced(run_dir / "wandb", there)
+    return {"sent": len(sent), "last": there, "url": url}
 
 
 def _is_gone(error: Exception) -> bool:
@@ -83,29 +95,89 @@ def _is_gone(error: Exception) -> bool:
     return isinstance(error, ConnectionError) or type(error).__name__ in named
 
 
-def _follow(path: Path, ended: threading.Event) -> Iterator[dict[str, Any]]:
-    """The records of a journal, those that are yet to come included, until the run has ended."""
-    position, rest = 0, b""
+def _pictures(media: MediaReader, record: dict[str, Any]) -> dict[str, Any]:
+    """What W&B is to show of the mask update at this step; {} if there was none."""
+    import wandb
+
+    found = media.of(record)
+    if found is None:
+        return {}
+    try:
+        shown = {"topology/blocks": wandb.Image(found.blocks, caption=found.caption)}
+        return shown | {
+            f"topology/{name}": wandb.Histogram(np_histogram=tuple(histogram))
+            for name, histogram in found.histograms.items()
+        }
+    except Exception as error:  # without pillow, for one
+        media.leave_out(error)
+        return {}
+
+
+class _Checkpoints:
+    """The checkpoints of a run as versions of one artifact, each by references to its files. The newest of which W&B
+    knows stands in the run's summary."""
+
+    def __init__(self, run: Any, run_dir: Path, say: Say) -> None:
+        self._run, self._folder, self._say = run, run_dir / "checkpoints", say
+        self._last = int(run.summary.get("checkpoint_step") or 0)
+        self._off = False
+
+    def send(self) -> None:
+        """Those that were published since the last call."""
+        for path in [] if self._off else sorted(self._folder.glob("step_" + "[0-9]" * 8)):
+            step = int(path.name.removeprefix("step_"))
+            if step > self._last:
+                try:
+                    self._send(path, step)
+                except Exception as error:
+                    if _is_gone(error):
+                        raise
+                    if path.exists():  # else the next one has taken its place
+                        self._off = True
+                        self._say(f"note checkpoints are left out: {in_words(error)}")
+                        return
+
+    def _send(self, path: Path, step: int) -> None:
+        import wandb
+
+        manifest = parse_object(read_regular(path / "manifest.json")) or {}
+        known = {key: manifest.get(key) for key in ("step", "world_size", "topology_digest", "created")}
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint", metadata=known)
+        # Digests of paths, not of contents: the run has checked these, and reading them again takes the disk's time.
+        artifact.add_reference(path.absolute().as_uri(), checksum=False)
+        self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+        self._last = self._run.summary["checkpoint_step"] = step
+
+
+def _ending(run_dir: Path, attempt: int | None) -> Ending | None:
+    """How the attempt has ended, or without one the newest; None where it goes on, or another has followed."""
+    deadline = time.monotonic() + _VERDICT_S
     while True:
-        last = ended.wait(_POLL_S if position else 0)  # before the look, so that nothing comes after the last one
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(position)
-            data = file.read()
-            position += len(data)
-            *lines, rest = (rest + data).split(b"\n")
-            for record in filter(None, map(parse_object, lines)):
-                if isinstance(record.get("step"), int):
-                    yield record
-        if last:
-            return
+        status = owner = None
+        with suppress(OSError, ValueError):
+            status = read_record(run_dir / "status.json", Status)
+        if attempt is None:
+            return status.ending if status else None
+        if status and status.attempt == attempt and status.outcome is not None:
+            return status.ending
+        with suppress(OSError, ValueError):
+            owner = read_record(run_dir / "attempt.json", Attempt)
+        if owner is None or owner.number != attempt:
+            return None
+        if time.monotonic() > deadline:  # all ranks were killed
+            return Ending(outcome="failed", cause="it ended without a word")
+        time.sleep(0.2)
 
 
-def _leave_after_the_run(ended: threading.Event) -> None:
-    """End this process a while after the run: long enough to finish, and no orphan that hangs for ever."""
-    sys.stdin.read()
-    ended.set()
-    time.sleep(FINISH_S)
-    os._exit(1)
+def _in_words(ending: Ending, run_dir: Path) -> str:
+    """For an alert: cause, culprit, and where to look."""
+    parts = [ending.cause or "no cause is known"]
+    if ending.step is not None:
+        parts.append(f"at step {ending.step}")
+    if culprit := ending.culprit:
+        seen = "" if culprit.step is None else f", seen last at step {culprit.step}"
+        parts.append(f"at fault: rank {culprit.rank} on {culprit.host}{seen}")
+    return f"{'; '.join(parts)}. See `dsbert status {run_dir}`."
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def test_cells_are_the_product_of_what_is_declared(tmp_path):
     one = next(cell for cell in cells if cell.label == "static block_size=4 lr=0.004 seed=2")
     assert (one.recipe.sparsity.pattern, one.recipe.sparsity.block_size) == ("static", 4)
     assert (one.recipe.optim.lr, one.recipe.seed, one.recipe.optim.total_steps) == (4e-3, 2, 50)
+    log = one.recipe.log
+    assert (log.wandb, log.wandb_group, log.wandb_name) == (False, "mine", "static block_size=4 lr=0.004 seed=2")
 
 
 def test_a_cell_keeps_its_name_wherever_and_however_it_is_trained(tmp_path):

@@ -184,7 +184,8 @@ def test_a_sweep_has_a_line_and_a_run_directory_per_task(tmp_path: Path) -> None
     seen = words_of_srun(done)
     assert seen[-2:] == ["--run-dir", str(tmp_path / "s-2")]
     changes = ("batch.global_batch=64", "seed=3", f"data.path={Path.cwd() / 'a b'}")
-    assert frozen_recipe(seen) == load_recipe("demo", [*changes, *DEMO_JSON])
+    assert frozen_recipe(seen) == load_recipe("demo", [*changes, "log.wandb_group=s", *DEMO_JSON])
+    assert '"wandb_group": "mine"' in script("log.wandb_group=mine", "--sweep", str(lines))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_the_source_by_its_losses(run: Path, exported: Path, data: Path, tmp_path: Path) -> None:
-    """A run, an export in both forms, its dense half alone; at the source's length, and with more positions at a longer one."""
+    """A run, an export in both forms, its dense half alone; at more positions than it has, and at as many."""
     dense_only = tmp_path / "dense"
     shutil.copytree(exported, dense_only)
     (dense_only / COMPACT).unlink()

@@ -1,5 +1,6 @@
 """metrics.jsonl, and a W&B that may be broken in any way without costing the run a step."""
 
+import json
 import math
 import os
 import socket
@@ -23,12 +24,13 @@ class Settings(dict):
     def __init__(self, **kwargs): super().__init__(kwargs)
 class Run:
     class settings: base_url = "http://127.0.0.1:9"
+    url, starting_step = "http://127.0.0.1:9/demo", 0
     summary = json.loads(os.environ.get("FAKE_WANDB_SUMMARY", "{}"))
     def note(self, *what):
         with open(os.environ["FAKE_WANDB_LOG"], "a") as file: file.write(json.dumps(what) + "\\n")
     def define_metric(self, *names, **axes): self.note("define", *names, axes)
-    def log(self, record): self.note("log", record)
-    def finish(self): self.note("finish")
+    def log(self, record, step, commit): self.note("log", step, record)
+    def finish(self, exit_code): self.note("finish", exit_code)
 def init(**options):
     Run().note("init", options)
     print("wandb: chatter")
@@ -54,7 +56,10 @@ def use_wandb(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> Non
 
 
 def make_logger(run_dir: Path, enabled: bool = True) -> WandbLogger:
-    return WandbLogger(run_dir, {"optim": {"lr": 0.1}}, project="dsbert", name="demo", enabled=enabled)
+    if enabled:
+        config = {"recipe": {"optim": {"lr": 0.1}, "log": {"wandb_project": "mine", "wandb_group": "sweep"}}}
+        (run_dir / "config.yaml").write_text(json.dumps({**config, "git_revision": "abc", "versions": {"torch": "2"}}))
+    return WandbLogger(run_dir, enabled=enabled)
 
 
 def write_metrics(run_dir: Path, *records: dict[str, object]) -> None:
@@ -100,13 +105,16 @@ def test_what_wandb_is_asked_for_online(
     assert '"mode": "online"' in calls[0]
     assert '"resume": "allow"' in calls[0]
     assert f'"id": "{(tmp_path / "wandb_id").read_text()}"' in calls[0]
-    assert '"config": {"optim": {"lr": 0.1}}' in calls[0]
+    asked = json.loads(calls[0])[1]
+    assert (asked["name"], asked["project"], asked["group"]) == (tmp_path.name, "mine", "sweep")
+    assert asked["config"]["optim"] == {"lr": 0.1}
+    assert asked["config"]["git_revision"] == "abc"
     assert calls[1:] == [
         '["define", "step", {}]',
         '["define", "*", {"step_metric": "step"}]',
-        '["log", {"step": 3, "loss": 0.25}]',
-        '["log", {"step": 4, "loss": 0.5}]',
-        '["finish"]',
+        '["log", 3, {"step": 3, "loss": 0.25}]',
+        '["log", 4, {"step": 4, "loss": 0.5}]',
+        '["finish", 0]',
     ], "what the server does not have, and nothing twice"
     assert capfd.readouterr() == ("", "")
 
@@ -179,17 +187,18 @@ def test_a_run_that_is_done_before_wandb_has_started_loses_nothing(
         write_metrics(tmp_path, {"step": 1})
         logger.close()
         server.shutdown()
-    assert (tmp_path / "calls.jsonl").read_text().splitlines()[-2:] == ['["log", {"step": 1}]', '["finish"]']
+    assert (tmp_path / "calls.jsonl").read_text().splitlines()[-2:] == ['["log", 1, {"step": 1}]', '["finish", 0]']
     assert capfd.readouterr().err.count("W&B") == 0
 
 
 def test_the_process_ends_soon_after_the_run_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_wandb(monkeypatch, tmp_path, FAKE)
+    (tmp_path / "config.yaml").write_text("recipe: {}")
     calls = tmp_path / "calls.jsonl"
     program = """
 import os, pathlib, signal, sys, time
 from dsbert.training.metrics import WandbLogger
-logger = WandbLogger(pathlib.Path(sys.argv[1]), {}, "dsbert", "demo", True)
+logger = WandbLogger(pathlib.Path(sys.argv[1]), True)
 while "init" not in (calls.read_text() if (calls := pathlib.Path(os.environ["FAKE_WANDB_LOG"])).exists() else ""):
     time.sleep(0.01)
 (pathlib.Path(sys.argv[1]) / "metrics.jsonl").write_text('{"step": 1}\\n')
@@ -200,9 +209,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     environment["WANDB_MODE"] = "online"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=30)
     deadline = time.monotonic() + 10
-    while '["finish"]' not in calls.read_text() and time.monotonic() < deadline:
+    while '["finish", 0]' not in calls.read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert calls.read_text().splitlines()[-2:] == ['["log", {"step": 1}]', '["finish"]']
+    assert calls.read_text().splitlines()[-2:] == ['["log", 1, {"step": 1}]', '["finish", 0]']
 
 
 def test_offline_files_hold_each_step_once(
@@ -234,12 +243,13 @@ def test_offline_files_hold_each_step_once(
 
 
 def test_a_full_disk_under_an_offline_file_is_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("recipe: {}")
     program = """
 import pathlib, resource, sys
 from dsbert.training.metrics import WandbLogger
 from dsbert.training.wandb_file import steps_on_disk
 run_dir = pathlib.Path(sys.argv[1])
-logger = WandbLogger(run_dir, {}, "dsbert", "demo", True)
+logger = WandbLogger(run_dir, True)
 logger.log({"step": 1})
 (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
 resource.setrlimit(resource.RLIMIT_FSIZE, (size := file.stat().st_size + 100, size))

@@ -227,7 +227,7 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
         result = StepResult(losses, (1, 1), 1, 1, 1, 1.0, 1e-3, stop=False, skipped=skipped, rescaled=step == 5)
         reporter.step(StepReport(step, result, masks, None, None))
         in_a_row.append(reporter.totals.skipped_in_a_row)
-    reporter.close(patient=False)
+    reporter.close("failed")
     assert in_a_row == [0, 1, 1, 2, 3, 0, 0, 0], "a step by which the loss scale falls counts neither way"
     assert reporter.totals.skipped == 4
     records = [(record["step"], record["skipped"], record["loss"]) for record in directory.metrics.read()]

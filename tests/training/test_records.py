@@ -180,9 +180,9 @@ def test_other_records_may_hold_anything(content: bytes, copy: Path, data: Path)
         beat.write_bytes(content)
     says_one_line("verify", str(copy))
     begin(copy, data)
-    from dsbert.training.metrics import _run_id
+    from dsbert.training.wandb_run import run_id
 
-    assert len(_run_id(copy / "wandb_id")) == 8
+    assert len(run_id(copy)) == 8
 
 
 # A checkpoint that is not what it says
