@@ -86,7 +86,7 @@ class Run:
 
     def model(self, checkpoint: int | str | Path | None = None) -> Any:
         """The model that transformers has for it, such as BertForPreTraining, on the CPU in fp32 and in evaluation
-        mode: sparse weights are dense [out, in] matrices in it, zero where no block stands.
+        mode: sparse weights are dense [out, in] matrices in it, zero where no block stands (but for a low-rank term).
 
         checkpoint: a step, a name such as step_00001000, or a path; by default the newest that verifies. Raises
         UserError where there is none of that name, CheckpointError where it is damaged.

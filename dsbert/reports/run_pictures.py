@@ -70,12 +70,16 @@ def _losses(runs: Mapping[str, ReportedRun]) -> Picture:
 
 
 def _rates(runs: Mapping[str, ReportedRun]) -> Picture:
+    from matplotlib.ticker import LogFormatter
+
     figure, (left, right) = new_figure(2)
     for number, (name, run) in enumerate(runs.items()):
         left.plot(*run.series("lr"), color=f"C{number % 10}", label=label(name))
         right.plot(*run.series("grad_norm"), color=f"C{number % 10}", linewidth=0.8)
     left.set(xlabel="step", ylabel="learning rate")
     right.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    for axis_ticks in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis_ticks(LogFormatter(minor_thresholds=(2, 0.5)))  # the usual one writes formulas, which are text here
     left.legend(frameon=False, fontsize="small")
     return Picture(figure)
 

@@ -28,7 +28,7 @@ details { margin: 0.5rem 0; } summary { font-weight: 600; cursor: pointer; overf
 .film img { display: block; height: 20rem; max-width: 100%; object-fit: contain; object-position: left;
   image-rendering: pixelated; border: 1px solid #d8dee4; }
 .key span { display: inline-block; width: 0.8rem; height: 0.8rem; border: 1px solid #d8dee4; margin: 0 0.3rem 0 0; }
-.key { font-size: 0.9rem; } .key b { font-weight: 400; margin-right: 1rem; white-space: nowrap; }
+.key { font-size: 0.9rem; } .key b { font-weight: 400; display: inline-block; margin-right: 1rem; }
 code { font-size: 0.85rem; background: #f3f4f6; padding: 0.1rem 0.3rem; }
 """
 
@@ -83,20 +83,22 @@ def player(title: str, group: str, frames: Sequence[tuple[str, bytes]], key: Map
         f".{group} .play:checked ~ label .frame {{ animation: {cycle} }}"
     )
     columns = f"grid-template-columns: auto auto repeat({count}, minmax(0, 1fr))"
+    # Browsers remember what was chosen when a page is loaded anew; pictures that play must begin in one moment.
+    button = f'<input type="radio" name="{group}" autocomplete="off"'
     shown = [
-        f'<label><input type="radio" name="{group}" aria-label="{escape(caption)}"{" checked" * (number == count - 1)}>'
+        f'<label>{button} aria-label="{escape(caption)}"{" checked" * (number == count - 1)}>'
         f'<span class="frame" style="animation-delay: {number * _FRAME_S:.1f}s"><img alt="" src="{_png(png)}">'
         f"{escape(caption)}</span></label>"
         for number, (caption, png) in enumerate(frames)
     ]
     colours = "".join(
-        f'<span style="background: {colour}"></span><b>{escape(word)}</b>' for word, colour in key.items()
+        f'<b><span style="background: {colour}"></span>{escape(word)}</b>' for word, colour in key.items()
     )
     return "\n".join(
         [
             f"<details{' open' * opened}><summary>{escape(title)}</summary><style>{style}</style>",
             f'<div class="film {group}" style="{columns}">',
-            f'<input type="radio" class="play" name="{group}" id="{group}-play"><label for="{group}-play">play</label>',
+            f'{button} class="play" id="{group}-play"><label for="{group}-play">play</label>',
             *shown,
             f'</div><p class="key">{colours}</p></details>',
         ]

@@ -32,9 +32,9 @@ class PruneScore:
     by_age: Callable[[Tensor, Tensor], Tensor] | None = None
     squared: bool = False
 
-    def norms(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def norms(self, scores: NDArray[np.int64]) -> NDArray[np.float64]:
         """What combined scores stand for, in units of the weights."""
-        values = scores / self.scale
+        values: NDArray[np.float64] = scores / self.scale
         return np.sqrt(values) if self.squared else values
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from dsbert.sparse.flat_blocks import PruneScore
 
 # Of a group of blocks: the mean of their norms, and the norms that a tenth, a half and nine tenths of them do not
-# exceed.
+# exceed; these of every n-th slot where there are more than _SAMPLE.
 SUMMARY = ("mean", "p10", "p50", "p90")
 _SHARES = (0.1, 0.5, 0.9)
+_SAMPLE = 8192
 _DIGITS = 6  # a journal is to stay small
 
 NormSummary = dict[str, tuple[float, ...]]
@@ -38,11 +39,10 @@ def norm_summary(scores: Tensor, score: PruneScore, dropped: Tensor, new: Tensor
 
 def _summary(scores: NDArray[np.int64], score: PruneScore) -> tuple[float, ...]:
     """Order is that of whole numbers, so that only the mean is rounded before the end."""
-    ranks = [round(share * (scores.size - 1)) for share in _SHARES]
-    ordered = np.partition(scores, ranks)
-    norms = score.norms(scores.astype(np.float64))
-    found = [float(norms.mean()), *score.norms(ordered[ranks].astype(np.float64)).tolist()]
-    return tuple(_rounded(value) for value in found)
+    sample = scores[:: -(-scores.size // _SAMPLE)]
+    ranks = [round(share * (sample.size - 1)) for share in _SHARES]
+    quantiles = score.norms(np.partition(sample, ranks)[ranks])
+    return tuple(_rounded(value) for value in (float(score.norms(scores).mean()), *quantiles.tolist()))
 
 
 def _rounded(value: float) -> float:

@@ -179,7 +179,9 @@ def test_films_of_long_runs_and_large_weights_stay_small() -> None:
 def test_a_player_shows_one_frame_at_a_time(several: tuple[dict[str, Any], Path]) -> None:
     """A radio button for each frame, the last one chosen, a folder of them for each weight that was asked for."""
     text = (several[1] / "index.html").read_text()
-    groups = re.findall(r'<input type="radio" name="(film-\d-\d)" aria-label="[^"]*"( checked)?>', text)
+    groups = re.findall(
+        r'<input type="radio" name="(film-\d-\d)" autocomplete="off" aria-label="[^"]*"( checked)?>', text
+    )
     names = [f"film-{run}-{weight}" for run in (0, 1) for weight in (0, 1)]
     assert Counter(groups) == {(name, mark): 1 if mark else 3 for name in names for mark in ("", " checked")}
     assert len(re.findall(r"<details open>", text)) == 2

@@ -63,3 +63,11 @@ def test_a_group_without_blocks_is_left_out():
     found = norm_summary(scores, PRUNE_SCORES["l1"], torch.empty(0, dtype=torch.int64), none)
     assert found == {"kept": (2.0, 1.0, 2.0, 3.0)}
     assert norm_summary(scores, PRUNE_SCORES["l1"], torch.arange(3), none) == {"dropped": found["kept"]}
+
+
+def test_of_very_many_blocks_a_sample_is_ordered():
+    scores = (torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2.0**36).long()
+    none = torch.zeros(100_000, dtype=torch.bool)
+    found = norm_summary(scores, PRUNE_SCORES["l1"], torch.empty(0, dtype=torch.int64), none)["kept"]
+    assert found[0] == pytest.approx(scores.double().mean().item() / 2**36, rel=1e-5)
+    assert found[1:] == pytest.approx((0.1, 0.5, 0.9), abs=0.02)
