@@ -182,7 +182,8 @@ def _keep_inside(config: dict[str, Any], run_dir: Path | None) -> Iterator[str]:
             if not _lies_in(root, target) and (run_dir or not Path(path).is_absolute()):
                 yield _outside(f"{name}.output_path", path)
     if config.get("tensorboard", {}).get("enabled") and importlib.util.find_spec("tensorboard") is None:
-        yield "expected the package tensorboard for 'tensorboard.enabled', found none: install it, or use csv_monitor"
+        install = "pip install 'dsbert[tensorboard]', or use csv_monitor"
+        yield f"expected the package tensorboard for 'tensorboard.enabled', found none: {install}"
 
 
 def _lies_in(root: Path, path: Path) -> bool:

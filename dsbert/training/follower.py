@@ -53,9 +53,12 @@ class Follower:
         self._thread = threading.Thread(target=self._run, args=[module, to_json(options)], name=module, daemon=True)
         self._thread.start()
 
-    def finish(self, timeout_s: float, hopeless_s: float, is_hopeful: Callable[[], bool]) -> float:
+    def finish(
+        self, timeout_s: float, hopeless_s: float, is_hopeful: Callable[[], bool], *, leave: bool = False
+    ) -> float:
         """Have the process pass on what is left, and wait for it: for `hopeless_s` seconds, and up to `timeout_s` if
-        there is hope; is_hopeful may block. Returns 0, or after how many seconds it was ended."""
+        there is hope; is_hopeful may block. leave: after that, let it go on by itself, which it does for
+        `record_stream.FINISH_S` at most. Returns 0, or after how many seconds it was ended."""
         answers: list[bool] = []
         probe = threading.Thread(target=lambda: answers.append(is_hopeful()), daemon=True)
         probe.start()
@@ -73,6 +76,8 @@ class Follower:
         if not self._thread.is_alive():
             return 0.0
         self._abandoned = True
+        if leave:
+            return 0.0
         if child is not None:
             child.kill()
         return waited

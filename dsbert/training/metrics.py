@@ -40,13 +40,13 @@ class RecordLogger:
     def log(self, record: Mapping[str, Any]) -> None:
         """Pass on a record that metrics.jsonl has or is about to get."""
 
-    def close(self, timeout_s: float = FINISH_S) -> None:
+    def close(self, timeout_s: float = FINISH_S, *, leave: bool = False) -> None:
         """Have what is left passed on, and wait for that `timeout_s` seconds at most, and `UNREACHABLE_S` where there
-        is no hope. A second call does nothing."""
+        is no hope. leave: the process may go on after that. A second call does nothing."""
         if not self._active:
             return
         self._closing = True
-        if self._sender and (waited := self._sender.finish(timeout_s, UNREACHABLE_S, self._is_hopeful)):
+        if self._sender and (waited := self._sender.finish(timeout_s, UNREACHABLE_S, self._is_hopeful, leave=leave)):
             self._warn(f"it did not finish within {waited:g} s")
         self._active = False
 
@@ -118,12 +118,12 @@ class WandbLogger(RecordLogger):
             with self._no_harm():
                 self._write(json.loads(to_json(record)))
 
-    def close(self, timeout_s: float = FINISH_S) -> None:
+    def close(self, timeout_s: float = FINISH_S, *, leave: bool = False) -> None:
         """As of `RecordLogger`; there is no hope where W&B's server does not answer."""
         if self._active and self._offline:
             with self._no_harm():
                 self._offline.close()
-        super().close(timeout_s)
+        super().close(timeout_s, leave=leave)
 
     def _is_hopeful(self) -> bool:
         # Of a short run, wandb may still be starting.

@@ -23,9 +23,8 @@ from dsbert.training.metrics import RecordLogger, TensorBoardLogger, WandbLogger
 from dsbert.training.run_directory import RunDirectory
 
 _WAITS = ("data", "save", "validation")
-# How long records that are not passed on yet are waited for. After a signal, the machine may be about to go; of a
-# failure, somebody should hear.
-_PATIENCE_S = {"done": 60.0, "failed": 10.0, "requeue": 5.0}
+# How long records that are not passed on yet are waited for: where the run is not done, the machine may be about to go.
+_PATIENCE_S = {"done": 60.0, "failed": 5.0, "requeue": 5.0}
 # Above it, and so often in a row, what is explored is thrown away before it can grow (the best runs: 0.05 to 0.1).
 _WASTEFUL, _OFTEN = 0.5, 3
 
@@ -140,7 +139,7 @@ class Reporter:
         if self._bar:
             self._bar.close()
         for logger in self._loggers:
-            logger.close(_PATIENCE_S[outcome])
+            logger.close(_PATIENCE_S[outcome], leave=outcome == "failed")  # of a failure, somebody should hear
         self._directory.metrics.close()
         self._directory.journal.close()
 

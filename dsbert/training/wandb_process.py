@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dsbert.base.durable import read_regular
-from dsbert.base.jsonl import parse_object
-from dsbert.base.records import read_record
+from dsbert.base.jsonl import JsonlFile, parse_object
+from dsbert.base.records import read_record, valid_records
 from dsbert.training.attempts import Attempt, Ending, Status
 from dsbert.training.record_stream import MediaReader, Say, alone, follow, in_words, run_process
 from dsbert.training.wandb_file import mark_synced
@@ -150,7 +150,7 @@ class _Checkpoints:
 
 
 def _ending(run_dir: Path, attempt: int | None) -> Ending | None:
-    """How the attempt has ended, or without one the newest; None where it goes on, or another has followed."""
+    """How the attempt has ended, or without one the newest; None where nobody knows."""
     deadline = time.monotonic() + _VERDICT_S
     while True:
         status = owner = None
@@ -162,11 +162,21 @@ def _ending(run_dir: Path, attempt: int | None) -> Ending | None:
             return status.ending
         with suppress(OSError, ValueError):
             owner = read_record(run_dir / "attempt.json", Attempt)
-        if owner is None or owner.number != attempt:
+        if owner is None:
             return None
+        if owner.number != attempt:
+            return _told_by_the_next(run_dir, attempt)
         if time.monotonic() > deadline:  # all ranks were killed
             return Ending(outcome="failed", cause="it ended without a word")
         time.sleep(0.2)
+
+
+def _told_by_the_next(run_dir: Path, attempt: int) -> Ending | None:
+    """How an attempt has ended that another one has followed."""
+    told: list[dict[str, Any]] = []
+    with suppress(OSError):
+        told = JsonlFile(run_dir / "attempts.jsonl").read(skip_garbled=True)
+    return next((one.previous for one in valid_records(told, Attempt) if one.number == attempt + 1), None)
 
 
 def _in_words(ending: Ending, run_dir: Path) -> str:

@@ -282,7 +282,7 @@ def test_a_run_that_fails_alerts_once(data: Path, tmp_path: Path) -> None:
         words += ["--timeout", "10"]
         ended = attempt(words, fault("step", "SIGKILL", rank=1, step=8), env=server.environment)
         assert [rank.code for rank in ended] == [3, -9], ended[0].stderr
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not server.exit_codes:
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.1)
