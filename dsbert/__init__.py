@@ -1,6 +1,6 @@
 """dsbert: structured dynamic sparse pre-training of BERT (arXiv 2108.06277).
 
-`dsbert.Run` is a run for notebooks and scripts (api.py); start.py runs modules of this very package, wherever it is
+`dsbert.Run` is a run for notebooks and scripts (reports/api.py); start.py runs modules of this very package, wherever it is
 started.
 """
 
@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsbert.api import Run
     from dsbert.base.errors import CheckpointError, DsbertError, UserError
+    from dsbert.reports.api import Run
 
 __version__ = "0.1.0"
 
@@ -19,7 +19,7 @@ __all__ = ["CheckpointError", "DsbertError", "Run", "UserError", "__version__"]
 _HOMES = {
     "CheckpointError": "base.errors",
     "DsbertError": "base.errors",
-    "Run": "api",
+    "Run": "reports.api",
     "UserError": "base.errors",
 }
 
