@@ -23,7 +23,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-import dsbert
 from dsbert.sparse.kernels.backends import BACKENDS, DENSE
 from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.index import PRODUCTS, Backend, KernelIndex
@@ -247,4 +246,4 @@ def _versions() -> str:
     for path in sorted(Path(__file__).parent.rglob("*")):
         if path.suffix in (".py", ".cpp", ".h"):
             hasher.update(path.read_bytes())
-    return f"dsbert {dsbert.__version__} torch {torch.__version__} kernels {hasher.hexdigest()}"
+    return f"torch {torch.__version__} kernels {hasher.hexdigest()}"
