@@ -1,7 +1,7 @@
 """dsbert: structured dynamic sparse pre-training of BERT (arXiv 2108.06277).
 
-`dsbert.Run` is a run for notebooks and scripts (reports/api.py); start.py runs modules of this very package, wherever it
-is started.
+`dsbert.Run` is a run for notebooks and scripts (reports/api.py); start.py runs modules of this very package, wherever
+it is started.
 """
 
 from importlib import import_module
