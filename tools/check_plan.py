@@ -3,10 +3,12 @@
     python tools/check_plan.py [--data DIR] [--only NAME] [--json]
 
 Five runs of the recipe `demo`, changed a little, on 1 to 4 ranks of this machine, ZeRO stages 0 to 3; each is planned
-with `--card cpu` right before it, as other work on the machine changes from minute to minute. Measured on rank 0:
+with `--card cpu` right before it and
+right after it, as other work on the machine changes from minute to minute; the mean of both counts. Measured on rank 0:
 
     step        median seconds from one step's begin to the next's
-    memory      tensors that stay between two steps, and the most that a step adds, by torch's profiler
+    memory      tensors that stay between two steps, and the most that a step adds, by torch's profiler: the mean of
+                two steps and all ranks, planned for the very micro-batches of those, which differ in their tokens
     sent        bytes handed to each kind of collective in a step, by counting calls
     loopback    bytes over the interface `lo` in a step, all ranks together; whoever else uses it counts as well
     checkpoint  bytes of fragments and topology
@@ -31,9 +33,10 @@ from on_ranks import is_rank, markdown, on_ranks
 from resident import bytes_of_tensors, most_within
 from sent_bytes import count_sent_bytes
 
-from dsbert.config.recipe import load_recipe
+from dsbert.config.recipe import Recipe, load_recipe
+from dsbert.data.manifest import load_manifest
 
-_WARM, _BYTES_STEP, _MEMORY_STEP, _STEPS = 6, 4, 5, 40
+_BYTES_STEP, _MEMORY_STEPS, _WARM, _STEPS = 4, (5, 6), 8, 40
 _COMMON = (
     "model.hidden_size=256", "model.num_layers=3", "optim.total_steps=40", "optim.warmup_steps=4",
     "sparsity.num_updates=4", "eval.every_steps=1000", "eval.sequences=0", "checkpoint.every_steps=1000",
@@ -45,7 +48,7 @@ CONFIGURATIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "1 rank, stage 0, fp32": (1, ("deepspeed.config=zero0_fp32", "batch.micro_batch=32")),
     "2 ranks, stage 1, fp32": (2, ("deepspeed.config=zero1_fp32", "batch.micro_batch=16")),
     "2 ranks, stage 2, fp32, dense": (
-        2, ("deepspeed.config=zero0_fp32", _STAGE % 2, "sparsity.pattern=dense", "batch.micro_batch=8"),
+        2, ("deepspeed.config=zero0_fp32", _STAGE % 2, "sparsity.pattern=dense", "batch.micro_batch=16"),
     ),
     "2 ranks, stage 3, fp32, low rank": (
         2, ("deepspeed.config=zero0_fp32", _STAGE % 3, "sparsity.low_rank=8", "batch.micro_batch=16"),
@@ -61,7 +64,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     from dsbert.engine.train_engine import TrainEngine
     from dsbert.training.pretrain import pretrain
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"memory": [], "lengths": []}
     began: list[float] = []
     take_step = TrainEngine.train_step
 
@@ -71,10 +74,12 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         began.append(time.perf_counter())
         if step == _BYTES_STEP:
             sent.clear()
-        if step == _MEMORY_STEP:
+        if step in _MEMORY_STEPS:
             stay = bytes_of_tensors()
-            found["memory"] = stay + most_within(lambda: results.append(take_step(engine, *args, **options)))
-            found["stay"] = stay
+            most = most_within(lambda: results.append(take_step(engine, *args, **options)))
+            found["memory"].append(stay + most)
+            longest = max(args[0], key=lambda batch: batch.num_tokens)
+            found["lengths"].append(longest.attention_mask.sum(1).tolist())
         else:
             results.append(take_step(engine, *args, **options))
         if step == _BYTES_STEP:
@@ -83,7 +88,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             found[f"loopback {step}"] = _loopback()
         return results[0]
 
-    TrainEngine.train_step = watched  # type: ignore[method-assign,assignment]
+    TrainEngine.train_step = watched  # type: ignore[assignment]
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     code = pretrain(recipe, Path(arguments["run_dir"]))
     assert code == 0, code
@@ -92,7 +97,35 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     return found | {"step_s": statistics.median(steps), "loopback": loopback}
 
 
-def plan_of(recipe: Any, ranks: int, run_dir: Path) -> dict[str, float]:
+def planned_memory(recipe: Recipe, ranks: int, vocab_size: int, lengths: list[int]) -> float:
+    """Bytes of tensors that a rank holds at most with a micro-batch of these lengths."""
+    import numpy as np
+
+    from dsbert.capacity.figures import Part
+    from dsbert.capacity.model_size import ModelSize
+    from dsbert.capacity.rank_memory import rank_memory
+    from dsbert.capacity.workload import Samples, Workload
+    from dsbert.capacity.zero_layout import ZeroLayout
+    from dsbert.engine.ds_config import load_ds_config
+
+    samples = Samples(np.sort(np.array(lengths, dtype=np.int64)), None, vocab_size, "measured", "")
+    work = Workload.of(recipe, ranks, samples)
+    config = load_ds_config(recipe, ranks, work.accumulation_steps)
+    layout = ZeroLayout(ModelSize.of(recipe, vocab_size), config, ranks)
+    memory: Part = rank_memory(layout, work, on_card=False, widened=layout.precision != "fp32" and is_widened())
+    return memory["tensors"].value
+
+
+def is_widened() -> bool:
+    """Whether half precisions are multiplied in fp32 here."""
+    import torch
+
+    from dsbert.sparse.half_precision import multiplies
+
+    return not multiplies(torch.bfloat16)
+
+
+def plan_of(recipe: Recipe, ranks: int, run_dir: Path) -> dict[str, float]:
     """What `dsbert plan` says of it."""
     from dsbert.capacity.run_plan import Question, make_plan
 
@@ -105,15 +138,15 @@ def plan_of(recipe: Any, ranks: int, run_dir: Path) -> dict[str, float]:
             kinds[kind] = kinds.get(kind, 0.0) + figure.value
     return {
         "step s": plan["time"]["step"].value,
-        "memory MB": plan["memory of a rank"]["tensors"].value / 1e6,
         **{f"{kind} kB": size / 1e3 for kind, size in kinds.items()},
         "loopback kB": ranks * sum(size for name, size in sent.items() if name.endswith("sent")) / 1e3,
         "checkpoint MB": plan["saves"]["checkpoint"].value / 1e6,
     }
 
 
-def found_in(run: dict[str, Any], run_dir: Path) -> dict[str, float]:
+def found_in(ranks: list[dict[str, Any]], run_dir: Path) -> dict[str, float]:
     """What was measured, under the same names."""
+    run = ranks[0]
     kinds: dict[str, float] = {}
     for name, size in run["sent"].items():
         kind = next((kind for kind in ("all_reduce", "all_gather", "reduce_scatter") if name.startswith(kind)), name)
@@ -122,7 +155,7 @@ def found_in(run: dict[str, Any], run_dir: Path) -> dict[str, float]:
     files = [path for path in checkpoint.iterdir() if path.suffix == ".safetensors"]
     return {
         "step s": run["step_s"],
-        "memory MB": run["memory"] / 1e6,
+        "memory MB": statistics.mean(size for rank in ranks for size in rank["memory"]) / 1e6,
         **{f"{kind} kB": size / 1e3 for kind, size in kinds.items()},
         "loopback kB": run["loopback"] / 1e3,
         "checkpoint MB": sum(path.stat().st_size for path in files) / 1e6,
@@ -135,7 +168,7 @@ def rows_of(name: str, planned: dict[str, float], measured: dict[str, float]) ->
     for what, value in planned.items():
         found = measured.get(what, 0.0)
         limit = _LIMITS.get(what, 0.05)
-        counts = what != "loopback kB" and found > 1.0  # of nothing but control nobody plans the bytes
+        counts = what != "loopback kB" and (found > 1.0 or "kB" not in what)  # few bytes are control alone
         ratio = value / found if found else float("nan")
         fits = not counts or abs(ratio - 1) <= limit
         rows.append(
@@ -147,8 +180,23 @@ def rows_of(name: str, planned: dict[str, float], measured: dict[str, float]) ->
     return rows
 
 
+def compared(name: str, ranks: int, overrides: tuple[str, ...], data: Path, folder: Path) -> list[dict[str, Any]]:
+    """Plan, train, plan once more."""
+    run_dir = folder / name.replace(" ", "-")
+    words = [*_COMMON, *overrides, f"data.path={data}"]
+    recipe = load_recipe("demo", words)
+    plans = [plan_of(recipe, ranks, run_dir)]
+    found = on_ranks(measure, {"recipe": "demo", "overrides": words, "run_dir": str(run_dir)}, ranks)
+    plans.append(plan_of(recipe, ranks, folder))
+    planned = {what: statistics.mean(plan[what] for plan in plans) for what in plans[0]}
+    vocab_size = load_manifest(data).tokenizer.vocab_size
+    every = [lengths for rank in found for lengths in rank["lengths"]]
+    planned["memory MB"] = statistics.mean(planned_memory(recipe, ranks, vocab_size, one) for one in every) / 1e6
+    return rows_of(name, planned, found_in(found, run_dir))
+
+
 def main() -> None:
-    """Plan, train, compare."""
+    """All of them, as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", help="a part of the names of the runs to take")
@@ -162,13 +210,7 @@ def main() -> None:
         for name, (ranks, overrides) in CONFIGURATIONS.items():
             if options.only and options.only not in name:
                 continue
-            run_dir = Path(folder) / name.replace(" ", "-")
-            words = [*_COMMON, *overrides, f"data.path={data}"]
-            recipe = load_recipe("demo", words)
-            planned = plan_of(recipe, ranks, run_dir)
-            arguments = {"recipe": "demo", "overrides": words, "run_dir": str(run_dir)}
-            run = on_ranks(measure, arguments, ranks)[0]
-            rows += rows_of(name, planned, found_in(run, run_dir))
+            rows += compared(name, ranks, overrides, data, Path(folder))
     print(json.dumps(rows) if options.json else markdown(rows))
     sys.exit(any(row[""] for row in rows))
 

