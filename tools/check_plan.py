@@ -6,7 +6,8 @@ Five runs of the recipe `demo`, changed a little, on 1 to 4 ranks of this machin
 with `--card cpu` right before it and
 right after it, as other work on the machine changes from minute to minute; the mean of both counts. Measured on rank 0:
 
-    step        median seconds from one step's begin to the next's
+    step        median seconds from one step's begin to the next's; with --clock cpu those of rank 0's process, where
+                others have the cores as well
     memory      tensors that stay between two steps, and the most that a step adds, by torch's profiler: the mean of
                 two steps and all ranks, planned for the very micro-batches of those, which differ in their tokens
     sent        bytes handed to each kind of collective in a step, by counting calls
@@ -25,9 +26,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from on_ranks import is_rank, markdown, on_ranks
 from resident import bytes_of_tensors, most_within
@@ -61,17 +61,19 @@ _LIMITS = {"step s": 0.15, "memory MB": 0.05, "checkpoint MB": 0.05}  # of all o
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run."""
     sent = count_sent_bytes()
+    from dsbert.capacity.timing_worker import CLOCKS
     from dsbert.engine.train_engine import TrainEngine
     from dsbert.training.pretrain import pretrain
 
     found: dict[str, Any] = {"memory": [], "lengths": []}
     began: list[float] = []
+    clock = CLOCKS[arguments["clock"]]
     take_step = TrainEngine.train_step
 
     def watched(engine: TrainEngine, *args: Any, **options: Any) -> Any:
         results: list[Any] = []
         step = engine.step + 1
-        began.append(time.perf_counter())
+        began.append(clock())
         if step == _BYTES_STEP:
             sent.clear()
         if step in _MEMORY_STEPS:
@@ -125,11 +127,11 @@ def is_widened() -> bool:
     return not multiplies(torch.bfloat16)
 
 
-def plan_of(recipe: Recipe, ranks: int, run_dir: Path) -> dict[str, float]:
+def plan_of(recipe: Recipe, ranks: int, run_dir: Path, clock: Literal["wall", "cpu"]) -> dict[str, float]:
     """What `dsbert plan` says of it."""
     from dsbert.capacity.run_plan import Question, make_plan
 
-    plan = make_plan(Question(recipe, 1, ranks, run_dir, card="cpu"))
+    plan = make_plan(Question(recipe, 1, ranks, run_dir, card="cpu", clock=clock))
     sent = {figure.name: figure.value for figure in plan["wire"].figures if "a step" in figure.name}
     kinds: dict[str, float] = {}
     for figure in plan["wire"].figures:
@@ -180,14 +182,16 @@ def rows_of(name: str, planned: dict[str, float], measured: dict[str, float]) ->
     return rows
 
 
-def compared(name: str, ranks: int, overrides: tuple[str, ...], data: Path, folder: Path) -> list[dict[str, Any]]:
+def compared(name: str, data: Path, folder: Path, clock: Literal["wall", "cpu"]) -> list[dict[str, Any]]:
     """Plan, train, plan once more."""
+    ranks, overrides = CONFIGURATIONS[name]
     run_dir = folder / name.replace(" ", "-")
     words = [*_COMMON, *overrides, f"data.path={data}"]
     recipe = load_recipe("demo", words)
-    plans = [plan_of(recipe, ranks, run_dir)]
-    found = on_ranks(measure, {"recipe": "demo", "overrides": words, "run_dir": str(run_dir)}, ranks)
-    plans.append(plan_of(recipe, ranks, folder))
+    plans = [plan_of(recipe, ranks, run_dir, clock)]
+    arguments = {"recipe": "demo", "overrides": words, "run_dir": str(run_dir), "clock": clock}
+    found = on_ranks(measure, arguments, ranks)
+    plans.append(plan_of(recipe, ranks, folder, clock))
     planned = {what: statistics.mean(plan[what] for plan in plans) for what in plans[0]}
     vocab_size = load_manifest(data).tokenizer.vocab_size
     every = [lengths for rank in found for lengths in rank["lengths"]]
@@ -200,17 +204,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", help="a part of the names of the runs to take")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if is_rank():
         on_ranks(measure, {}, 0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or _prepared(Path(folder) / "data")
-        for name, (ranks, overrides) in CONFIGURATIONS.items():
-            if options.only and options.only not in name:
-                continue
-            rows += compared(name, ranks, overrides, data, Path(folder))
+        for name in CONFIGURATIONS:
+            if not options.only or options.only in name:
+                rows += compared(name, data, Path(folder), options.clock)
     print(json.dumps(rows) if options.json else markdown(rows))
     sys.exit(any(row[""] for row in rows))
 

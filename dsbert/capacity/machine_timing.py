@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsbert.base.cores import usable_cores
 from dsbert.base.errors import DsbertError
@@ -24,6 +24,7 @@ from dsbert.capacity.workload import Workload
 from dsbert.capacity.zero_layout import ZeroLayout
 from dsbert.cluster.launcher import launch, module_command
 
+Clock = Literal["wall", "cpu"]
 _MOST_TOKENS = 8192  # of a micro-batch that is timed; larger ones take as much longer as they are larger
 _MOST_RANKS = 8  # of the collectives that are timed
 _NETWORK_BYTES_PER_S = 1.25e9  # 10 Gbit/s
@@ -37,6 +38,7 @@ class Timings:
     all-reduces, 0 for one rank."""
 
     tokens: int
+    clock: Clock
     micro_batch_s: float
     fixed_s: float
     update_s: float
@@ -54,8 +56,11 @@ class Timings:
     bulk_bytes_per_s: float = 0.0
 
 
-def time_machine(layout: ZeroLayout, work: Workload, ranks_per_node: int, folder: Path) -> Timings:
+def time_machine(
+    layout: ZeroLayout, work: Workload, ranks_per_node: int, folder: Path, clock: Clock = "wall"
+) -> Timings:
     """Take the timings: up to a minute and a half. folder: on the disk that runs are written to; it is left as it was.
+    clock: "cpu" for seconds of each process, which do not depend on who else is at work here.
 
     Raises DsbertError where the processes fail; they have said why.
     """
@@ -67,6 +72,7 @@ def time_machine(layout: ZeroLayout, work: Workload, ranks_per_node: int, folder
         "recipe": recipe.model_dump(mode="json"),
         "vocab_size": layout.size.vocab_size,
         "lengths": lengths.tolist(),
+        "clock": clock,
         "bulk_bytes": round(max((m.handed_bytes for m in step_messages(layout, work) if m.bulk), default=0)),
     }
     cores = usable_cores()
@@ -79,7 +85,7 @@ def time_machine(layout: ZeroLayout, work: Workload, ranks_per_node: int, folder
             sent = _run("collectives", request, ranks, Path(own))
             mean |= {name: statistics.mean(one[name] for one in sent) for name in sent[0]}
     return Timings(
-        tokens=int(lengths.sum()), processes=side_by_side, cores=cores, collective_ranks=ranks, **mean
+        tokens=int(lengths.sum()), clock=clock, processes=side_by_side, cores=cores, collective_ranks=ranks, **mean
     )  # fmt: skip
 
 
@@ -97,7 +103,7 @@ def _run(what: str, request: dict[str, Any], count: int, folder: Path) -> list[d
 def costs_here(timings: Timings, layout: ZeroLayout, work: Workload, ranks_per_node: int) -> Costs:
     """Of a rank, from what was timed."""
     alone = ZeroLayout(layout.size, layout.config, 1)
-    crowd = max(1.0, ranks_per_node / timings.processes)
+    crowd = max(1.0, ranks_per_node / timings.processes) if timings.clock == "wall" else 1.0
     tokens = int(work.micro_lengths().sum())
     micro_s = timings.micro_batch_s * tokens / timings.tokens * crowd
     spared = timings.part_s_per_element * (alone.partition_numel - layout.partition_numel)

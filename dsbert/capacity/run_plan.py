@@ -33,7 +33,7 @@ _HEADER_BYTES = 450  # of safetensors, for master and moments of a parameter
 class Question:
     """nodes, ranks_per_node: what the run is to have. card: a name of `CARDS`, a file, or "cpu": this machine, timed.
     mtbf_h: mean hours between failures of one node. restart_s: from a failure to the next step: requeued, started,
-    loaded. vocab_size: where it is not the data's."""
+    loaded. vocab_size: where it is not the data's. clock: of timings, as in machine_timing.py."""
 
     recipe: Recipe
     nodes: int
@@ -43,6 +43,7 @@ class Question:
     mtbf_h: float = 50_000.0
     restart_s: float = 300.0
     vocab_size: int | None = None
+    clock: Literal["wall", "cpu"] = "wall"
 
     @property
     def ranks(self) -> int:
@@ -145,7 +146,7 @@ def _costs(layout: ZeroLayout, work: Workload, card: Card | None, asked: Questio
     from dsbert.capacity.machine_timing import costs_here, time_machine
 
     folder = next(path for path in (asked.run_dir.absolute(), *asked.run_dir.absolute().parents) if path.is_dir())
-    timings = time_machine(layout, work, asked.ranks_per_node, folder)
+    timings = time_machine(layout, work, asked.ranks_per_node, folder, asked.clock)
     return costs_here(timings, layout, work, asked.ranks_per_node)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsbert.capacity.cards import CARDS
-from tests.commands import SMALL, complaint, dsbert
+from tests.commands import SMALL, complaint, dsbert, dsbert_process
 
 WHERE = ("--nodes", "1", "--gpus-per-node", "2")
 PARTS = ("memory of a rank", "a step", "wire", "time", "saves", "the run")
@@ -135,3 +135,26 @@ def test_more_failures_leave_less_goodput(data: Path, tmp_path: Path) -> None:
     assert best == sorted(best, reverse=True)
     assert runs[2]["goodput at it"]["value"] >= goodput[2]
     assert runs[1]["interruptions"]["value"] == pytest.approx(runs[1]["hours"]["value"] * 64 / 1000, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_this_machine_is_timed(data: Path, tmp_path: Path) -> None:
+    done = dsbert_process(
+        "plan", "demo", f"data.path={data}", *SMALL, *WHERE, "--card", "cpu", "--run-dir", str(tmp_path / "r"), "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    time = found["time"]
+    for name in (
+        "forward and backward",
+        "optimizer and copies",
+        "gradients on the wire",
+        "step",
+        "mask update",
+        "peak",
+    ):
+        assert time[name]["kind"] == "measured", name
+        assert 0 < time[name]["value"] < math.inf, name
+    assert found["saves"]["published after"]["kind"] == "measured"
+    assert found["the run"]["hours without failures"]["value"] > 12 * time["step"]["value"] / 3600
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
