@@ -21,6 +21,7 @@ FLOORS = (
         "cli",
         "experiment",
         "reports",
+        "capacity",
         "jobs",
         "monitoring",
         "inspection",

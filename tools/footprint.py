@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from typing import Any
 
 from on_ranks import markdown, on_ranks
 from resident import measure_resident, random_batches, rows
+from sent_bytes import count_sent_bytes
 
 from dsbert.config.recipe import load_recipe
 
@@ -28,9 +28,6 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank of one run."""
     if "allocator" in arguments:
         return measure_resident(arguments)
-    import torch
-    import torch.distributed as dist
-
     from dsbert.cluster import process_group
     from dsbert.engine.train_engine import TrainEngine
     from dsbert.models.construction import build_model, encoder_linears
@@ -46,27 +43,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         for name in encoder_linears(model, model_spec(recipe.model))
         for part in ("weight", "blocks", *PARTS)
     }
-    sent: Counter[str] = Counter()
-
-    def counted(name: str, original: Any, which: int) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tensor = (
-                args[which]
-                if len(args) > which
-                else next((kwargs[key] for key in ("tensor", "input_tensor", "input") if key in kwargs), None)
-            )
-            tensors = tensor if isinstance(tensor, list) else [tensor]
-            sent[name] += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-            return original(*args, **kwargs)
-
-        return call
-
-    for name, which in (("all_reduce", 0), ("reduce", 0), ("broadcast", 0), ("all_gather_into_tensor", 1),
-                        ("reduce_scatter_tensor", 1), ("all_gather", 1), ("all_gather_single", 1),
-                        ("reduce_scatter_single", 1)):  # fmt: skip
-        if hasattr(dist, name):
-            setattr(dist, name, counted(name, getattr(dist, name), which))
-    # After the patches: DeepSpeed looks its collectives up when it starts.
+    sent = count_sent_bytes()
     engine = TrainEngine(recipe, model, layers, world)
     for _ in range(3):
         sent.clear()

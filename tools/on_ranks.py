@@ -16,13 +16,18 @@ from dsbert.cluster.ranks import ranks_from_environment
 _RESULTS = "DSBERT_TOOL_RESULTS"
 
 
+def is_rank() -> bool:
+    """Whether this is a rank that `on_ranks` has started."""
+    return bool(os.environ.get(_RESULTS)) and ranks_from_environment() is not None
+
+
 def on_ranks(worker: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], nproc: int) -> list[Any]:
     """worker(arguments) on every rank, each in a fresh process; what each returned (JSON), by rank.
 
     Called by the tool, this starts the tool again on every rank; called there, it runs the worker and ends the process.
     Exits with the ranks' code if one failed.
     """
-    if os.environ.get(_RESULTS) and (ranks := ranks_from_environment()):
+    if is_rank() and (ranks := ranks_from_environment()):
         die_with_parent()
         value = worker(json.loads(os.environ["DSBERT_TOOL_ARGUMENTS"]))
         (Path(os.environ[_RESULTS]) / f"{ranks.rank}.json").write_text(json.dumps(value))

@@ -46,7 +46,7 @@ def measure_resident(arguments: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.process_time() - start)
         faults.append(_faults() - before)
     peak = _status("VmHWM")
-    stay = _bytes_of_tensors()
+    stay = bytes_of_tensors()
     return {
         "fixed": imports + _status("RssFile") - code,
         "peak": peak,
@@ -110,7 +110,7 @@ def rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _bytes_of_tensors() -> int:
+def bytes_of_tensors() -> int:
     """Of all tensors that are alive, each storage once."""
     import torch
 

@@ -12,7 +12,7 @@ from dsbert import __version__
 from dsbert.base.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, DsbertError, UserError, printable
 from dsbert.base.output import flush, protect
 from dsbert.cli.checkpoints import COMMANDS
-from dsbert.cli.cluster import submit
+from dsbert.cli.cluster import JOB_COMMANDS
 from dsbert.cli.data import DATA_COMMANDS
 from dsbert.cli.experiment import experiment
 from dsbert.cli.monitoring import MONITORING_COMMANDS
@@ -27,7 +27,7 @@ def app() -> None:
     """Pre-train BERT with weights that are sparse from the first step to the last."""
 
 
-for _command in (pretrain, submit, experiment, *MONITORING_COMMANDS, *DATA_COMMANDS, *COMMANDS):
+for _command in (pretrain, *JOB_COMMANDS, experiment, *MONITORING_COMMANDS, *DATA_COMMANDS, *COMMANDS):
     app.add_command(_command)
 
 

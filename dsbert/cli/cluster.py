@@ -1,11 +1,13 @@
-"""`dsbert submit`."""
+"""The subcommands about jobs to come: plan, submit."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from dsbert.base.errors import EXIT_OK, EXIT_USER
 from dsbert.cli.checkpoints import as_json_option, show
 from dsbert.cli.parameters import PathName, Seconds, examples
 
@@ -60,3 +62,76 @@ def submit(recipe: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool
     if not as_json:
         del result["text"]
     show(result, as_json, heading="submitted")
+
+
+@click.command(
+    epilog=examples(
+        "dsbert plan bert-base data.path=data/mine --nodes 2 --gpus-per-node 8",
+        "dsbert plan demo --nodes 1 --ntasks-per-node 2 --card cpu",
+    )
+)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
+@click.option("--nodes", type=click.IntRange(min=1, max=100_000), required=True)
+@click.option(
+    "--gpus-per-node",
+    "--ntasks-per-node",
+    "ranks_per_node",
+    type=click.IntRange(min=1, max=1024),
+    required=True,
+    help="Ranks on each node.",
+)
+@click.option(
+    "--card",
+    default="h100",
+    show_default=True,
+    metavar="h100|a100|FILE|cpu",
+    help="What a rank computes on; cpu: this machine, where a few steps are taken and timed.",
+)
+@click.option("--run-dir", type=PathName(), help="Where it is to live. Default: runs/RECIPE.")
+@click.option(
+    "--mtbf",
+    "mtbf_h",
+    type=Seconds(min=1e-3, max=1e9),
+    default=50_000.0,
+    show_default=True,
+    help="Hours between failures of one node, on average.",
+)
+@click.option(
+    "--restart",
+    "restart_s",
+    type=Seconds(min=0, max=1e7),
+    default=300.0,
+    show_default=True,
+    help="Seconds from a failure to the next step.",
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=8), help="Where there is no data yet. Default: the data's, or 30522."
+)
+@as_json_option
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nodes: int,
+    ranks_per_node: int,
+    run_dir: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """What RECIPE will need and take: memory, traffic, time, saves, failures.
+
+    Checks what `dsbert submit` checks: exit code 2 where the run could not begin. Each figure says whether it was
+    measured, computed or estimated, and from what.
+    """
+    from dsbert.capacity.plan_lines import plan_lines
+    from dsbert.capacity.run_plan import Question, make_plan
+    from dsbert.config.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    where = run_dir or Path("runs") / loaded.name
+    found = make_plan(Question(loaded, nodes, ranks_per_node, where, **options))
+    show(found.to_json(), as_json, lines=lambda _: plan_lines(found))
+    raise SystemExit(EXIT_OK if found.can_work else EXIT_USER)
+
+
+JOB_COMMANDS = (plan, submit)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
@@ -17,6 +18,7 @@ from dsbert.config.recipe import Recipe
 from dsbert.training.ownership import assert_free
 from dsbert.training.preflight import assert_data, assert_identity, assert_whole, assert_writable
 
+T = TypeVar("T")
 _JOBS = "jobs.jsonl"
 _TIMEOUT_S = 120.0
 
@@ -33,32 +35,75 @@ class TaskRun:
         return job_id if self.task is None else f"{job_id}_{self.task}"
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A check of `look_at`, and what is wrong; None where nothing is."""
+
+    about: str
+    error: UserError | None
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a job can begin in a run directory. jobs: ids of those that are queued or at work on the run."""
+
+    findings: tuple[Finding, ...]
+    jobs: tuple[str, ...]
+
+
+def look_at(run_dir: Path, run: TaskRun, *, after: bool = False, data_is_made: bool = True) -> Readiness:
+    """All that the nodes would refuse hours later, and whether the run is somebody's; `dsbert plan` shows it, and
+    `dsbert submit` refuses.
+
+    after: whether the job may wait for others that are on the run. data_is_made: else an earlier job may be to make it.
+    """
+    findings: list[Finding] = []
+
+    def check(about: str, work: Callable[[], T]) -> T | None:
+        try:
+            found = work()
+        except UserError as error:
+            findings.append(Finding(about, error))
+            return None
+        findings.append(Finding(about, None))
+        return found
+
+    manifest = check("data", lambda: assert_data(run.recipe)) if data_is_made or run.recipe.data.path.exists() else None
+    check("run directory", lambda: assert_writable(run_dir))
+    entries = check("jobs", lambda: _jobs_on(run_dir, after)) or []
+    if not entries:
+        check("owner", lambda: assert_free(run_dir, "or choose another --run-dir"))
+    digest, queued = manifest.digest if manifest else None, entries[-1].get("identity") if entries else None
+    check("identity", lambda: assert_identity(run.recipe, digest, run_dir, queued))
+    if manifest:
+        check("shards and blocks", partial(assert_whole, run.recipe, manifest))
+    return Readiness(tuple(findings), tuple(str(entry["job_id"]) for entry in entries))
+
+
 def assert_ready(runs: Mapping[Path, TaskRun], *, after: bool, data_is_made: bool) -> list[str]:
     """The jobs that are queued or at work on these runs, which the new one has to wait for.
 
-    runs: by run directory. after: whether it may wait for others. data_is_made: else an earlier job may be to
-    make it.
-
-    Raises UserError for a run that is somebody's, or that the nodes would refuse hours later.
+    runs: by run directory. after, data_is_made: as of `look_at`. Raises UserError for what it finds wrong first.
     """
     jobs: set[str] = set()
     for run_dir, run in runs.items():
-        manifest = assert_data(run.recipe) if data_is_made or run.recipe.data.path.exists() else None
-        assert_writable(run_dir)
-        entries = queued_jobs(run_dir)
-        if entries and not after:
-            raise UserError(
-                f"expected no other job on the run in {run_dir}, found job {entries[-1]['job_id']} queued or at work: "
-                "cancel it, choose another --run-dir, or have this one wait for its end with --after"
-            )
-        if not entries:
-            assert_free(run_dir, "or choose another --run-dir")
-        digest = manifest.digest if manifest else None
-        assert_identity(run.recipe, digest, run_dir, entries[-1].get("identity") if entries else None)
-        if manifest:
-            assert_whole(run.recipe, manifest)
-        jobs |= {str(entry["job_id"]) for entry in entries}
+        found = look_at(run_dir, run, after=after, data_is_made=data_is_made)
+        for finding in found.findings:
+            if finding.error:
+                raise finding.error
+        jobs |= set(found.jobs)
     return sorted(jobs)
+
+
+def _jobs_on(run_dir: Path, after: bool) -> list[dict[str, Any]]:
+    """Those that the new one is to wait for. Raises UserError where it may not."""
+    entries = queued_jobs(run_dir)
+    if entries and not after:
+        raise UserError(
+            f"expected no other job on the run in {run_dir}, found job {entries[-1]['job_id']} queued or at work: "
+            "cancel it, choose another --run-dir, or have this one wait for its end with --after"
+        )
+    return entries
 
 
 def queued_jobs(run_dir: Path) -> list[dict[str, Any]]:

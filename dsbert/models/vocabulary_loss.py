@@ -22,7 +22,7 @@ from dsbert.models.spec import losses_and_hits
 from dsbert.sparse.half_precision import is_slow
 from dsbert.sparse.kernels import cpu
 
-_CHUNK_BYTES = 1 << 25  # of logits at a time
+CHUNK_BYTES = 1 << 25  # of logits at a time
 
 
 class VocabularyLinear(Linear):
@@ -91,7 +91,7 @@ class VocabularyLoss(torch.autograd.Function):
 
 def _chunks(predictions: int, classes: int) -> Iterator[slice]:
     """As few parts of the rows as keep logits small, of equal size but for the last."""
-    parts = -(-predictions * classes * 4 // _CHUNK_BYTES)
+    parts = -(-predictions * classes * 4 // CHUNK_BYTES)
     size = -(-predictions // max(1, parts))
     return (slice(first, first + size) for first in range(0, predictions, max(1, size)))
 

@@ -25,6 +25,22 @@ def sparsify_(model: nn.Module, config: SparsityConfig, *, seed: int = 0) -> dic
     block size does not divide a weight, if whole blocks miss the density by more than a quarter, or if the low rank is
     more than a weight has rows or columns.
     """
+    layers = {}
+    for name, linear in linears_to_replace(model, config).items():
+        key = DrawKey(seed, "init", 0, name)
+        shape = (linear.out_features, linear.in_features)
+        topology = BlockTopology.random(shape, config.block_size, config.density, key, config.balance)
+        layers[name] = BlockSparseLinear.from_linear(linear, topology, kernels=config.kernels, low_rank=config.low_rank)
+        word = DrawKey(seed, "low rank", 0, name).word()
+        layers[name].reset_low_rank(generator=torch.Generator().manual_seed(word % 2**63))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers
+
+
+def linears_to_replace(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Linear]:
+    """What `sparsify_` would replace, by name; nothing is changed, and no topology drawn. Raises SparsityError as it
+    does."""
     if config.pattern == "dense":
         return {}
     found = {
@@ -38,17 +54,7 @@ def sparsify_(model: nn.Module, config: SparsityConfig, *, seed: int = 0) -> dic
         shape = (linear.out_features, linear.in_features)
         _check_density(name, shape, config)
         _check_rank(name, shape, config)
-    layers = {}
-    for name, linear in found.items():
-        key = DrawKey(seed, "init", 0, name)
-        shape = (linear.out_features, linear.in_features)
-        topology = BlockTopology.random(shape, config.block_size, config.density, key, config.balance)
-        layers[name] = BlockSparseLinear.from_linear(linear, topology, kernels=config.kernels, low_rank=config.low_rank)
-        word = DrawKey(seed, "low rank", 0, name).word()
-        layers[name].reset_low_rank(generator=torch.Generator().manual_seed(word % 2**63))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])
-    return layers
+    return found
 
 
 def num_kept_weights(name: str, shape: tuple[int, int], config: SparsityConfig) -> int:

@@ -68,7 +68,7 @@ def test_loss_and_gradients(
     """In one part and in several, in fp32 and in half precisions, that the machine multiplies or does not. In fp16
     gradients are scaled by what makes them fit: unscaled, a thousandth of them would be nothing."""
     monkeypatch.setattr(half_precision, "multiplies", lambda kind: able)
-    monkeypatch.setattr(vocabulary_loss, "_CHUNK_BYTES", 4 * VOCABULARY * rows)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_BYTES", 4 * VOCABULARY * rows)
     layer = layer_of(dtype, bias)
     x, labels = predictions(40, dtype)
     factor = 2.0**-24 if dtype == torch.bfloat16 else 1.0 / 40
@@ -159,7 +159,7 @@ def test_elsewhere_torch_runs(obstacle: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_logits_do_not_outlive_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more of them is made at a time than a part, and backward is left nothing of the size of all."""
-    monkeypatch.setattr(vocabulary_loss, "_CHUNK_BYTES", 4 * VOCABULARY * 10)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_BYTES", 4 * VOCABULARY * 10)
     seen = []
     original = cpu.cross_entropy_
     monkeypatch.setattr(
