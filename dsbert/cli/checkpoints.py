@@ -48,18 +48,33 @@ def evaluate(
     show(result, as_json, heading=f"{source} at step {result['step']}")
 
 
-@click.command(epilog=examples("dsbert export runs/demo --to exports/demo"))
+@click.command(
+    epilog=examples(
+        "dsbert export runs/demo --to exports/demo",
+        "dsbert export runs/demo --to exports/sparse --form sparse",
+        "dsbert export runs/demo --to exports/demo --push-to-hub me/my-model --private",
+    )
+)
 @_source
 @click.option("--to", type=PathName(), required=True, help="The directory to write, new or of an earlier export.")
+@click.option(
+    "--form",
+    type=click.Choice(("dense", "sparse")),
+    default="dense",
+    show_default=True,
+    help="dense: for transformers alone, and the blocks beside it. sparse: for transformers with `import dsbert.hf`.",
+)
+@click.option("--push-to-hub", metavar="NAME", help="Then upload it to this repository of the Hugging Face hub.")
+@click.option("--private/--public", default=None, help="Of a repository that is made.  [default: as the hub has it]")
 @as_json_option
-def export(source: Path, to: Path, as_json: bool) -> None:
-    """Write a transformers model, such as BertForPreTraining, with its tokenizer, and the compact block form.
+def export(source: Path, to: Path, form: str, push_to_hub: str | None, private: bool | None, as_json: bool) -> None:
+    """Write a transformers model, such as BertForPreTraining, with its tokenizer and a model card.
 
-    Of an earlier export its own files are replaced; others stay.
+    Of an earlier export its own files are replaced; others stay, and so does a README.md that was changed.
     """
     from dsbert.inspection.export import export as run
 
-    show(run(source, to), as_json, heading=f"exported {source}")
+    show(run(source, to, form, push_to_hub, private), as_json, heading=f"exported {source}")
 
 
 @click.command(epilog=examples("dsbert inspect runs/demo", "dsbert inspect runs/demo/checkpoints/step_00000200"))

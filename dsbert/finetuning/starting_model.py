@@ -11,19 +11,23 @@ from typing import Any
 
 import transformers
 
+import dsbert.hf as hf
 from dsbert.base.errors import UserError
 from dsbert.checkpoint.loading import resolve_checkpoint
+from dsbert.checkpoint.state import read_state
+from dsbert.config.recipe import recipe_from_dict
 from dsbert.finetuning.task_file import Kind
 from dsbert.inspection.export import export
+from dsbert.inspection.export_forms import dense_state
 from dsbert.sparse import BlockSparseLinear
 
-PATTERNS = ("keep", "dense", "dynamic")
-
-_CLASSES = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "token-classification": transformers.AutoModelForTokenClassification,
-    "question-answering": transformers.AutoModelForQuestionAnswering,
+_SEQUENCES = (transformers.AutoModelForSequenceClassification, hf.DsbertForSequenceClassification)
+# By kind of task transformers' class of any model, and the one of a sparse model.
+_CLASSES: dict[Kind, tuple[Any, Any]] = {
+    "classification": _SEQUENCES,
+    "regression": _SEQUENCES,
+    "token-classification": (transformers.AutoModelForTokenClassification, hf.DsbertForTokenClassification),
+    "question-answering": (transformers.AutoModelForQuestionAnswering, hf.DsbertForQuestionAnswering),
 }
 
 
@@ -38,16 +42,14 @@ class StartingModel:
 
     @property
     def density(self) -> float:
-        """Share of the sparse layers' weights that is there; 1 of a dense model."""
+        """Share of the sparse layers' weights that is there, without a low-rank term; 1 of a dense model."""
         total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
         return sum(layer.num_active * layer.block_size**2 for layer in self.layers.values()) / total if total else 1.0
 
 
 def resolve_model(path: Path) -> Path:
     """What `path` means now: of a run its newest checkpoint. Raises UserError or CheckpointError."""
-    if (path / "config.json").is_file() or not path.exists():
-        return path  # a directory of transformers, or a name on the hub
-    return resolve_checkpoint(path)
+    return path if _is_for_transformers(path) else resolve_checkpoint(path)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -55,9 +57,11 @@ def load_tokenizer(path: Path) -> Any:
 
     Raises UserError, CheckpointError.
     """
-    with _readable(path) as folder, _plainly(path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        positions = transformers.AutoConfig.from_pretrained(folder).max_position_embeddings
+    if not _is_for_transformers(path):
+        return hf.tokenizer_from_run(path)
+    with _plainly(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        positions = transformers.AutoConfig.from_pretrained(path).max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
@@ -68,22 +72,54 @@ def load_model(path: Path, kind: Kind, pattern: str | None = None, **changes: An
     pattern: None: keep of a sparse model, dense of another. changes: of the configuration, such as id2label. A head
     that is not there, or of other classes, begins at random. Raises UserError, CheckpointError.
     """
-    if pattern in ("keep", "dynamic"):
-        raise UserError("expected...")
-    with _readable(path) as folder, _plainly(path):
-        model = _CLASSES[kind].from_pretrained(folder, dtype="float32", ignore_mismatched_sizes=True, **changes)
-    return StartingModel(model, {}, "dense")
+    model = _load(path, kind, pattern, changes)
+    layers = _sparse_layers(model)
+    if layers and pattern == "dense":
+        model, layers = _densified(model, layers, kind), {}
+    if not layers and pattern in ("keep", "dynamic"):
+        raise UserError(
+            f"expected a sparse model for --pattern {pattern}, found a dense one at {path}: give a run, or what `dsbert "
+            "export --form sparse` wrote, or --pattern dense"
+        )
+    return StartingModel(model, layers, pattern or ("keep" if layers else "dense"))
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[Path]:
-    """A directory that transformers loads: of a checkpoint a dense export, for the time being."""
-    if (path / "config.json").is_file() or not path.exists():
-        yield path
-        return
+def _load(path: Path, kind: Kind, pattern: str | None, changes: dict[str, Any]) -> Any:
+    of_any, of_sparse = _CLASSES[kind]
+    if _is_for_transformers(path):
+        return _from_pretrained(of_any, path, changes)
+    recipe = recipe_from_dict(read_state(path).recipe.whole)
+    is_sparse = recipe.sparsity.pattern != "dense" and recipe.model.architecture == "bert"
+    if is_sparse if pattern is None else pattern != "dense":
+        return hf.from_run(path, of_sparse, **changes)
     with tempfile.TemporaryDirectory(prefix="dsbert-finetune-") as folder:
         export(path, Path(folder) / "dense")
-        yield Path(folder) / "dense"
+        return _from_pretrained(of_any, Path(folder) / "dense", changes)
+
+
+def _from_pretrained(model_class: Any, path: Path, changes: dict[str, Any]) -> Any:
+    with _plainly(path):
+        return model_class.from_pretrained(path, dtype="float32", ignore_mismatched_sizes=True, **changes)
+
+
+def _sparse_layers(model: Any) -> dict[str, BlockSparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)}
+
+
+def _densified(model: Any, layers: dict[str, BlockSparseLinear], kind: Kind) -> Any:
+    """transformers' own model with the weights of a sparse one, zeros where there are no blocks."""
+    known = set(transformers.BertConfig().to_dict()) - {"model_type", "architectures"}
+    config = transformers.BertConfig(**{name: value for name, value in model.config.to_dict().items() if name in known})
+    dense = _CLASSES[kind][0].from_config(config)
+    missing, unexpected = dense.load_state_dict(dense_state(model, layers), strict=False)
+    assert not unexpected, unexpected
+    assert not set(missing) & {name for name, _ in dense.named_parameters()}, missing
+    return dense
+
+
+def _is_for_transformers(path: Path) -> bool:
+    """A directory of transformers, or else a name on the hub; not a run or a checkpoint."""
+    return (path / "config.json").is_file() or not path.exists()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Hand a trained model on: as a dense transformers model, and as its blocks.
+"""Hand a trained model on: as a dense transformers model with its blocks beside it, or as a sparse one.
 
 export.json names what an export wrote, with checksums. It is what tells our files from those of others, which an export
 leaves alone, and it is written last: where it says `complete: false`, an export was cut short on its way.
@@ -19,36 +19,41 @@ from typing import Any
 from dsbert.base.durable import checksum, differences, publish
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import parse_object
-from dsbert.checkpoint.state import read_manifest
-from dsbert.data.manifest import TOKENIZER
-from dsbert.data.preparing.tokenizer_check import check_saved
-from dsbert.data.tokenizer import Vocabulary, load_tokenizer, save_tokenizer
-from dsbert.sparse.low_rank import PARTS
+from dsbert.inspection.export_forms import COMPACT, COMPACT_FORMATS, FORMS, write_form
+from dsbert.inspection.hub_upload import check_hub_name, upload
+from dsbert.inspection.model_card import CARD, is_as_written
 
 _TEMPORARY = ".dsbert-export-"
-COMPACT = "sparse.safetensors"
 RECORD = "export.json"
 _FORMAT = "dsbert-export-1"
-# The second has low-rank terms: who knows the first alone is to refuse it, and not to take blocks for the weight.
-_COMPACT_FORMATS = ("dsbert-compact-1", "dsbert-compact-2")
 _MOST_BYTES = 1 << 20  # of a record, and of the header of a compact file
 _SHOWN_FILES = 3
 # Exports of before there was a record have these.
 _ALWAYS = ("config.json", "model.safetensors", COMPACT, "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
-def export(path: Path, to: Path) -> dict[str, Any]:
-    """Write a checkpoint, or the newest one of a run, into the directory `to`:
+def export(
+    path: Path, to: Path, form: str = "dense", push_to_hub: str | None = None, private: bool | None = None
+) -> dict[str, Any]:
+    """Write a checkpoint, or the newest one of a run, into the directory `to`: what a form has (export_forms.py), and
+    export.json.
 
-    config.json, model.safetensors and the tokenizer, for transformers' class of the model and AutoTokenizer;
-    sparse.safetensors with "<layer>.blocks" [K, B, B], ".rows", ".cols" (int32 [K]) and every dense parameter by name;
-    of a model with sparsity.low_rank also ".low_rank_u" [out, r] and ".low_rank_v" [r, in], where the weight is the
-    blocks and U V, and the format in its metadata is dsbert-compact-2 in place of dsbert-compact-1;
-    and export.json. Of an earlier export in `to`, its own files are replaced, one by one and each whole.
-    Raises UserError if `to` holds something else or cannot be written, CheckpointError without a valid checkpoint.
+    form "dense": config.json, model.safetensors and the tokenizer, for transformers' class of the model and
+    AutoTokenizer; README.md; sparse.safetensors with "<layer>.blocks" [K, B, B], ".rows", ".cols" (int32 [K]) and every
+    dense parameter by name; of a model with sparsity.low_rank also ".low_rank_u" [out, r] and ".low_rank_v" [r, in],
+    where the weight is the blocks and U V, and the format in its metadata is dsbert-compact-2 in place of
+    dsbert-compact-1. form "sparse": config.json, model.safetensors and the tokenizer, for dsbert.hf; README.md.
+    Of an earlier export in `to`, its own files are replaced, one by one and each whole; a README.md that somebody has
+    written stays. push_to_hub: the name of a repository on the hub that then gets these files (hub_upload.py).
+    Returns the step, the directory, its files and, if they were uploaded, the commit. Raises UserError if `to` holds
+    something else or cannot be written, or the hub refuses; CheckpointError without a valid checkpoint.
     """
     from dsbert.checkpoint.restore import restore_model
 
+    if form not in FORMS:
+        raise UserError(f"expected a form of {', '.join(FORMS)}, found {form!r}: give one of these")
+    if push_to_hub is not None:
+        check_hub_name(push_to_hub)
     with _plainly(to):
         to = Path(os.path.realpath(to))
         before = _earlier_files(to)
@@ -60,13 +65,20 @@ def export(path: Path, to: Path) -> dict[str, Any]:
         with _alone(to) if before is not None else nullcontext():
             temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=place))
             try:
-                _write(restored, temporary)
+                write_form(restored, form, path, temporary)
+                if os.path.lexists(to / CARD) and not is_as_written(to / CARD):
+                    (temporary / CARD).unlink()  # somebody's own words stay
                 files = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
                 record = {"format": _FORMAT, "step": restored.state.step, "files": files}
                 _put(temporary, to, record, before)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    return {"step": record["step"], "to": str(to), "files": sorted([*files, RECORD])}
+    found = {"step": record["step"], "to": str(to), "files": sorted([*files, RECORD])}
+    if push_to_hub is not None:
+        message = f"{restored.recipe.name} at step {restored.state.step}"
+        uploaded = [name for name in {*files, CARD} if (to / name).is_file()]
+        found["commit"] = upload(to, push_to_hub, uploaded, message, private)
+    return found
 
 
 @contextmanager
@@ -139,7 +151,7 @@ def _is_compact(path: Path) -> bool:
     head = _head(path)
     header = parse_object(head[8 : 8 + int.from_bytes(head[:8], "little")]) or {}
     metadata = header.get("__metadata__")
-    return isinstance(metadata, dict) and metadata.get("format") in _COMPACT_FORMATS
+    return isinstance(metadata, dict) and metadata.get("format") in COMPACT_FORMATS
 
 
 def _put(temporary: Path, to: Path, record: dict[str, Any], before: dict[str, str | None] | None) -> None:
@@ -178,63 +190,3 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-def _write(restored: Any, to: Path) -> None:
-    """All files of an export but the record."""
-    from dsbert.models.spec import model_spec
-
-    for name in read_manifest(restored.path).files:  # no more than was verified, whatever else lies there
-        if name.startswith(f"{TOKENIZER}/"):
-            shutil.copyfile(restored.path / name, to / Path(name).name)
-    tokenizer = load_tokenizer(to)
-    # As this version writes it: an older one had transformers rebuild normalisers that are not BERT's.
-    save_tokenizer(tokenizer, to)
-    check_saved(to)
-    spec, config, vocabulary = model_spec(restored.recipe.model), restored.model.config, Vocabulary.of(tokenizer)
-    for name, token in spec.special_tokens.items():
-        setattr(config, name, getattr(vocabulary, token))
-    _limit_tokenizer(to / "tokenizer_config.json", config.max_position_embeddings)
-    model = spec.exported(config)
-    weights = dense_state(restored)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in model.all_tied_weights_keys]
-    assert not missing, missing
-    assert not unexpected, unexpected
-    model.tie_weights()
-    model.save_pretrained(to)
-    _save_compact(restored, to / COMPACT)
-
-
-def _limit_tokenizer(path: Path, max_positions: int) -> None:
-    """Have the tokenizer know how long a text the model takes: `truncation=True` cuts there."""
-    config = parse_object(path.read_bytes())
-    if config is None:
-        raise UserError(f"expected a JSON object in {TOKENIZER}/{path.name} of the checkpoint, found none")
-    text = json.dumps(config | {"model_max_length": max_positions}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def dense_state(restored: Any) -> dict[str, Any]:
-    """The parameters of the transformers model by name: sparse weights as dense [out, in] ones, with what stands beside
-    their blocks."""
-    state = {}
-    for name, param in restored.model.named_parameters():
-        layer = restored.layers.get(name.rpartition(".")[0])
-        if layer is not None and name.endswith(".blocks"):
-            state[name.removesuffix("blocks") + "weight"] = layer.to_dense()
-        elif layer is None or not name.endswith(PARTS):
-            state[name] = param.detach()
-    return state
-
-
-def _save_compact(restored: Any, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: param.detach().contiguous() for name, param in restored.model.named_parameters()}
-    for name, layer in restored.layers.items():
-        tensors[f"{name}.rows"], tensors[f"{name}.cols"] = layer.rows.contiguous(), layer.cols.contiguous()
-    shapes = {name: [*layer.shape, layer.block_size] for name, layer in restored.layers.items()}
-    form = _COMPACT_FORMATS[any(layer.low_rank for layer in restored.layers.values())]
-    metadata = {"format": form, "layers": json.dumps(shapes), "step": str(restored.state.step)}
-    save_file(tensors, path, metadata=metadata)

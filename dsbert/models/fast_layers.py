@@ -163,12 +163,17 @@ def _within(
 
 def use_fast_layers_(model: PreTrainedModel) -> None:
     """Have a model of transformers use what stands here, in place: names of modules and parameters stay."""
+    replace_layers_(model)
+    model.set_attn_implementation(ATTENTION)
+
+
+def replace_layers_(model: nn.Module) -> None:
+    """`use_fast_layers_` but for the attention, which stays what it is."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Dropout(module.p))
         elif type(module) is nn.Linear:
             module.__class__ = Linear  # parameters, ties and hooks stay as they are
-    model.set_attn_implementation(ATTENTION)
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from dsbert.sparse.kernels import ops
 from dsbert.sparse.kernels.backends import BACKENDS
-from dsbert.sparse.kernels.dispatch import KERNELS, choose
+from dsbert.sparse.kernels.dispatch import KERNELS, choose, tokens_to_measure
 from dsbert.sparse.kernels.index import KernelIndex, order_size
 from dsbert.sparse.kernels.record import Choice
 from dsbert.sparse.low_rank import add_low_rank_, num_low_rank_weights, reset_low_rank_
@@ -25,8 +25,8 @@ class BlockSparseLinear(nn.Module):
 
     The dense weight is in no parameter, gradient or optimizer state. `set_topology` re-points slots in place: shapes,
     parameters and optimizer state keep their identity. kernels: a name of `KERNELS`; which backends that means for the
-    three products is `choice`, measured on the first call unless it was set before, and again where the layer is moved
-    to a device or dtype that they cannot compute on (see kernels/dispatch.py).
+    three products is `choice`. One that was set stays, for any number of tokens, as long as the layer is where it can
+    run; else it is measured on the first call with about so many tokens, and remembered (see kernels/dispatch.py).
     activation "gelu" has the layer return gelu(y), the exact one, from the same kernel where the backend can.
     low_rank: the rank of a term U V that is added to W, of parameters low_rank_u [out, r] and low_rank_v [r, in]
     (low_rank.py); 0 = none, and then neither parameter. GELU follows the sum of both, in a pass of its own.
@@ -58,6 +58,7 @@ class BlockSparseLinear(nn.Module):
         self.kernels = kernels
         self.choice: Choice | None = None
         self._place: tuple[torch.device, torch.dtype] | None = None  # where `choice` is known to run
+        self._measured: dict[tuple[torch.device, torch.dtype, int], Choice] = {}  # by tokens
         self.activation: str | None = None
         size = (self.num_active, self.block_size, self.block_size)
         self.blocks = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -127,12 +128,8 @@ class BlockSparseLinear(nn.Module):
             x, blocks = x.to(dtype), blocks.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         flat = x.reshape(-1, self.in_features)
-        place = (flat.device, blocks.dtype)
-        if self.choice is None or (place != self._place and not self._runs_on(*place)):
-            self.choice = choose(self.index, self.kernels, tokens=flat.shape[0], dtype=blocks.dtype).choice
-        self._place = place
         index = ops.FlatIndex(self.rows, self.cols, self.order, self.shape)
-        arguments = (flat, blocks, bias, *index, self.choice)
+        arguments = (flat, blocks, bias, *index, self._choose(flat.shape[0], flat.device, blocks.dtype))
         y: Tensor
         if self.activation is not None and self.dense_gradient is None and not self.low_rank:
             y, _ = ops.linear_gelu(*arguments)
@@ -145,9 +142,20 @@ class BlockSparseLinear(nn.Module):
             y = y if self.activation is None else functional.gelu(y)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
-        names = self.choice or ()
-        return all(BACKENDS[name].why_not(device, dtype, self.block_size) is None for name in names)
+    def _choose(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Choice:
+        """`choice`, which is made for about so many tokens where nobody has set it or it cannot run."""
+        given, place = self.choice, (device, dtype)
+        is_set = given is not None and not any(given is own for own in self._measured.values())
+        if given is None or not is_set or (place != self._place and not self._runs_on(given, *place)):
+            key = (*place, tokens_to_measure(tokens, device))
+            if key not in self._measured:
+                self._measured[key] = choose(self.index, self.kernels, tokens=tokens, dtype=dtype).choice
+            self.choice = given = self._measured[key]
+        self._place = place
+        return given
+
+    def _runs_on(self, choice: Choice, device: torch.device, dtype: torch.dtype) -> bool:
+        return all(BACKENDS[name].why_not(device, dtype, self.block_size) is None for name in choice)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:

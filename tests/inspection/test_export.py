@@ -17,6 +17,7 @@ import pytest
 from tests.commands import ENVIRONMENT, SMALL, complaint, dsbert
 
 FILES = {
+    "README.md",
     "config.json",
     "model.safetensors",
     "sparse.safetensors",
@@ -92,9 +93,10 @@ def test_an_export_replaces_its_own_files_and_no_others(exported: Path, run: Pat
     (to / "model.safetensors").write_text("of another model")
     expected = _content(to) | _content(exported)
     del expected["old.txt"]
+    expected["README.md"] = b"mine"
     done = dsbert("export", str(run), "--to", str(to), "--json")
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["files"]) == FILES | {"export.json"}
+    assert set(json.loads(done.stdout)["files"]) == FILES - {"README.md"} | {"export.json"}
     assert _content(to) == expected
     assert (tmp_path / "outside.txt").read_text() == "old"
     # By a link and from inside, too; and an export of before there was a record.

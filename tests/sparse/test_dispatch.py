@@ -135,6 +135,31 @@ def test_what_the_file_says_decides(cache: Path) -> None:
     ]
 
 
+def test_a_layer_of_its_own_chooses_for_about_so_many_tokens(cache: Path) -> None:
+    """One token must not be computed by what is fastest for hundreds; a choice that was set stays."""
+    made = layer()
+    choose(made.index, "auto", tokens=1, dtype=torch.float32)
+    choose(made.index, "auto", tokens=512, dtype=torch.float32)
+    (path,) = cache.rglob("timings-*.json")
+    recorded = json.loads(path.read_text())
+    for key, timings in recorded["milliseconds"].items():
+        fastest = "reference" if "/T1/" in key else "dense"
+        for product in timings.values():
+            product |= dict.fromkeys(product, 9.0) | {fastest: 1.0}
+    path.write_text(json.dumps(recorded))
+    dispatch._Table._memory.clear()
+    chosen = []
+    for tokens in (1, 512, 4096, 1, 300):
+        made(torch.zeros(tokens, made.in_features))
+        assert made.choice is not None
+        chosen.append(made.choice.forward)
+    assert chosen == ["reference", "dense", "dense", "reference", "dense"]
+    plan_kernels({"layer": made}, tokens=512, dtype=torch.float32)
+    for tokens in (1, 512):
+        made(torch.zeros(tokens, made.in_features))
+        assert made.choice == ("dense",) * 3
+
+
 def test_a_recipe_may_name_the_kernels(cache: Path) -> None:
     for name in ("cpu", "reference"):
         plan = plan_kernels({"layer": (made := layer(name))}, tokens=32, dtype=torch.float32)

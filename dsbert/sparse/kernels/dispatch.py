@@ -114,8 +114,7 @@ def choose(
     names = candidates(kernels, device, dtype, index.block_size, without)
     if len(names) == 1:
         return Decision(Choice(names[0], names[0], names[0]), {})
-    most = _MOST_TOKENS.get(device.type, 512)
-    measured_tokens = min(most, 1 << max(tokens - 1, 0).bit_length())
+    measured_tokens = tokens_to_measure(tokens, device)
     out_features, in_features = index.shape
     key = f"{out_features}x{in_features}/B{index.block_size}/K{index.num_active}/T{measured_tokens}/{dtype}"
     table = _Table(device)
@@ -127,6 +126,11 @@ def choose(
         table.write(key, timings)
     kept: Timings = {product: {name: timings[product][name] for name in names} for product in PRODUCTS}
     return Decision(Choice(*(decide(kept[product]) for product in PRODUCTS)), kept)
+
+
+def tokens_to_measure(tokens: int, device: torch.device) -> int:
+    """With how many tokens a choice for so many is measured: the next power of two, up to where no ranking changes."""
+    return min(_MOST_TOKENS.get(device.type, 512), 1 << max(tokens - 1, 0).bit_length())
 
 
 @torch.no_grad()
