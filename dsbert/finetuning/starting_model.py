@@ -78,8 +78,8 @@ def load_model(path: Path, kind: Kind, pattern: str | None = None, **changes: An
         model, layers = _densified(model, layers, kind), {}
     if not layers and pattern in ("keep", "dynamic"):
         raise UserError(
-            f"expected a sparse model for --pattern {pattern}, found a dense one at {path}: give a run, or what `dsbert "
-            "export --form sparse` wrote, or --pattern dense"
+            f"expected a sparse model for --pattern {pattern}, found a dense one at {path}: give a run, or what "
+            "`dsbert export --form sparse` wrote, or --pattern dense"
         )
     return StartingModel(model, layers, pattern or ("keep" if layers else "dense"))
 
