@@ -13,6 +13,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dsbert.base.collectives import on_main_rank, raise_on_all_ranks
+from dsbert.base.durable import checksum
 from dsbert.base.errors import EXIT_OK, EXIT_REQUEUE
 from dsbert.cluster import process_group
 from dsbert.cluster.ranks import ranks_from_environment
@@ -25,7 +26,13 @@ from dsbert.finetuning.starting_model import StartingModel, load_model, load_tok
 from dsbert.finetuning.task_file import TARGET, TRAIN, VALIDATION, Task
 from dsbert.finetuning.task_tables import Split, class_names, read_splits
 from dsbert.finetuning.token_tasks import TokenTask
-from dsbert.finetuning.trainer_callbacks import EpochLines, MaskUpdates, StopOnSignals, WholeCheckpoints, newest_whole
+from dsbert.finetuning.trainer_callbacks import (
+    MaskUpdates,
+    ProgressLines,
+    StopOnSignals,
+    WholeCheckpoints,
+    newest_whole,
+)
 
 AnyTask = SequenceTask | TokenTask | AnswerTask
 
@@ -40,15 +47,22 @@ def finetune(
     """
     stop = stop or StopRequest()
     ranks = ranks_from_environment()
-    if ranks is not None:
-        process_group.init(timeout_s, to)
+    if ranks is None:
+        return _finetune(source, task, to, settings, stop, world_size=1)
+    world = process_group.init(timeout_s, to)
+    with process_group.peer_failures(world):
+        return _finetune(source, task, to, settings, stop, world.world_size)
+
+
+def _finetune(
+    source: Path, task: Task, to: Path, settings: Settings, stop: StopRequest, world_size: int
+) -> tuple[int, dict[str, Any]]:
     _be_quiet()
     path, splits, tokenizer, work = raise_on_all_ranks(lambda: _prepare(source, task, settings))
-    record = {"model": str(path.absolute()), "task": task.model_dump(mode="json"), "settings": asdict(settings)}
-    on_main_rank(lambda: begin(to, record))
+    on_main_rank(lambda: begin(to, _record(path, task, settings)))
     if (metrics := finished(to)) is not None:
         return EXIT_OK, metrics
-    arguments = raise_on_all_ranks(lambda: training_arguments(settings, task, to, ranks.world_size if ranks else 1))
+    arguments = raise_on_all_ranks(lambda: training_arguments(settings, task, to, world_size))
     transformers.set_seed(arguments.seed)
     start = raise_on_all_ranks(lambda: load_model(path, task.kind, settings.pattern, **work.model_changes))
     resumed = newest_whole(Path(arguments.output_dir))
@@ -59,6 +73,8 @@ def finetune(
         print(f"dsbert: goes on from {resumed}", file=sys.stderr)
     trained = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if stopping.stopped:
+        if trainer.is_world_process_zero():
+            print(f"dsbert: saved step {trainer.state.global_step} of {trainer.state.max_steps}: {to}", file=sys.stderr)
         return EXIT_REQUEUE, {}
     metrics = {
         "task": task.name,
@@ -76,6 +92,16 @@ def finetune(
     outputs = _predict(trainer, work, splits)
     on_main_rank(lambda: _write(trainer, tokenizer, work, splits, outputs, metrics, to))
     return EXIT_OK, finished(to) or {}
+
+
+def _record(path: Path, task: Task, settings: Settings) -> dict[str, Any]:
+    """What must be the same where a fine-tuning goes on. Raises OSError."""
+    return {
+        "model": str(path.absolute()),
+        "task": task.model_dump(mode="json"),
+        "files": {file: checksum(Path(file)) for files in task.files.values() for file in files},
+        "settings": asdict(settings),
+    }
 
 
 def _be_quiet() -> None:
@@ -132,7 +158,7 @@ def _trainer(
         eval_dataset=work.dataset(validation),
         compute_metrics=lambda found: work.metrics(validation, found.predictions),
         compute_loss_func=work.loss,
-        callbacks=[*callbacks, EpochLines(), WholeCheckpoints()],
+        callbacks=[*callbacks, ProgressLines(), WholeCheckpoints()],
         preprocess_logits_for_metrics=work.reduce,
     )
     trainer.label_names = list(work.label_columns)

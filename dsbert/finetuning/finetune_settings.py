@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from dsbert.base.errors import UserError
 from dsbert.config.complaints import explain, in_one_line, shown
 from dsbert.config.documents import DocumentError, load_yaml
+from dsbert.engine.ds_config import read_ds_json, zero_stage
 from dsbert.finetuning.task_file import SMALLER_IS_BETTER, Task
 from dsbert.sparse import SparsityConfig
 
@@ -109,6 +110,8 @@ def _check(name: str, value: Any) -> None:
 
 def sparsity_config(settings: Settings, block_size: int, low_rank: int) -> SparsityConfig:
     """Of a model with sparse layers, whose pattern is dynamic. Raises UserError."""
+    if settings.trainer.get("deepspeed"):
+        raise UserError("expected --pattern keep or dense beside deepspeed, found dynamic: leave deepspeed out")
     asked = _SPARSITY_DEFAULTS | settings.sparsity | {"pattern": "dynamic", "block_size": block_size}
     if "update_every_steps" in settings.sparsity and "num_updates" not in settings.sparsity:
         del asked["num_updates"]
@@ -121,6 +124,19 @@ def sparsity_config(settings: Settings, block_size: int, low_rank: int) -> Spars
         raise UserError(in_one_line(explain(error, SparsityConfig, "sparsity", {}))) from None
 
 
+def _deepspeed(name: str) -> dict[str, Any]:
+    """What Trainer is told of a configuration of ds_configs, or of a file. Raises UserError."""
+    config = read_ds_json(name)
+    if zero_stage(config) > 2:
+        raise UserError(f"expected ZeRO stage 0 to 2 as deepspeed, found {zero_stage(config)} in {name}")
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    found: dict[str, Any] = {"deepspeed": dict.fromkeys(batches, "auto") | config}
+    found |= {dtype: True for dtype in ("bf16", "fp16") if (config.get(dtype) or {}).get("enabled") is True}
+    if isinstance(config.get("gradient_clipping"), int | float):
+        found["max_grad_norm"] = config["gradient_clipping"]
+    return found
+
+
 def training_arguments(settings: Settings, task: Task, to: Path, world_size: int) -> TrainingArguments:
     """Raises UserError for what does not go together, or for what Trainer's packages are not there."""
     asked = _DEFAULTS | settings.trainer
@@ -130,6 +146,8 @@ def training_arguments(settings: Settings, task: Task, to: Path, world_size: int
             f"expected --batch-size divisible by the ranks times gradient_accumulation_steps, {share}, found "
             f"{settings.batch_size}"
         )
+    if isinstance(asked.get("deepspeed"), str):
+        asked |= _deepspeed(asked["deepspeed"])
     on_cards = torch.cuda.is_available()
     values = (
         {"dataloader_pin_memory": on_cards, "use_cpu": not on_cards}

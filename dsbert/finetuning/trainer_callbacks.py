@@ -96,31 +96,29 @@ class StopOnSignals(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = control.should_save = False
 
 
-class EpochLines(TrainerCallback):  # type: ignore[misc]
-    """A line on standard error per evaluation."""
-
-    def __init__(self) -> None:
-        self._loss: float | None = None
+class ProgressLines(TrainerCallback):  # type: ignore[misc]
+    """A line on standard error per logged step and per evaluation."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        self._loss = (logs or {}).get("loss", self._loss)
+        if state.is_world_process_zero and logs and "loss" in logs:
+            _say(state, f"loss {float(logs['loss']):.4f}")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        hidden = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-        found = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
-        parts = [f"{name} {value:.4f}" for name, value in found.items() if name not in hidden]
-        trained = "" if self._loss is None else f"training loss {self._loss:.4f}; "
-        print(
-            f"dsbert: step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}: {trained}validation "
-            f"{', '.join(parts)}",
-            file=sys.stderr,
-        )
+        if state.is_world_process_zero:
+            hidden = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+            found = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+            parts = [f"{name} {value:.4f}" for name, value in found.items() if name not in hidden]
+            _say(state, f"validation {', '.join(parts)}")
+
+
+def _say(state: TrainerState, words: str) -> None:
+    print(
+        f"dsbert: step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}: {words}", file=sys.stderr
+    )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
