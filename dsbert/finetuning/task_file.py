@@ -104,7 +104,7 @@ class Task(Section):
     def sources(self) -> dict[str, str | list[str]]:
         """By split what is read: files, or in the data set's words."""
         names: dict[str, str | list[str]] = {TRAIN: TRAIN, VALIDATION: VALIDATION}
-        return dict(self.files) or names | self.splits
+        return dict(self.files) or {**names, **self.splits}
 
     @property
     def main_metric(self) -> str:

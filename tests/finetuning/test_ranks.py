@@ -28,7 +28,7 @@ def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import dsbert.hf
 
     to = tmp_path_factory.mktemp("still") / "model"
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     dsbert.hf.from_run(run, **still).save_pretrained(to)
     dsbert.hf.tokenizer_from_run(run).save_pretrained(to)
     return to

@@ -114,6 +114,7 @@ def hub_copy(folder: Path, name: str) -> None:
 
     entry = BENCHMARKS[name]
     config = entry.get("config", "plain_text")
+    row: dict[str, Any]
     kinds = [
         *dict.fromkeys((*{"train": "train", "validation": "validation"}.values(), *entry.get("splits", {}).values()))
     ]
