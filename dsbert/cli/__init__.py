@@ -2,6 +2,7 @@
 
 app            its groups and options, from the first word of a command line to its exit code
 training       dsbert pretrain
+finetuning     dsbert finetune
 cluster        dsbert plan, submit
 monitoring     dsbert status, runs, watch, report, doctor
 experiment     dsbert experiment

@@ -15,6 +15,7 @@ from dsbert.cli.checkpoints import COMMANDS
 from dsbert.cli.cluster import JOB_COMMANDS
 from dsbert.cli.data import DATA_COMMANDS
 from dsbert.cli.experiment import experiment
+from dsbert.cli.finetuning import finetune
 from dsbert.cli.monitoring import MONITORING_COMMANDS
 from dsbert.cli.parameters import local_rank_option
 from dsbert.cli.training import pretrain
@@ -27,7 +28,7 @@ def app() -> None:
     """Pre-train BERT with weights that are sparse from the first step to the last."""
 
 
-for _command in (pretrain, *JOB_COMMANDS, experiment, *MONITORING_COMMANDS, *DATA_COMMANDS, *COMMANDS):
+for _command in (pretrain, finetune, *JOB_COMMANDS, experiment, *MONITORING_COMMANDS, *DATA_COMMANDS, *COMMANDS):
     app.add_command(_command)
 
 

@@ -77,7 +77,7 @@ def pretrain(
 
         with said_once(ranks):
             loaded = load_recipe(recipe, overrides)
-            count = ranks.world_size if ranks else _num_ranks(nproc)
+            count = ranks.world_size if ranks else num_ranks(nproc)
             batch = loaded.batch.on_ranks(count)  # refuses more ranks than samples before any of them starts
             run_dir = run_dir or Path("runs") / loaded.name
             _assert_startable(loaded, run_dir, ranks, take_over)
@@ -92,7 +92,7 @@ def pretrain(
                 raise SystemExit(EXIT_REQUEUE)
             if count > 1:
                 less = f"lower batch.micro_batch (now {batch.micro_batch}) or --nproc (now {count})"
-                command = module_command("dsbert.cli", *_without_nproc(argv))
+                command = module_command("dsbert.cli", *without_nproc(argv))
                 raise SystemExit(launch(command, count, again=again, less_memory=less))
         from dsbert.training.pretrain import pretrain as train
 
@@ -114,7 +114,7 @@ def _assert_startable(recipe: Recipe, run_dir: Path, ranks: RankInfo | None, tak
         assert_free(run_dir, "choose another --run-dir, or take the run from it with --take-over")
 
 
-def _without_nproc(argv: list[str]) -> list[str]:
+def without_nproc(argv: list[str]) -> list[str]:
     """The arguments of a rank: those of its launcher but for --nproc."""
     kept, skip = [], False
     for word in argv:
@@ -124,7 +124,7 @@ def _without_nproc(argv: list[str]) -> list[str]:
     return kept
 
 
-def _num_ranks(nproc: int | None) -> int:
+def num_ranks(nproc: int | None) -> int:
     """How many ranks to start here: one per GPU unless said otherwise, and never more than there are GPUs."""
     gpus = _num_gpus()
     if nproc and gpus and nproc > gpus:

@@ -96,7 +96,8 @@ def precision(config: dict[str, Any]) -> str:
     return "fp32"
 
 
-def _read(name: str | dict[str, Any]) -> dict[str, Any]:
+def read_ds_json(name: str | dict[str, Any]) -> dict[str, Any]:
+    """A configuration by its name in ds_configs or its file, not yet looked at. Raises UserError."""
     if isinstance(name, dict):
         return copy.deepcopy(name)
     candidates = [folder / f"{name}.json" for folder in _FOLDERS] + [Path(name)]
@@ -116,7 +117,7 @@ def _read(name: str | dict[str, Any]) -> dict[str, Any]:
 
 def merged_config(recipe: Recipe) -> dict[str, Any]:
     """The configuration as the recipe has it, from its file or its own lines, not yet looked at. Raises UserError."""
-    config = _read(recipe.deepspeed.config)
+    config = read_ds_json(recipe.deepspeed.config)
     _merge(config, copy.deepcopy(recipe.deepspeed.overrides))
     return config
 
