@@ -43,8 +43,8 @@ def models(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     import transformers
 
     from dsbert import hf
+    from dsbert.hf.export_forms import dense_state
     from dsbert.hf.from_checkpoint import pretrained_of
-    from dsbert.inspection.export_forms import dense_state
     from dsbert.models.construction import build_model
 
     model, layers = build_model(recipe, _VOCABULARY)

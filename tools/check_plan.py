@@ -61,8 +61,8 @@ _LIMITS = {"step s": 0.15, "memory MB": 0.05, "checkpoint MB": 0.05}  # of all o
 def measure(arguments: dict[str, Any]) -> dict[str, Any]:
     """One rank of a run."""
     sent = count_sent_bytes()
-    from dsbert.capacity.timing_worker import CLOCKS
     from dsbert.engine.train_engine import TrainEngine
+    from dsbert.jobs.capacity.timing_worker import CLOCKS
     from dsbert.training.pretrain import pretrain
 
     found: dict[str, Any] = {"memory": [], "lengths": []}
@@ -103,12 +103,12 @@ def planned_memory(recipe: Recipe, ranks: int, vocab_size: int, lengths: list[in
     """Bytes of tensors that a rank holds at most with a micro-batch of these lengths."""
     import numpy as np
 
-    from dsbert.capacity.figures import Part
-    from dsbert.capacity.model_size import ModelSize
-    from dsbert.capacity.rank_memory import rank_memory
-    from dsbert.capacity.workload import Samples, Workload
-    from dsbert.capacity.zero_layout import ZeroLayout
     from dsbert.engine.ds_config import load_ds_config
+    from dsbert.jobs.capacity.figures import Part
+    from dsbert.jobs.capacity.model_size import ModelSize
+    from dsbert.jobs.capacity.rank_memory import rank_memory
+    from dsbert.jobs.capacity.workload import Samples, Workload
+    from dsbert.jobs.capacity.zero_layout import ZeroLayout
 
     samples = Samples(np.sort(np.array(lengths, dtype=np.int64)), None, vocab_size, "measured", "")
     work = Workload.of(recipe, ranks, samples)
@@ -129,7 +129,7 @@ def is_widened() -> bool:
 
 def plan_of(recipe: Recipe, ranks: int, run_dir: Path, clock: Literal["wall", "cpu"]) -> dict[str, float]:
     """What `dsbert plan` says of it."""
-    from dsbert.capacity.run_plan import Question, make_plan
+    from dsbert.jobs.capacity.run_plan import Question, make_plan
 
     plan = make_plan(Question(recipe, 1, ranks, run_dir, card="cpu", clock=clock))
     sent = {figure.name: figure.value for figure in plan["wire"].figures if "a step" in figure.name}

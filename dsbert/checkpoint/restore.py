@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,8 +12,13 @@ from torch import nn
 from dsbert.checkpoint.loading import fragment_reader, read_topology, resolve_checkpoint
 from dsbert.checkpoint.state import CheckpointState, read_state
 from dsbert.config.recipe import Recipe, recipe_from_dict
+from dsbert.data.manifest import TOKENIZER
+from dsbert.data.tokenizer import load_tokenizer
 from dsbert.models.construction import build_model
 from dsbert.sparse import BlockSparseLinear, BlockTopology
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +30,11 @@ class Restored:
     recipe: Recipe
     model: nn.Module
     layers: dict[str, BlockSparseLinear]
+
+
+def restore_tokenizer(path: Path) -> Tokenizer:
+    """That of a checkpoint, or of the newest valid one of a run. Raises UserError or CheckpointError."""
+    return load_tokenizer(resolve_checkpoint(path) / TOKENIZER)
 
 
 @torch.no_grad()

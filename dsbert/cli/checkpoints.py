@@ -72,7 +72,7 @@ def export(source: Path, to: Path, form: str, push_to_hub: str | None, private: 
 
     Of an earlier export its own files are replaced; others stay, and so does a README.md that was changed.
     """
-    from dsbert.inspection.export import export as run
+    from dsbert.hf.export import export as run
 
     show(run(source, to, form, push_to_hub, private), as_json, heading=f"exported {source}")
 

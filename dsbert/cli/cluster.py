@@ -123,9 +123,9 @@ def plan(
     Checks what `dsbert submit` checks: exit code 2 where the run could not begin. Each figure says whether it was
     measured, computed or estimated, and from what.
     """
-    from dsbert.capacity.plan_lines import plan_lines
-    from dsbert.capacity.run_plan import Question, make_plan
     from dsbert.config.recipe import load_recipe
+    from dsbert.jobs.capacity.plan_lines import plan_lines
+    from dsbert.jobs.capacity.run_plan import Question, make_plan
 
     loaded = load_recipe(recipe, overrides)
     where = run_dir or Path("runs") / loaded.name

@@ -79,7 +79,7 @@ def finetune(
         if ranks and nproc is not None:
             raise UserError("expected no --nproc under another launcher, which starts the ranks itself; found both")
         with said_once(ranks):
-            from dsbert.finetuning.task_file import load_task
+            from dsbert.hf.finetuning.task_file import load_task
 
             loaded = load_task(task, data)
         count = ranks.world_size if ranks else num_ranks(nproc)
@@ -87,11 +87,11 @@ def finetune(
             command = module_command("dsbert.cli", *without_nproc(argv))
             raise SystemExit(launch(command, count, again=again, less_memory="lower --batch-size or --nproc"))
         with said_once(ranks):
-            from dsbert.finetuning.finetune_settings import Settings, parse_overrides
+            from dsbert.hf.finetuning.finetune_settings import Settings, parse_overrides
 
             trainer, sparsity = parse_overrides(overrides)
             settings = Settings(pattern, batch_size, max_length, best, trainer, sparsity)
-        from dsbert.finetuning.finetune import finetune as train
+        from dsbert.hf.finetuning.finetune import finetune as train
 
         code, metrics = train(model, loaded, to, settings, stop, timeout)
     if code == EXIT_REQUEUE:

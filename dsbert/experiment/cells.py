@@ -19,8 +19,8 @@ import xxhash
 from dsbert.config.recipe import Recipe, load_recipe
 from dsbert.data.manifest import load_manifest
 from dsbert.data.stream import SAMPLES
-from dsbert.engine.ds_config import merged_config
 from dsbert.experiment.definition import Choices, Experiment, Value
+from dsbert.training.preflight import frozen
 from dsbert.training.provenance import NUMERICS
 
 Point = tuple[tuple[str, Value], ...]
@@ -46,7 +46,7 @@ class Cell:
             "data": self.data,
             "samples": SAMPLES,
             "eval": self.recipe.eval.model_dump(mode="json"),
-            "deepspeed": merged_config(self.recipe),
+            "deepspeed": frozen(self.recipe).deepspeed.config,
             "numerics": self.numerics,
         }
 
@@ -59,9 +59,9 @@ class Cell:
     def flops(self) -> int:
         """Of the whole training if its samples filled all positions of seq_len, as the paper counts them: the most that
         `flops_total` of the last step can be."""
-        from dsbert.models.construction import recipe_flops  # transformers, which the other commands do without
+        from dsbert.jobs.capacity.workload import most_flops
 
-        return recipe_flops(self.recipe) * self.recipe.batch.global_batch * self.recipe.optim.total_steps
+        return most_flops(self.recipe)
 
     @property
     def group(self) -> tuple[str, Point]:

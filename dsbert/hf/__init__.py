@@ -4,6 +4,9 @@ configuration      config.json of a sparse model: BERT's, and how many blocks ea
 modeling           the encoder on padded batches, and its heads
 unpadded           rows without their padding, and back
 from_checkpoint    a model out of a run or a checkpoint, and its tokenizer
+export             `dsbert export`: a directory that transformers loads; export_forms.py writes its files, model_card.py
+                   its README.md, hub_upload.py hands it over to the hub
+finetuning/        `dsbert finetune`
 sentence_embedder  embeddings of sentences by mean pooling, also as a module of sentence-transformers
 
     import dsbert.hf

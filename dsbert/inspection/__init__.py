@@ -2,8 +2,6 @@
 
     summary             `dsbert inspect`
     comparison          `dsbert diff`
-    export              `dsbert export`: a directory that transformers loads; export_forms.py writes its files,
-                        model_card.py its README.md, hub_upload.py hands it over to the hub
     topologies          where blocks stood after any step, by the journal of mask updates
     data_summary        `dsbert data`
     doctor              `dsbert doctor`: whether a machine can train; doctor_storage.py what its file systems do

@@ -92,18 +92,16 @@ class Run:
         UserError where there is none of that name, CheckpointError where it is damaged.
         """
         from dsbert.checkpoint.restore import restore_model
-        from dsbert.inspection.export_forms import transformers_model
+        from dsbert.hf.export_forms import transformers_model
 
         return transformers_model(restore_model(self._checkpoint(checkpoint))).eval()
 
     def tokenizer(self, checkpoint: int | str | Path | None = None) -> Tokenizer:
         """The tokenizer of a checkpoint, as of `model`: `tokenizer.encode(text).ids` begin with [CLS] and end with
         [SEP]."""
-        from dsbert.checkpoint.loading import resolve_checkpoint
-        from dsbert.data.manifest import TOKENIZER
-        from dsbert.data.tokenizer import load_tokenizer
+        from dsbert.checkpoint.restore import restore_tokenizer
 
-        return load_tokenizer(resolve_checkpoint(self._checkpoint(checkpoint)) / TOKENIZER)
+        return restore_tokenizer(self._checkpoint(checkpoint))
 
     def topology(self, step: int | None = None) -> dict[str, BlockTopology]:
         """Where the blocks of each sparse weight stood after `step` steps and the update that follows that step, by
