@@ -18,6 +18,7 @@ from dsbert.training.attempts import Attempt, Ending, Status
 from dsbert.training.history import read_config
 
 JOBS = "jobs.jsonl"
+_WORDS = ("slowest_cause", "stragglers")  # fields of metrics.jsonl that are read as text
 _LARGEST = 1e30  # FLOPs reach 1e24, everything else far less
 _LAST_TIME = 4e9  # of seconds since 1970
 
@@ -27,9 +28,9 @@ class RunFiles:
     """What stands in a run directory.
 
     attempts: oldest first; beats: of the newest; metrics: the lines of metrics.jsonl that count for the newest attempt,
-    of which only fields that are numbers; saved: the newest published checkpoint and when it was, in seconds since
-    1970; job: the newest that was submitted for the run, and when; coming: ranks that have met and not yet taken the
-    run over; closed: heartbeats are there and cannot be read; now: when all this was read.
+    of which only fields that are numbers, and two of text; saved: the newest published checkpoint and when it was, in
+    seconds since 1970; job: the newest that was submitted for the run, and when; coming: ranks that have met and not
+    yet taken the run over; closed: heartbeats are there and cannot be read; now: when all this was read.
     """
 
     path: Path
@@ -130,8 +131,8 @@ def _listable(path: Path) -> bool:
 
 def _metrics(path: Path, newest: Attempt | None) -> list[dict[str, Any]]:
     """Without steps beyond the checkpoint of an attempt that has not cut the file back yet."""
-    found = [
-        {key: value for key, value in record.items() if is_number(value)}
+    found: list[dict[str, Any]] = [
+        {key: value for key, value in record.items() if is_number(value) or (key in _WORDS and isinstance(value, str))}
         for record in _lines(path / "metrics.jsonl")
         if type(record.get("step")) is int and 0 < record["step"] <= 2**53
     ]

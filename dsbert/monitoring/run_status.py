@@ -15,13 +15,27 @@ CURVE_POINTS = 30
 
 
 @dataclass(frozen=True)
+class SlowestRank:
+    """By the newest record that says so: own_s: seconds of its own a step, without waiting for others; median_s: the
+    median rank's; cause: data, compute, save or other; straggler: it was named as one and has not kept up since."""
+
+    rank: int
+    host: str | None
+    own_s: float
+    median_s: float
+    ratio: float
+    cause: str
+    straggler: bool
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """How a run goes. Seconds, steps, tokens; None where it is not known (yet).
 
     step: the newest that is known, of total_steps; eta_s: until the last step, by the newest records, evaluations and
     saves included. loss: of the newest record; val_loss: held-out MLM loss, of the newest evaluation; curve: training
     losses over the run, at most CURVE_POINTS. flops_per_s: of all ranks, by the paper's count. slowest: the rank that
-    has taken fewest steps, if not all have taken as many.
+    has taken fewest steps, if not all have taken as many. slowest_rank: by its own time, None in a world of one.
     """
 
     run: str
@@ -45,6 +59,7 @@ class RunStatus:
     checkpoint_age_s: float | None
     heartbeat_age_s: float | None
     slowest: str | None
+    slowest_rank: SlowestRank | None
 
     @property
     def lost_steps(self) -> int:
@@ -111,6 +126,7 @@ def status_of(files: RunFiles) -> RunStatus:
         checkpoint_age_s=max(0.0, files.now - files.saved[1]) if files.saved else None,
         heartbeat_age_s=heartbeat_age_s(files) if at_work else None,
         slowest=_slowest(files) if at_work else None,
+        slowest_rank=_slowest_rank(files),
     )
 
 
@@ -146,3 +162,19 @@ def _slowest(files: RunFiles) -> str | None:
         return None
     beat = min(files.beats, key=lambda seen: seen.beat.step).beat
     return f"rank {beat.rank} on {beat.host} at step {beat.step} in phase {beat.phase}"
+
+
+def _slowest_rank(files: RunFiles) -> SlowestRank | None:
+    last = files.metrics[-1] if files.metrics else {}
+    if not {"slowest_rank", "slowest_own_s", "own_s", "slowest_ratio"} <= last.keys():
+        return None
+    rank = int(last["slowest_rank"])
+    return SlowestRank(
+        rank=rank,
+        host=next((seen.beat.host for seen in files.beats if seen.beat.rank == rank), None),
+        own_s=last["slowest_own_s"],
+        median_s=last["own_s"],
+        ratio=last["slowest_ratio"],
+        cause=last.get("slowest_cause", "unknown"),
+        straggler=str(rank) in last.get("stragglers", "").split(","),
+    )

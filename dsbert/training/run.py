@@ -72,7 +72,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
     model = _build(agreed, streams, failures)
     record = _describe(agreed, model)
     attempt = _begin_attempt(agreed, record, resume, failures)
-    reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers)
+    reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers, agreed.hosts)
     on_failure.callback(reporter.close, patient=False)
     run = Run(
         recipe=agreed.recipe,
