@@ -30,6 +30,7 @@ from dsbert.config.sections import (
     DataConfig,
     DeepSpeedConfig,
     EvalConfig,
+    HealthConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -41,6 +42,8 @@ from dsbert.sparse.schedule import UpdateSchedule
 class Recipe(Section):
     """A whole experiment. name: of its run directory, where none is given."""
 
+    added_later = ("health",)
+
     name: Text
     seed: Whole = Field(1, ge=0, lt=2**63)
     model: ModelConfig
@@ -51,6 +54,7 @@ class Recipe(Section):
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="before")

@@ -25,6 +25,7 @@ from dsbert.engine.ds_config import load_ds_config, precision, zero_stage
 from dsbert.engine.ds_engine import initialize
 from dsbert.engine.layout_proof import prove_layout
 from dsbert.engine.micro_batches import MicroBatch, counts_of, cut
+from dsbert.engine.replay import GradientReplay
 from dsbert.engine.shard_editor import ShardEditor
 from dsbert.engine.step_guard import StepGuard
 from dsbert.engine.step_result import StepResult
@@ -83,6 +84,8 @@ class TrainEngine(ShardEditor):
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         scaled = self.precision == "fp16"
         self._guard = StepGuard(self._engine, self.parameters.values(), world, scaled=scaled)
+        self._replay = GradientReplay(self._engine, self.parameters, layers, self._guard, world, recipe.batch)
+        self._samples: Callable[[int, int], Batch]
         self.kernels: KernelPlan
         self.plan_kernels(None)
 
@@ -100,6 +103,11 @@ class TrainEngine(ShardEditor):
         rows, length = (1, 8) if on_cpu else (self.recipe.batch.micro_batch, self.recipe.data.seq_len)
         batch = any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
         prove_layout(self._engine, self.parameters, self._guard, batch, self.world, self.ds_config)
+
+    def replay_gradients(self, every_steps: int, samples: Callable[[int, int], Batch]) -> None:
+        """Have a gradient computed twice every so many steps (0: never), as replay.py says; all ranks alike. samples:
+        batches by first position and count, as `SampleStream.batch`: those that train_step is given for its step."""
+        self._replay.every_steps, self._samples = every_steps, samples
 
     def plan_kernels(self, stored: KernelRecord | None) -> None:
         """Choose the sparse layers' kernels, for all ranks alike; `stored`: a checkpoint's record, to go on with.
@@ -119,6 +127,7 @@ class TrainEngine(ShardEditor):
         stop: this rank wants the run to stop; busy: its checkpoint writer is at work. Whether any rank says so, the
         same answer on all ranks, is in the result. If a loss or a
         gradient of any rank is not finite, the step counts but moves nothing anywhere: `skipped` in the result.
+        Raises PeerError on every rank, before anything has moved, where a rank computes wrongly (replay.py).
         """
         ready = [DeviceBatch.of(batch, self.world.device) for batch in batches]
         said = [*counts_of(batches, self.objectives), *self._computed(ready), int(stop), int(busy)]
@@ -133,6 +142,7 @@ class TrainEngine(ShardEditor):
         losses = torch.zeros(len(counts), dtype=torch.float64, device=self.world.device)
         self._engine.train()
         with self.own_clock.phase("compute"):
+            self._replay.begin(self.step + 1, lambda micro: self._loss_again(micro, scale))
             for index, (micro, batch) in enumerate(zip(self.plan(), ready, strict=True)):
                 if index:
                     self._engine.step()  # between micro-batches it only counts
@@ -141,6 +151,8 @@ class TrainEngine(ShardEditor):
                 micro_losses, _ = self._engine(batch)
                 losses += micro_losses.detach()
                 self._engine.backward((micro_losses * scale).sum())
+                self._replay.own_pass_done()
+        self._replay.compare()
         lr = self._set_lr(self.step + 1)
         verdict = self._guard.verdict(losses)
         skipped_steps, can_fall = self._engine.skipped_steps, loss_scale_can_fall(self._engine)
@@ -239,6 +251,15 @@ class TrainEngine(ShardEditor):
         lengths = np.concatenate([batch.starts.diff().numpy() for batch in batches])
         positions = sum(batch.num_tokens for batch in batches)
         return [positions, self._spec.attention_pairs(self.recipe.model, lengths)]
+
+    def _loss_again(self, micro: MicroBatch, scale: Tensor) -> Tensor:
+        """Of any micro-batch of the step in hand, outside of DeepSpeed's accounts."""
+        first = self.step * self.recipe.batch.global_batch + micro.first
+        batch = DeviceBatch.of(self._samples(first, micro.count), self.world.device)
+        self._reseed(micro)
+        self.on_progress()
+        losses: Tensor = self._engine.module(batch)[0]
+        return (losses * scale).sum()
 
     def _reseed(self, micro: MicroBatch) -> None:
         """Dropout depends on (seed, step, first sample) alone: there is no generator state to save."""

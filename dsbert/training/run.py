@@ -30,7 +30,7 @@ from dsbert.sparse import MaskManager
 from dsbert.training.agreement import Agreement
 from dsbert.training.attempts import Attempt
 from dsbert.training.failures import Failures
-from dsbert.training.numerics import changes, numerics
+from dsbert.training.numerics import changes, numerics, why_bits_may_differ
 from dsbert.training.opening import opening_lines
 from dsbert.training.reporting import Reporter
 from dsbert.training.run_directory import RunDirectory
@@ -88,6 +88,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
         writer=_writer(agreed, attempt),
     )
     _restore(run, agreed.hosts)
+    _watch_bits(run)
     return run
 
 
@@ -175,3 +176,13 @@ def _restore(run: Run, hosts: list[str]) -> None:
         run.reporter.say(line)
     run.heartbeat.advance(run.engine.step)
     run.reporter.begin(run.engine.step, totals, run.attempt)
+
+
+def _watch_bits(run: Run) -> None:
+    """Have gradients computed twice as often as the recipe says, where that must give the same bits. Collective."""
+    every_steps = run.recipe.health.replay_every_steps
+    why = why_bits_may_differ(run.record.numerics or {})
+    if why is None:
+        run.engine.replay_gradients(every_steps, run.streams.train.batch)
+    elif every_steps:
+        run.reporter.say(f"no gradient is computed twice (health.replay_every_steps={every_steps}): {why}")
