@@ -67,6 +67,12 @@ def test_less_than_a_fifth_is_not_said_and_more_is() -> None:
         assert sum(len(found.add(step({0: (0.0, longer, 0.0, 0)}))) for _ in range(40)) == lines
 
 
+def test_a_few_steps_that_take_long_do_not_make_a_straggler_of_who_is_a_little_slower() -> None:
+    found = watch()
+    for number in range(100):
+        assert found.add(step({0: (0.0, 300.0 if number % 7 == 0 else 15.0, 0.0, 0)})) == []
+
+
 def test_who_has_more_to_do_is_compared_with_its_like() -> None:
     """Three of four ranks have two micro-batches: they take twice as long as the last one, and that is right."""
     twice = (0.0, 90.0, 0.0, 0)
@@ -76,6 +82,8 @@ def test_who_has_more_to_do_is_compared_with_its_like() -> None:
     found = watch((4, 4, 4, 2))
     (line,) = [line for _ in range(40) for line in found.add(step(loaded | {1: (0.0, 150.0, 0.0, 0)}))]
     assert "rank 1 on n1" in line
+    found = watch((4, 2, 2, 2))  # nobody to be compared with
+    assert not [line for _ in range(40) for line in found.add(step({0: twice}))]
     found = watch((4, 4, 4, 2))  # half as much to do, and as slow as the others
     (line,) = [line for _ in range(40) for line in found.add(step(loaded | {3: (0.0, 150.0, 0.0, 0)}))]
     assert "rank 3 on n2" in line
