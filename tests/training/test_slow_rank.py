@@ -70,6 +70,7 @@ def test_a_slow_rank_is_named(data: Path, tmp_path: Path, cause: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a machine that is as busy as this is about takes its time
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_nobody_is_named_where_ranks_fight_for_cores(data: Path, tmp_path: Path, stage: int) -> None:
     """Four ranks on the cores of one machine, which has other work as well; 125 steps at each ZeRO stage."""
