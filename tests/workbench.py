@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsbert.checkpoint.state import IdentityRecord, RecipeRecord, RunRecord
-from dsbert.cluster.process_group import World
+from dsbert.cluster.process_group import World, init
 from dsbert.config.recipe import Recipe, recipe_from_dict
 from dsbert.data.shards import TokenStore
 from dsbert.data.spans import SpanIndex
@@ -42,6 +43,12 @@ def recipe(**sections: Any) -> Recipe:
     for name, values in sections.items():
         base[name] = base[name] | values if isinstance(values, dict) else values
     return recipe_from_dict(base)
+
+
+@functools.cache
+def world() -> World:
+    """Of this process, which joins the others only once."""
+    return init(60)
 
 
 def zero_config(stage: int, dtype: str) -> dict[str, Any]:

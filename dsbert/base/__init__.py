@@ -8,5 +8,5 @@ cores            how many this process may use
 fields           kinds of values in what people write
 splitmix64       hashes of integers, for random choices without state
 optional_triton  keeps Triton out of processes that have no use for it
-awake            a clock that stands still while the process does; malloc.py
+awake            a clock that stands still while the process does; own_time.py one for when a rank waits; malloc.py
 """

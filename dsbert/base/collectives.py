@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsbert.base.errors import DsbertError, PeerError, disk_error
+from dsbert.base.own_time import waiting
 
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ T = TypeVar("T")
 def all_reduce(tensor: Tensor, op: str = "sum", group: dist.ProcessGroup | None = None) -> Tensor:
     """In-place reduction over all ranks; nothing to do in a world of one or without torch.distributed."""
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
+        with waiting():
+            dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
     return tensor
 
 
@@ -33,7 +35,8 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
+    with waiting():
+        dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
 
 

@@ -30,6 +30,7 @@ from dsbert.config.sections import (
     DataConfig,
     DeepSpeedConfig,
     EvalConfig,
+    HealthConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -42,7 +43,7 @@ class Recipe(Section):
     """A whole experiment. name: of its run directory, where none is given. init_from: a run, a checkpoint, an export or
     a transformers directory whose weights it begins with, in place of random ones."""
 
-    added_later = ("init_from",)
+    added_later = ("init_from", "health")
 
     name: Text
     seed: Whole = Field(1, ge=0, lt=2**63)
@@ -55,6 +56,7 @@ class Recipe(Section):
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
     @model_validator(mode="before")

@@ -206,6 +206,13 @@ class LogConfig(Section):
     tensorboard: Flag = False
 
 
+class HealthConfig(Section):
+    """replay_every_steps: how often each rank also computes a gradient of another's, whose bits must be the same; 0:
+    never."""
+
+    replay_every_steps: Whole = Field(200, ge=0)
+
+
 class DeepSpeedConfig(Section):
     """config: a name in ds_configs/, the path of a JSON file, or what such a file holds. overrides: merged over it."""
 

@@ -7,6 +7,7 @@ purpose, epoch, sample), so any rank computes any batch at any time, and where t
 Legend: b samples in a batch, S sequence length, m masked tokens, N spans.
 """
 
+import threading
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,7 @@ class SampleStream:
         self._mask_fraction = mask_fraction
         self._order = Order(len(index), seed, window)
         self._ordinary_ids, self._is_text = vocab.ordinary_ids, vocab.is_text
+        self._asked = threading.Lock()  # what is kept of the order is not for two threads at once
         self._pairs = (pairs or Pairs.build(store, index, vocab)) if nsp else None
 
     @classmethod
@@ -175,7 +177,8 @@ class SampleStream:
         )  # fmt: skip
 
     def batch(self, position: int, count: int) -> Batch:
-        """The samples at positions [position, position + count), which may cross the end of an epoch.
+        """The samples at positions [position, position + count), which may cross the end of an epoch. Any thread may
+        ask.
 
         Args:
             position: first sample, counted over the whole job, >= 0.
@@ -185,6 +188,10 @@ class SampleStream:
             ValueError: a negative position or count.
         """
         check_range(position, count)
+        with self._asked:
+            return self._made(position, count)
+
+    def _made(self, position: int, count: int) -> Batch:
         epochs, samples = self._order.at(position, count)
         keys = hash64([self._seed, SAMPLE], epochs, samples)
         texts = self._pair(samples, epochs) if self._nsp else self._single(samples)

@@ -14,11 +14,16 @@ from torch import nn
 
 from dsbert.base.errors import DsbertError, UserError
 from dsbert.base.optional_triton import triton_hidden
+from dsbert.base.own_time import counted_as_waiting
 from dsbert.cluster.process_group import World
 from dsbert.config.recipe import Recipe
 from dsbert.engine.ds_config import precision
 from dsbert.engine.zero_shards import full_shape, inner_optimizer, keep_minimal_loss_scale, set_adam_step
 
+_COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "barrier",
+)  # fmt: skip
 _BUCKET_SIZE = 500_000_000  # DeepSpeed's default for zero_optimization.reduce_bucket_size, elements
 
 
@@ -82,7 +87,18 @@ def initialize(recipe: Recipe, model: nn.Module, config: dict[str, Any], world: 
     if inner_optimizer(engine).state:
         set_adam_step(engine, 0)
     keep_minimal_loss_scale(engine)
+    _count_waits()
     return engine
+
+
+def _count_waits() -> None:
+    """Have DeepSpeed's collectives stop the clock of a rank's own time. Whatever it calls them for, they go through one
+    object of the process, whose methods are replaced by ones that do the same."""
+    from deepspeed.comm import comm
+
+    for name in _COLLECTIVES:
+        if name not in vars(comm.cdb) and hasattr(comm.cdb, name):
+            setattr(comm.cdb, name, counted_as_waiting(getattr(comm.cdb, name)))
 
 
 def _with_buckets_that_fit(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,8 @@ differ by stage and precision; in fp16 they are left to see the overflow, for th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class StepGuard:
     def __init__(self, engine: Any, parameters: Iterable[nn.Parameter], world: World, *, scaled: bool) -> None:
         self._engine, self._world, self._scaled = engine, world, scaled
         self._contributions: list[Tensor] = []
-        self._held = False
+        self._held = self._paused = False
         # Only to name a rank. Matrices are enough: what flows back through the layers shows in theirs.
         for param in parameters:
             if len(full_shape(param)) > 1:
@@ -77,6 +78,15 @@ class StepGuard:
         finite = not bad and total <= _MAX_SQUARE  # False for NaN
         return Verdict(finite, bad, math.sqrt(total) / loss_scale(self._engine), shared[ranks + 1 :])
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is computed inside is added to no gradient, and not looked at."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     @torch.no_grad()
     def skip(self) -> None:
         """Take the step of DeepSpeed's that moves no weight, no moment and not Adam's step count, and that leaves
@@ -95,6 +105,8 @@ class StepGuard:
     def _note(self, gradient: Tensor) -> None:
         """What a micro-batch of this rank adds to a parameter's gradient, before other ranks' shares reach it. The sum
         is finite if all of it is (fp16 lacks the range for that), and is the cheapest such number."""
+        if self._paused:
+            return
         self._contributions.append(gradient.sum(dtype=torch.float32 if gradient.dtype == torch.float16 else None))
 
     def _hold(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

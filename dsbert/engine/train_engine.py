@@ -7,7 +7,6 @@ batch, however it is cut into ranks x micro-batches x accumulation. Shapes: mode
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from dsbert.base.collectives import all_reduce
+from dsbert.base.own_time import PHASES, OwnClock
 from dsbert.cluster.process_group import World
 from dsbert.config.lr_schedule import learning_rate
 from dsbert.config.recipe import Recipe
@@ -26,8 +26,10 @@ from dsbert.engine.ds_config import load_ds_config, precision, zero_stage
 from dsbert.engine.ds_engine import initialize
 from dsbert.engine.layout_proof import prove_layout
 from dsbert.engine.micro_batches import MicroBatch, counts_of, cut
+from dsbert.engine.replay import GradientReplay
 from dsbert.engine.shard_editor import ShardEditor
 from dsbert.engine.step_guard import StepGuard
+from dsbert.engine.step_result import StepResult
 from dsbert.engine.zero_shards import (
     ParamShard,
     forward_copies,
@@ -48,36 +50,6 @@ from dsbert.sparse.kernels.record import KernelRecord
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-
-@dataclass(frozen=True, eq=False)
-class StepResult:
-    """Sums over the global batch, equal on all ranks. losses: summed cross-entropy of each objective (float64, CPU);
-    counts: predictions asked for by each; tokens: of its samples; positions: what the layers have computed, which is
-    more where there was padding among it; pairs: of a query and a key that saw each other, over all layers; stop: some
-    rank asked to stop; busy: some rank's checkpoint writer is at work.
-
-    skipped: a loss or a gradient was not finite, and nothing has moved; rescaled: the losses were finite, and the loss
-    scale of fp16 falls for it. nonfinite_ranks: the ranks whose own losses or
-    own gradients were not; empty if only the sum over ranks was not.
-    """
-
-    losses: Tensor
-    counts: tuple[int, ...]
-    tokens: int
-    positions: int
-    pairs: int
-    grad_norm: float
-    lr: float
-    stop: bool
-    busy: bool = False
-    skipped: bool = False
-    rescaled: bool = False
-    nonfinite_ranks: tuple[int, ...] = ()
-
-    def mean_losses(self) -> tuple[float, ...]:
-        """Of each objective, per prediction; 0 where none was asked for."""
-        return tuple(loss / max(count, 1) for loss, count in zip(self.losses.tolist(), self.counts, strict=True))
 
 
 class TrainEngine(ShardEditor):
@@ -103,6 +75,7 @@ class TrainEngine(ShardEditor):
         self.objectives = self._spec.objectives
         self.step = 0
         self.on_progress: Callable[[], object] = lambda: None  # called before every micro-batch
+        self.own_clock = OwnClock()  # whoever waits for data says so to it
         micro_batch = recipe.batch.micro_batch
         self.accumulation_steps = -(-recipe.batch.global_batch // (micro_batch * world.world_size))
         config = self.ds_config = load_ds_config(recipe, world.world_size, self.accumulation_steps, run_dir)
@@ -112,6 +85,8 @@ class TrainEngine(ShardEditor):
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         scaled = self.precision == "fp16"
         self._guard = StepGuard(self._engine, self.parameters.values(), world, scaled=scaled)
+        self._replay = GradientReplay(self._engine, self.parameters, layers, self._guard, world, recipe.batch)
+        self._samples: Callable[[int, int], Batch]
         self.kernels: KernelPlan
         self.plan_kernels(None)
 
@@ -129,6 +104,11 @@ class TrainEngine(ShardEditor):
         rows, length = (1, 8) if on_cpu else (self.recipe.batch.micro_batch, self.recipe.data.seq_len)
         batch = any_batch(rows, min(length, self.recipe.data.seq_len), self.world.device)
         prove_layout(self._engine, self.parameters, self._guard, batch, self.world, self.ds_config)
+
+    def replay_gradients(self, every_steps: int, samples: Callable[[int, int], Batch]) -> None:
+        """Have a gradient computed twice every so many steps (0: never), as replay.py says; all ranks alike. samples:
+        batches by first position and count, as `SampleStream.batch`: those that train_step is given for its step."""
+        self._replay.every_steps, self._samples = every_steps, samples
 
     def plan_kernels(self, stored: KernelRecord | None) -> None:
         """Choose the sparse layers' kernels, for all ranks alike; `stored`: a checkpoint's record, to go on with.
@@ -148,25 +128,32 @@ class TrainEngine(ShardEditor):
         stop: this rank wants the run to stop; busy: its checkpoint writer is at work. Whether any rank says so, the
         same answer on all ranks, is in the result. If a loss or a
         gradient of any rank is not finite, the step counts but moves nothing anywhere: `skipped` in the result.
+        Raises PeerError on every rank, before anything has moved, where a rank computes wrongly (replay.py).
         """
         ready = [DeviceBatch.of(batch, self.world.device) for batch in batches]
         said = [*counts_of(batches, self.objectives), *self._computed(ready), int(stop), int(busy)]
-        *counts, tokens, positions, pairs, stops, busy_ranks = all_reduce(
-            torch.tensor(said, dtype=torch.int64)
-        ).tolist()
+        own_times = self._own_times(busy)
+        told = torch.cat([torch.tensor(said, dtype=torch.int64), own_times.flatten()])
+        all_reduce(told)
+        own_times = told[len(said) :].view_as(own_times)
+        *counts, tokens, positions, pairs, stops, busy_ranks = told[: len(said)].tolist()
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
         scale = torch.tensor([parts / max(count, 1) for count in counts], device=self.world.device)
         losses = torch.zeros(len(counts), dtype=torch.float64, device=self.world.device)
         self._engine.train()
-        for index, (micro, batch) in enumerate(zip(self.plan(), ready, strict=True)):
-            if index:
-                self._engine.step()  # between micro-batches it only counts
-            self._reseed(micro)
-            self.on_progress()
-            micro_losses, _ = self._engine(batch)
-            losses += micro_losses.detach()
-            self._engine.backward((micro_losses * scale).sum())
+        with self.own_clock.phase("compute"):
+            self._replay.begin(self.step + 1, lambda micro: self._loss_again(micro, scale))
+            for index, (micro, batch) in enumerate(zip(self.plan(), ready, strict=True)):
+                if index:
+                    self._engine.step()  # between micro-batches it only counts
+                self._reseed(micro)
+                self.on_progress()
+                micro_losses, _ = self._engine(batch)
+                losses += micro_losses.detach()
+                self._engine.backward((micro_losses * scale).sum())
+                self._replay.own_pass_done()
+        self._replay.compare()
         lr = self._set_lr(self.step + 1)
         verdict = self._guard.verdict(losses)
         skipped_steps, can_fall = self._engine.skipped_steps, loss_scale_can_fall(self._engine)
@@ -189,6 +176,7 @@ class TrainEngine(ShardEditor):
             skipped=skipped,
             rescaled=skipped and can_fall and bool(verdict.losses.isfinite().all()),
             nonfinite_ranks=verdict.nonfinite_ranks,
+            own_times=own_times,
         )
 
     @torch.no_grad()
@@ -245,11 +233,28 @@ class TrainEngine(ShardEditor):
 
     # Parts of a step
 
+    def _own_times(self, busy: bool) -> Tensor:
+        """A row per rank, as in StepResult, with this rank's own time since the last step's message filled in: their
+        sum over ranks is everybody's."""
+        times = torch.zeros(self.world.world_size, len(PHASES) + 1, dtype=torch.int64)
+        mine = [round(seconds * 1e6) for seconds in self.own_clock.lap()]
+        times[self.world.rank] = torch.tensor([*mine, int(busy)])
+        return times
+
     def _computed(self, batches: list[DeviceBatch]) -> list[int]:
         """[positions, pairs] of this rank's micro-batches: see StepResult."""
         lengths = np.concatenate([batch.starts.diff().numpy() for batch in batches])
         positions = sum(batch.num_tokens for batch in batches)
         return [positions, self._spec.attention_pairs(self.recipe.model, lengths)]
+
+    def _loss_again(self, micro: MicroBatch, scale: Tensor) -> Tensor:
+        """Of any micro-batch of the step in hand, outside of DeepSpeed's accounts."""
+        first = self.step * self.recipe.batch.global_batch + micro.first
+        batch = DeviceBatch.of(self._samples(first, micro.count), self.world.device)
+        self._reseed(micro)
+        self.on_progress()
+        losses: Tensor = self._engine.module(batch)[0]
+        return (losses * scale).sum()
 
     def _reseed(self, micro: MicroBatch) -> None:
         """Dropout depends on (seed, step, first sample) alone: there is no generator state to save."""

@@ -217,6 +217,13 @@ def loss_scale(engine: Any) -> float:
     return float(getattr(_loss_scaler(engine), "cur_scale", 1.0))
 
 
+def loss_of_backward(engine: Any, loss: Tensor) -> Tensor:
+    """What DeepSpeed's backward makes of a loss before it computes gradients, by the same operations."""
+    loss = loss / engine.gradient_accumulation_steps()
+    scaled: Tensor = engine.optimizer.scale_if_loss(loss) if hasattr(engine.optimizer, "scale_if_loss") else loss
+    return scaled
+
+
 def loss_scaler(engine: Any) -> dict[str, float]:
     """The numbers of DeepSpeed's loss scaler, for a checkpoint."""
     scaler = _loss_scaler(engine)

@@ -18,6 +18,20 @@ CURVE_POINTS = 30
 
 
 @dataclass(frozen=True)
+class SlowestRank:
+    """By the newest record that says so: own_s: seconds of its own a step, without waiting for others; median_s: the
+    median rank's; cause: data, compute, save or other; straggler: it was named as one and has not kept up since."""
+
+    rank: int
+    host: str | None
+    own_s: float
+    median_s: float
+    ratio: float
+    cause: str
+    straggler: bool
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """How a run goes. Seconds, steps, tokens; None where it is not known (yet).
 
@@ -25,7 +39,7 @@ class RunStatus:
     saves included. loss: of the newest record; val_loss: held-out MLM loss, of the newest evaluation; curve: training
     losses over the run, at most CURVE_POINTS. flops_per_s: of all ranks, by the paper's count, of weights that are
     kept; mfu: the share of what the cards can do at most that this is (card_peaks.py). slowest: the rank that has taken
-    fewest steps, if not all have taken as many.
+    fewest steps, if not all have taken as many. slowest_rank: by its own time, None in a world of one.
     """
 
     run: str
@@ -50,6 +64,7 @@ class RunStatus:
     checkpoint_age_s: float | None
     heartbeat_age_s: float | None
     slowest: str | None
+    slowest_rank: SlowestRank | None
 
     @property
     def lost_steps(self) -> int:
@@ -119,6 +134,7 @@ def status_of(files: RunFiles) -> RunStatus:
         checkpoint_age_s=max(0.0, files.now - files.saved[1]) if files.saved else None,
         heartbeat_age_s=heartbeat_age_s(files) if at_work else None,
         slowest=_slowest(files) if at_work else None,
+        slowest_rank=_slowest_rank(files),
     )
 
 
@@ -159,3 +175,19 @@ def _slowest(files: RunFiles) -> str | None:
         return None
     beat = min(files.beats, key=lambda seen: seen.beat.step).beat
     return f"rank {beat.rank} on {beat.host} at step {beat.step} in phase {beat.phase}"
+
+
+def _slowest_rank(files: RunFiles) -> SlowestRank | None:
+    last, words = files.metrics.last, files.metrics.words
+    if not {"slowest_rank", "slowest_own_s", "own_s", "slowest_ratio"} <= last.keys():
+        return None
+    rank = int(last["slowest_rank"])
+    return SlowestRank(
+        rank=rank,
+        host=next((seen.beat.host for seen in files.beats if seen.beat.rank == rank), None),
+        own_s=last["slowest_own_s"],
+        median_s=last["own_s"],
+        ratio=last["slowest_ratio"],
+        cause=words.get("slowest_cause", "unknown"),
+        straggler=str(rank) in words.get("stragglers", "").split(","),
+    )

@@ -80,6 +80,13 @@ def _facts(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "speed", f"{status.tokens_per_s:,.0f} tokens/s{flops}{mfu}, {status.step_s:.3g} s a step"
     if status.ranks:
         yield "ranks", f"{status.ranks} on {', '.join(status.hosts) or 'unknown hosts'}"
+    if (one := status.slowest_rank) is not None:
+        named = ", a straggler" if one.straggler else ""
+        yield (
+            "slowest",
+            f"rank {one.rank} on {one.host or 'an unknown host'}: {one.own_s:.3g} s of its own a step, the median rank "
+            f"{one.median_s:.3g} s ({one.cause}{named})",
+        )
     if status.heartbeat_age_s is not None:
         slowest = f"; slowest: {status.slowest}" if status.slowest else ""
         yield "heartbeat", f"{duration(status.heartbeat_age_s)} ago{slowest}"

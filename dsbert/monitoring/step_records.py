@@ -44,6 +44,12 @@ class StepSums:
         """The newest line; {} where there is none."""
         return self.recent[-1] if self._recent else {}
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The fields of the newest line that are text."""
+        newest = self._recent[-1] if self._recent else {}
+        return {key: value for key, value in newest.items() if isinstance(value, str)}
+
     def add(self, record: dict[str, Any]) -> None:
         """The next line. record: with a valid step."""
         before = self._recent[-1]["step"] if self._recent else 0

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from dsbert.base.collectives import assert_replicas_agree, on_main_rank
 from dsbert.cluster.signals import StopRequest
-from dsbert.engine.train_engine import StepResult
+from dsbert.engine.step_result import StepResult
 from dsbert.sparse import MaskUpdate
 from dsbert.sparse.journal import journal_entry
 from dsbert.training.evaluate import Evaluation, evaluate

@@ -4,6 +4,7 @@ checkpoint, and said where it has changed when a run goes on."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,28 @@ def numerics(recipe: Recipe, world: World) -> JsonObject:
         "micro_batch": recipe.batch.micro_batch,
         "arithmetic": NUMERICS,
     }
+
+
+def why_bits_may_differ(found: JsonObject) -> str | None:
+    """Why two ranks may compute other bits from the same numbers; None where they must be the same. found: of
+    `numerics`. Collective."""
+    models = sorted(set(gather_json(_cpu_model())))
+    if found["device"] != "cpu":
+        return f"kernels of {found['device']} need not give the same bits twice"
+    parts: JsonObject = {"model of CPU": models[0] if len(models) == 1 else models}
+    different = [(what, value) for what, value in (found | parts).items() if isinstance(value, list)]
+    if different:
+        return "ranks differ in " + " and ".join(f"{what} ({', '.join(map(str, value))})" for what, value in different)
+    return None
+
+
+def _cpu_model() -> str:
+    """As Linux calls it: libraries choose kernels by it. Empty where nobody says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def changes(before: CheckpointState, now: RunRecord, since: str) -> Iterator[str]:

@@ -53,7 +53,8 @@ def _train(run: Run, stop: StopRequest) -> int:
     try:
         while engine.step < total_steps:
             start = time.perf_counter()
-            batches = prefetcher.next()
+            with engine.own_clock.phase("data"):
+                batches = prefetcher.next()
             run.reporter.waited("data", time.perf_counter() - start)
             result = engine.train_step(batches, stop=stop.requested, busy=run.writer.busy)
             run.heartbeat.advance(engine.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from dsbert.base.errors import printable
 from dsbert.base.progress import TrainingBar
 from dsbert.checkpoint.state import LayerRecord, Totals
 from dsbert.cluster.process_group import World
+from dsbert.cluster.stragglers import StragglerWatch
 from dsbert.config.recipe import Recipe
-from dsbert.engine.train_engine import StepResult
+from dsbert.engine.micro_batches import cut
+from dsbert.engine.step_result import StepResult
 from dsbert.models.spec import model_spec
 from dsbert.sparse import MaskManager, MaskUpdate
 from dsbert.sparse.flops import sequence_flops
@@ -44,10 +47,17 @@ class Reporter:
     """Counts tokens and FLOPs, writes metrics.jsonl, moves the progress bar, and tells W&B and TensorBoard.
 
     FLOPs are counted as the paper does, forward and backward of encoder linears and attention products, but of the
-    positions that were computed: of a sample, its tokens.
+    positions that were computed: of a sample, its tokens. hosts: by rank.
     """
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, world: World, layers: dict[str, LayerRecord]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: RunDirectory,
+        world: World,
+        layers: dict[str, LayerRecord],
+        hosts: Sequence[str] = (),
+    ) -> None:
         self._recipe, self._directory, self._main = recipe, directory, world.is_main
         spec = model_spec(recipe.model)
         self._objectives = spec.objectives
@@ -61,6 +71,9 @@ class Reporter:
         self._waits = dict.fromkeys(_WAITS, 0.0)
         self._positions = 0  # that layers have computed since the last record
         self._wasteful = 0
+        batch, ranks = recipe.batch.on_ranks(world.world_size), range(world.world_size)
+        samples = [sum(micro.count for micro in cut(batch, rank, world.world_size)) for rank in ranks]
+        self._stragglers = StragglerWatch(hosts or [world.host for _ in ranks], samples)
 
     def begin(self, step: int, totals: Totals, attempt: Attempt) -> None:
         """Start reporting after `step` steps: cut journals back to it, show the bar."""
@@ -105,6 +118,9 @@ class Reporter:
             return
         if report.update:
             self._warn_of_waste(report.update)
+        if result.own_times is not None:
+            for line in self._stragglers.add(result.own_times.numpy()):
+                self.say(line)
         assert self._bar is not None
         happened = report.update or report.validation or result.stop or result.skipped
         if happened or step in (1, self._recipe.optim.total_steps) or step % self._recipe.log.every_steps == 0:
@@ -190,4 +206,5 @@ class Reporter:
             "step_s": stepping_s / max(step - since_step, 1),
             "mask_update_s": update.seconds if update else None,
             **{f"{what}_s": seconds for what, seconds in waits.items()},
+            **self._stragglers.record(),
         }

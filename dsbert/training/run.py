@@ -32,7 +32,7 @@ from dsbert.training.agreement import Agreement
 from dsbert.training.attempts import Attempt
 from dsbert.training.failures import Failures
 from dsbert.training.init_from import InitFrom, init_from_of
-from dsbert.training.numerics import changes, numerics
+from dsbert.training.numerics import changes, numerics, why_bits_may_differ
 from dsbert.training.opening import opening_lines
 from dsbert.training.reporting import Reporter
 from dsbert.training.run_directory import RunDirectory
@@ -78,7 +78,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
     attempt = _begin_attempt(agreed, record, resume, failures)
     if model.init_from is not None:
         model.init_from.keep_topology(agreed.directory, attempt, model.masks)
-    reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers)
+    reporter = Reporter(agreed.recipe, agreed.directory, agreed.world, model.layers, agreed.hosts)
     on_failure.callback(reporter.close, "failed")
     run = Run(
         recipe=agreed.recipe,
@@ -94,6 +94,7 @@ def open_run(agreed: Agreement, resume: str, failures: Failures, on_failure: Exi
         writer=_writer(agreed, attempt),
     )
     _restore(run, agreed.hosts, model.init_from)
+    _watch_bits(run)
     return run
 
 
@@ -191,3 +192,13 @@ def _restore(run: Run, hosts: list[str], init_from: InitFrom | None) -> None:
         run.reporter.say(line)
     run.heartbeat.advance(run.engine.step)
     run.reporter.begin(run.engine.step, totals, run.attempt)
+
+
+def _watch_bits(run: Run) -> None:
+    """Have gradients computed twice as often as the recipe says, where that must give the same bits. Collective."""
+    every_steps = run.recipe.health.replay_every_steps
+    why = why_bits_may_differ(run.record.numerics or {})
+    if why is None:
+        run.engine.replay_gradients(every_steps, run.streams.train.batch)
+    elif every_steps:
+        run.reporter.say(f"no gradient is computed twice (health.replay_every_steps={every_steps}): {why}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dsbert.base.collectives import gather_json
 from dsbert.base.errors import DsbertError
-from dsbert.engine.train_engine import StepResult
+from dsbert.engine.step_result import StepResult
 from dsbert.training.evaluate import Evaluation
 from dsbert.training.run import Run
 from dsbert.training.saving import finish_save

@@ -278,6 +278,21 @@ def test_where_the_time_went(tmp_path: Path) -> None:
     ]
 
 
+def test_the_slowest_rank_is_shown(tmp_path: Path) -> None:
+    slowest = {
+        "slowest_rank": 3, "own_s": 0.4, "slowest_own_s": 0.6, "slowest_ratio": 1.5, "slowest_cause": "data",
+        "stragglers": "1,3",
+    }  # fmt: skip
+    run_dir = written(tmp_path / "run", [{"number": 1, "nonce": "a"}], [{"step": 5, "loss": 4.0, **slowest}])
+    beat(run_dir, "a", 1.0, rank=3, host="n7")
+    text = " ".join("\n".join(status_lines(read_status(run_dir))).split())
+    assert "slowest rank 3 on n7: 0.6 s of its own a step, the median rank 0.4 s (data, a straggler)" in text
+    written(run_dir, [{"number": 1, "nonce": "a"}], [{"step": 5, "loss": 4.0, **slowest, "stragglers": None}])
+    assert "a straggler" not in " ".join("\n".join(status_lines(read_status(run_dir))).split())
+    written(run_dir, [{"number": 1, "nonce": "a"}], [{"step": 5, "loss": 4.0, "slowest_rank": 1}])
+    assert read_status(run_dir).slowest_rank is None
+
+
 def test_damage_is_left_out(tmp_path: Path) -> None:
     run_dir = written(tmp_path / "run", [{"number": 1, "nonce": "a"}])
     with (run_dir / "attempts.jsonl").open("a") as file:

@@ -205,7 +205,7 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
 
     from dsbert.checkpoint.state import Totals
     from dsbert.cluster.process_group import World
-    from dsbert.engine.train_engine import StepResult
+    from dsbert.engine.step_result import StepResult
     from dsbert.sparse import MaskManager
     from dsbert.training.attempts import Attempt
     from dsbert.training.reporting import Reporter, StepReport
