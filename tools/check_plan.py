@@ -191,8 +191,7 @@ def compared(name: str, data: Path, folder: Path, clock: Literal["wall", "cpu"])
     plans = [plan_of(recipe, ranks, run_dir, clock)]
     arguments = {"recipe": "demo", "overrides": words, "run_dir": str(run_dir), "clock": clock}
     found = on_ranks(measure, arguments, ranks)
-    if clock == "wall":
-        plans.append(plan_of(recipe, ranks, folder, clock))
+    plans.append(plan_of(recipe, ranks, folder, clock))
     planned = {what: statistics.mean(plan[what] for plan in plans) for what in plans[0]}
     vocab_size = load_manifest(data).tokenizer.vocab_size
     every = [lengths for rank in found for lengths in rank["lengths"]]

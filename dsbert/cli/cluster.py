@@ -93,17 +93,13 @@ def submit(recipe: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool
     "--mtbf",
     "mtbf_h",
     type=Seconds(min=1e-3, max=1e9),
-    default=50_000.0,
-    show_default=True,
-    help="Hours between failures of one node, on average.",
+    help="Hours between failures of one node, on average.  [default: 6300]",
 )
 @click.option(
     "--restart",
     "restart_s",
     type=Seconds(min=0, max=1e7),
-    default=300.0,
-    show_default=True,
-    help="Seconds from a failure to the next step.",
+    help="Seconds from a failure to the next step.  [default: 300]",
 )
 @click.option(
     "--vocab-size", type=click.IntRange(min=8), help="Where there is no data yet. Default: the data's, or 30522."
@@ -129,7 +125,8 @@ def plan(
 
     loaded = load_recipe(recipe, overrides)
     where = run_dir or Path("runs") / loaded.name
-    found = make_plan(Question(loaded, nodes, ranks_per_node, where, **options))
+    given = {name: value for name, value in options.items() if value is not None}
+    found = make_plan(Question(loaded, nodes, ranks_per_node, where, **given))
     show(found.to_json(), as_json, lines=lambda _: plan_lines(found))
     raise SystemExit(EXIT_OK if found.can_work else EXIT_USER)
 

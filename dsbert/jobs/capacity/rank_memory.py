@@ -79,8 +79,8 @@ def moments_of_a_step(layout: ZeroLayout, acts: ActivationBytes, accumulation_st
     if layout.settings.zero_optimization.overlap_comm:
         bucket *= 2
     gathered = e * (numel - layout.persistent_numel) if stage == 3 else 0
-    # Between micro-batches: whole gradients, or with stage 2 a rank's part of them and, though seldom not, the bucket
-    # of the micro-batch before; with stage 3 what it was scattered from.
+    # Between micro-batches: whole gradients, or with stage 2 a rank's part of them and mostly, though not always, the
+    # bucket of the micro-batch before; with stage 3, likewise, what was scattered.
     kept = {0: e * numel, 1: e * numel, 2: e * part + bucket, 3: e * numel}[stage] if accumulation_steps > 1 else 0
     # The largest matrix has two gradients, which meet at the end: of the embedding, and of the decoder that is tied to
     # it.

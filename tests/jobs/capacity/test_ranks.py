@@ -102,7 +102,7 @@ def test_ranks_hold_and_send_what_was_planned(stage: int, dtype: str, accumulati
             sent[kind] = sent.get(kind, 0.0) + size
         # DeepSpeed's own few scalars are not planned.
         assert found["planned"] == pytest.approx({kind: size for kind, size in sent.items() if size}, rel=0.05, abs=200)
-        # Which gradients DeepSpeed still holds when the next micro-batch's come differs from run to run at stage 2.
-        most = 1.15 if stage == 2 and accumulation > 1 else 1.05
+        # What DeepSpeed still holds when the next micro-batch's gradients come differs from run to run at these stages.
+        most = 1.15 if stage >= 2 and accumulation > 1 else 1.05
         assert 0.95 < found["memory"] / found["needed"] < most
         assert found["moments"][1] == pytest.approx(found["moments"][0], rel=0.02)
