@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,14 @@ def spam(folder: Path) -> Iterator[Row]:
 def _mail_text(content: bytes) -> str:
     mail = email.message_from_bytes(content.partition(b"\n")[2], policy=email.policy.default)
     assert isinstance(mail, EmailMessage)
-    try:
+    broken = (LookupError, ValueError, AttributeError, TypeError)  # of which spam is full
+    subject, text = "", content.partition(b"\n\n")[2].decode("latin-1")
+    with suppress(*broken):
+        subject = str(mail["subject"] or "")
+    with suppress(*broken):
         body = mail.get_body(("plain", "html"))
-        text = f"{mail['subject'] or ''}\n{body.get_content() if body else ''}"
-    except (LookupError, ValueError, AttributeError, TypeError, KeyError):  # of which spam is full
-        text = content.partition(b"\n\n")[2].decode("latin-1")
+        text = body.get_content() if body else ""
+    text = f"{subject}\n{text}"
     return " ".join(_HTML.sub(" ", text).split())[:4000]
 
 

@@ -66,6 +66,7 @@ def test_two_ranks_find_what_one_finds(model: Path, tmp_path: Path, name: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # of two whole starts of the command, on a machine that has other things to do
 def test_what_was_killed_ends_as_what_was_not(run: Path, tmp_path: Path) -> None:
     """With dropout and mask updates, and half a checkpoint in its way."""
     task = make_task(tmp_path, "classes")
@@ -76,7 +77,7 @@ def test_what_was_killed_ends_as_what_was_not(run: Path, tmp_path: Path) -> None
     command = [sys.executable, "-m", "dsbert", *common, "--to", str(tmp_path / "killed")]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         checkpoints = tmp_path / "killed" / "checkpoints"
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 500
         while not list(checkpoints.glob("checkpoint-*/whole.json")):
             assert process.poll() is None, process.communicate()[1].decode()
             assert time.monotonic() < deadline
