@@ -166,7 +166,7 @@ def _put(temporary: Path, to: Path, record: dict[str, Any], before: dict[str, st
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(to)
         return
-    for name in [*new, RECORD]:
+    for name in {*new, RECORD} - {CARD}:  # a card that is among the new ones replaces none but ours
         if os.path.lexists(to / name) and (name not in before or (to / name).is_dir()):
             raise UserError(f"expected no {name} of somebody else in {to}, found one: move it, or give another --to")
     unfinished = temporary / f"{RECORD}.unfinished"

@@ -99,6 +99,9 @@ def test_a_card_that_somebody_has_written_stays(run: Path, tmp_path: Path) -> No
     (tmp_path / "out" / "export.json").write_text(json.dumps(record | {"complete": False}))
     exported(run, tmp_path / "out", "dense")
     assert "BertForPreTraining" in card.read_text()
+    (tmp_path / "out" / "export.json").unlink()
+    exported(run, tmp_path / "out", "sparse")
+    assert card.read_text() == as_written
 
 
 def test_an_export_goes_to_the_hub(run: Path, tmp_path: Path) -> None:

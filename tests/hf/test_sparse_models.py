@@ -185,6 +185,7 @@ def test_from_a_configuration_alone_it_begins_at_random() -> None:
     assert layer.num_active == config.active_blocks["encoder.layer.1.attention.self.query"]
     assert 0.05 < layer.blocks.std() < 0.2
     assert len(layer.rows.unique()) > 1
+    assert first.get_output_embeddings().weight is first.get_input_embeddings().weight
     assert first(**padded_rows(LENGTHS, COLUMNS)).logits.isfinite().all()
 
 
