@@ -259,6 +259,13 @@ def test_a_long_runs_lines_are_thinned(tmp_path: Path) -> None:
     assert losses.mean() == pytest.approx(4.5)
 
 
+def test_seconds_of_steps_count_those_between_lines(tmp_path: Path) -> None:
+    (tmp_path / "attempts.jsonl").write_text('{"number": 1, "nonce": "a"}\n')
+    lines = ['{"step": 10, "step_s": 2.0}', '{"step": 20, "step_s": null}', '{"step": 50, "step_s": 1.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    assert ReportedRun.read(tmp_path).step_seconds().tolist() == [20.0, 20.0, 50.0]
+
+
 def test_runs_of_one_name_are_told_apart(run: Path, several: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     other = tmp_path / run.name
     other.symlink_to(run)
