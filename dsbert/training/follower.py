@@ -122,15 +122,14 @@ def passed_on(module: str, options: dict[str, Any], timeout_s: float) -> dict[st
         TimeoutError: it took more than `timeout_s` seconds, and was ended.
         RuntimeError: it failed; the message is its complaint.
     """
-    child = start_process(module)
-    try:
-        said, _ = child.communicate(to_json({**options, "finish_s": timeout_s}) + "\n", timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError from None
-    finally:
-        if child.poll() is None:  # also where Ctrl-C came
-            child.kill()
-            child.wait()
+    with start_process(module) as child:
+        try:
+            said, _ = child.communicate(to_json({**options, "finish_s": timeout_s}) + "\n", timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            if child.poll() is None:  # also where Ctrl-C came
+                child.kill()
     lines = said.splitlines() or [""]
     if child.returncode:
         raise RuntimeError(lines[-1] or f"its process ended with {child.returncode}")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -239,6 +240,8 @@ def test_offline_files_hold_each_step_once(
     assert steps_on_disk(tmp_path / "wandb") == {1, 2, 3, 4, 5}
     data = [path.read_bytes() for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))]
     assert [one.count(b"\x12\x04step\x82\x01") for one in data] == [6, 4], "in history and summary, each step once"
+    counted = [re.findall(rb"\x12\x05_step\x82\x01.([0-9])", one, re.DOTALL) for one in data]
+    assert [[int(step) for step in steps] for steps in counted] == [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5]]
     assert capfd.readouterr() == ("", "")
 
 

@@ -272,6 +272,18 @@ def test_wandb_sync_says_in_one_line_what_is_missing(run: Path, tmp_path: Path) 
         (tmp_path / "wandb_id").write_text("0123abcd")
         with alone(tmp_path / "wandb_id"):
             assert "expected nobody else to send" in complaint(wandb_sync(server, str(tmp_path)))
+        for source, words, expected in (
+            (
+                "raise ModuleNotFoundError(name='wandb')",
+                (),
+                "found: wandb is not installed: pip install 'dsbert[wandb]'",
+            ),
+            ("import time; time.sleep(60)", ("--timeout", "1"), "within 1 s, found it still at work: the same command"),
+        ):
+            (tmp_path / "wandb.py").write_text(source)
+            said = complaint(wandb_sync(server, str(tmp_path), *words, PYTHONPATH=str(tmp_path)))
+            assert f"expected W&B to take {tmp_path}" in said
+            assert expected in said
 
 
 @pytest.mark.slow
