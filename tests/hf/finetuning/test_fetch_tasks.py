@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fetch_tasks
 import pytest
 
-from dsbert.finetuning.task_file import load_task
-from dsbert.finetuning.task_tables import class_names, read_splits
+from dsbert.hf.finetuning.task_file import load_task
+from dsbert.hf.finetuning.task_tables import class_names, read_splits
+from tools import fetch_tasks
 
 
 def test_rows_become_a_task(tmp_path: Path) -> None:
