@@ -28,7 +28,8 @@ def pairs(rng: random.Random) -> Row:
 
 
 def tags(rng: random.Random) -> Row:
-    words = sentence(rng).split()
+    # Of two lengths: a mean over each rank's words is not the mean over all words of a step.
+    words = " ".join(sentence(rng) for _ in range(rng.choice((1, 2)))).split()
     return {"tokens": words, "tags": ["B-N" if word in NOUNS else "O" for word in words]}
 
 

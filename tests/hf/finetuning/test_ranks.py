@@ -45,8 +45,9 @@ def metrics(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["classes", "tags"])
-def test_two_ranks_find_what_one_finds(model: Path, tmp_path: Path, name: str) -> None:
+# Seen with tags: 1.2e-7; a mean over each rank's words, in place of all words of a step, is off by 3e-4.
+@pytest.mark.parametrize(("name", "tolerance"), [("classes", 2e-4), ("tags", 2e-5)])
+def test_two_ranks_find_what_one_finds(model: Path, tmp_path: Path, name: str, tolerance: float) -> None:
     task = make_task(tmp_path, name)
     common = ("finetune", str(model), "--task", str(task), *WORDS, "num_train_epochs=2", "seed=3")
     one = dsbert(*common, "--to", str(tmp_path / "one"))
@@ -58,7 +59,7 @@ def test_two_ranks_find_what_one_finds(model: Path, tmp_path: Path, name: str) -
         if key.endswith((".rows", ".cols")):  # the same decisions at every update
             assert torch.equal(value, together[key]), key
         else:  # sums of gradients in another order, over 12 steps of Adam
-            torch.testing.assert_close(value, together[key], rtol=0, atol=2e-4)
+            torch.testing.assert_close(value, together[key], rtol=0, atol=tolerance)
     assert metrics(tmp_path / "two")["validation"]["accuracy"] == pytest.approx(
         metrics(tmp_path / "one")["validation"]["accuracy"], abs=0.05
     )
