@@ -17,7 +17,7 @@ from tests.commands import complaint, dsbert
 from tests.hf.finetuning.made_tasks import make_task
 
 QUICK = ("learning_rate=1e-2", "num_train_epochs=4", "--batch-size", "16")
-LONGER = ("num_train_epochs=6",)
+LONGER = ("learning_rate=3e-3", "num_train_epochs=6")
 
 
 def fine_tuned(model: Path, task: Path | str, to: Path, *words: str) -> dict[str, Any]:
