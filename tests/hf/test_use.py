@@ -50,6 +50,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_pipelines_in_a_fresh_process_say_what_the_dense_export_says(exports: Path) -> None:
     arguments = json.dumps([str(exports / "sparse"), SENTENCES, MASKED])
     done = subprocess.run(

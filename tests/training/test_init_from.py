@@ -141,6 +141,7 @@ def test_a_deeper_source_and_another_vocabulary_are_refused(
         begin_with_(model, layers, source, recipe, other)
 
 
+@pytest.mark.slow
 def test_a_run_that_began_so_is_a_run(run: Path, exported: Path, data: Path, tmp_path: Path) -> None:
     """On two ranks with mask updates: resumes without the source, verifies, and is refused with another one."""
     source, run_dir = tmp_path / "source", tmp_path / "run"
