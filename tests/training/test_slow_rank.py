@@ -14,6 +14,8 @@ from tests.commands import SMALL, dsbert
 from tests.helpers import run_distributed
 
 SLOW_RANK = 2
+# Seconds. Batches are made during the step before: a delay shows where it is longer than that step.
+LATE_S = {"compute": 0.06, "data": 0.5}
 # Steps that own more time than the least that is judged.
 WORDS = ("model.hidden_size=64", "optim.total_steps=26", "eval.every_steps=26", "checkpoint.every_steps=26")
 
@@ -55,7 +57,7 @@ def pretrain(data: Path, run_dir: Path, words: tuple[str, ...], late_s: dict[str
 
 @pytest.mark.parametrize("cause", ["compute", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_slow_rank_is_named(data: Path, tmp_path: Path, cause: str) -> None:
-    (line,) = pretrain(data, tmp_path / "run", WORDS, {cause: 0.06})
+    (line,) = pretrain(data, tmp_path / "run", WORDS, {cause: LATE_S[cause]})
     assert f"rank {SLOW_RANK} on " in line
     assert f"cause: {cause} " in line
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
