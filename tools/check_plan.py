@@ -90,7 +90,7 @@ def measure(arguments: dict[str, Any]) -> dict[str, Any]:
             found[f"loopback {step}"] = _loopback()
         return results[0]
 
-    TrainEngine.train_step = watched  # type: ignore[assignment]
+    TrainEngine.train_step = watched  # type: ignore[assignment]  # for this process alone, to read its clock
     recipe = load_recipe(arguments["recipe"], arguments["overrides"])
     code = pretrain(recipe, Path(arguments["run_dir"]))
     assert code == 0, code

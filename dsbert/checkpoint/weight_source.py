@@ -107,8 +107,8 @@ def _of_checkpoint(path: Path) -> WeightSource:
     sparse = {}
     for name, layer in restored.layers.items():
         blocks = dense.pop(f"{name}.blocks")
-        low_rank = tuple(dense.pop(f"{name}.{part}") for part in PARTS) if layer.low_rank else None
-        sparse[name] = SparseWeight(layer.topology, blocks, low_rank)  # type: ignore[arg-type]
+        u, v = (dense.pop(f"{name}.{part}", None) for part in PARTS)
+        sparse[name] = SparseWeight(layer.topology, blocks, None if u is None or v is None else (u, v))
     return WeightSource(
         label=f"{restored.path} (step {restored.state.step})",
         digest=source_digest(restored.path),
@@ -144,7 +144,7 @@ def _of_directory(path: Path) -> WeightSource:
         try:
             with safe_open(file, framework="pt") as opened:
                 shapes |= json.loads((opened.metadata() or {}).get("layers", "{}"))
-                tensors |= {_renamed(name): opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+                tensors |= {_renamed(name): opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118  # no mapping
         except Exception as error:  # safetensors raises its own type
             raise UserError(f"expected safetensors in {file}, found: {' '.join(str(error).split())}") from None
     config = parse_object((path / "config.json").read_bytes()) or {}

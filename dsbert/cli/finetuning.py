@@ -9,7 +9,7 @@ import click
 
 from dsbert.base.errors import EXIT_OK, EXIT_REQUEUE, UserError
 from dsbert.cli.checkpoints import as_json_option, show
-from dsbert.cli.parameters import PathName, Seconds, examples, local_rank_option
+from dsbert.cli.parameters import PathName, examples, local_rank_option, nproc_option, timeout_option
 from dsbert.cli.training import num_ranks, without_nproc
 
 
@@ -34,14 +34,8 @@ from dsbert.cli.training import num_ranks, without_nproc
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Of a step, over all ranks.")
 @click.option("--max-length", type=click.IntRange(8), help="Tokens of an example.  [default: 128; of answers 384]")
 @click.option("--best", is_flag=True, help="Keep the model of the best validation, not of the last step.")
-@click.option("--nproc", type=click.IntRange(1, 1024), help="Start this many ranks here. Default: one per GPU, else 1.")
-@click.option(
-    "--timeout",
-    type=Seconds(min=1, max=1e6),
-    default=300.0,
-    show_default=True,
-    help="Seconds after which a rank that does not answer counts as dead.",
-)
+@nproc_option
+@timeout_option
 @as_json_option
 @local_rank_option
 @click.pass_obj

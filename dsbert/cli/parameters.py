@@ -48,4 +48,14 @@ def _take_local_rank(context: click.Context, parameter: click.Parameter, value: 
         os.environ.setdefault("LOCAL_RANK", str(value))
 
 
+nproc_option = click.option(
+    "--nproc", type=click.IntRange(1, 1024), help="Start this many ranks here. Default: one per GPU, else 1."
+)
+timeout_option = click.option(
+    "--timeout",
+    type=Seconds(min=1, max=1e6),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a rank that does not answer counts as dead.",
+)
 local_rank_option = click.option("--local_rank", type=int, hidden=True, expose_value=False, callback=_take_local_rank)

@@ -11,7 +11,7 @@ import click
 
 from dsbert.base.errors import EXIT_REQUEUE, UserError
 from dsbert.base.output import lose_output_too
-from dsbert.cli.parameters import PathName, Seconds, examples, local_rank_option
+from dsbert.cli.parameters import PathName, examples, local_rank_option, nproc_option, timeout_option
 
 if TYPE_CHECKING:
     from dsbert.cluster.ranks import RankInfo
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[a.b=value]...")
 @click.option("--run-dir", type=PathName(), help="Where the run lives. Default: runs/RECIPE.")
-@click.option("--nproc", type=click.IntRange(1, 1024), help="Start this many ranks here. Default: one per GPU, else 1.")
+@nproc_option
 @click.option(
     "--resume",
     type=click.Choice(["auto", "must", "never"]),
@@ -38,13 +38,7 @@ if TYPE_CHECKING:
     help="Go on from the newest checkpoint: where there is one, or else fail, or not.",
 )
 @click.option("--take-over", is_flag=True, help="Take the run from an attempt that is at work on it; that one leaves.")
-@click.option(
-    "--timeout",
-    type=Seconds(min=1, max=1e6),
-    default=300.0,
-    show_default=True,
-    help="Seconds after which a rank that does not answer counts as dead.",
-)
+@timeout_option
 @local_rank_option
 @click.pass_obj
 def pretrain(

@@ -15,6 +15,9 @@ from typing import Any
 
 import yaml
 
+from dsbert.base.errors import UserError
+from dsbert.config.complaints import shown
+
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -58,6 +61,20 @@ def read_document(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DocumentError(f"the byte {error.object[error.start]:#04x}, which is not UTF-8", line) from None
+
+
+def read_mapping(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
+    """The keys of a YAML file, with the line of each. what: the file is to be, for people, as "a recipe".
+
+    Raises FileNotFoundError where nothing is, UserError, one line, for all else.
+    """
+    try:
+        values, lines = load_yaml(read_document(path))
+    except DocumentError as error:
+        raise UserError(f"expected {what} in YAML in {path}, found {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"expected {what}, a mapping of keys, in {path}, found {shown(values)}")
+    return values, lines
 
 
 def load_json(text: str) -> Any:

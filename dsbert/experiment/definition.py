@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from dsbert.base.errors import UserError
 from dsbert.base.fields import Section, Text, Whole
 from dsbert.config.complaints import Key, explain, in_one_line, shown
-from dsbert.config.documents import DocumentError, load_yaml, read_document
+from dsbert.config.documents import read_mapping
 
 Value = str | int | float | bool | list[str] | None
 Settings = dict[str, Value]
@@ -112,13 +112,9 @@ class Experiment(Section):
 def load_experiment(path: Path, size: str | None = None) -> Experiment:
     """Read a file, in one of its sizes. Raises UserError, in one line, for all that does not fit."""
     try:
-        values, lines = load_yaml(read_document(path))
+        values, lines = read_mapping(path, "an experiment")
     except FileNotFoundError:
         raise UserError(f"expected an experiment's YAML file at {path}, found none") from None
-    except DocumentError as error:
-        raise UserError(f"expected an experiment in YAML in {path}, found {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"expected a mapping of keys in {path}, found {shown(values)}")
 
     values = _sized(values, size, path)
 

@@ -19,7 +19,8 @@ from typing import Any
 from dsbert.base.durable import checksum, differences, publish
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import parse_object
-from dsbert.hf.export_forms import COMPACT, COMPACT_FORMATS, FORMS, write_form
+from dsbert.checkpoint.weight_source import COMPACT
+from dsbert.hf.export_forms import COMPACT_FORMATS, FORMS, write_form
 from dsbert.hf.hub_upload import check_hub_name, upload
 from dsbert.hf.model_card import CARD, is_as_written
 

@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsbert.checkpoint.weight_source import COMPACT
 from dsbert.hf.model_card import CARD, model_card
 from dsbert.sparse.low_rank import PARTS
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from dsbert.sparse import BlockSparseLinear
 
 FORMS = ("dense", "sparse")
-COMPACT = "sparse.safetensors"
 # The second has low-rank terms: who knows the first alone is to refuse it, and not to take blocks for the weight.
 COMPACT_FORMATS = ("dsbert-compact-1", "dsbert-compact-2")
 

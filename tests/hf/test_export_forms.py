@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +20,14 @@ FILES = {
 }
 
 
-def exported(run: Path, to: Path, form: str, *more: str) -> dict[str, object]:
+def exported(run: Path, to: Path, form: str, *more: str) -> dict[str, Any]:
     before = os.umask(0o022)
     try:
         done = dsbert("export", str(run), "--to", str(to), "--form", form, "--json", *more)
     finally:
         os.umask(before)
     assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -36,7 +37,7 @@ def test_the_sparse_form_is_a_directory_without_a_dense_weight(run: Path, tmp_pa
     from dsbert.checkpoint.restore import restore_model
 
     found = exported(run, tmp_path / "out", "sparse")
-    assert set(found["files"]) == FILES["sparse"] | {"export.json"}  # type: ignore[call-overload]
+    assert set(found["files"]) == FILES["sparse"] | {"export.json"}
     paths = list((tmp_path / "out").iterdir())
     assert {path.name for path in paths} == FILES["sparse"] | {"export.json"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o644}
@@ -88,7 +89,7 @@ def test_a_card_that_somebody_has_written_stays(run: Path, tmp_path: Path) -> No
     changed = card.read_text()
     assert changed != as_written
     for form in ("sparse", "dense"):
-        assert "README.md" not in exported(run, tmp_path / "out", form)["files"]  # type: ignore[operator]
+        assert "README.md" not in exported(run, tmp_path / "out", form)["files"]
         assert card.read_text() == changed
     card.unlink()
     exported(run, tmp_path / "out", "sparse")

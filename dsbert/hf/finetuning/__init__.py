@@ -3,7 +3,7 @@
 task_file           what a task's file declares; benchmark_tasks.py GLUE and SQuAD by name
 task_tables         a task's rows and classes, and what is wrong with them
 sequence_tasks      classification and regression of texts and pairs; token_tasks.py of words; answer_tasks.py answers
-                    that stand in a text
+                    that stand in a text; class_task.py what the first two have alike
 task_metrics        the metrics of all of them
 starting_model      a model with a new head, out of a run, an export or a directory of transformers
 finetune_settings   what is asked for, and what of it Trainer is told

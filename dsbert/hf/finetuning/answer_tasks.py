@@ -37,7 +37,10 @@ class AnswerTask:
         self._may_have_none = may_have_none
         self._windows: dict[str, list[dict[str, Any]]] = {}
 
-    model_changes: dict[str, Any] = {}  # noqa: RUF012  # none, of the model's configuration
+    @property
+    def model_changes(self) -> dict[str, Any]:
+        """Of the model's configuration: none."""
+        return {}
 
     def dataset(self, split: Split) -> list[dict[str, Any]]:
         """The windows of a split, in the order of its rows. Raises UserError where a question leaves no room."""

@@ -13,31 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsbert.hf.finetuning.class_task import ClassTask
 from dsbert.hf.finetuning.task_metrics import Ints, classification_scores, confusion, regression_scores
 from dsbert.hf.finetuning.task_tables import Split
 
 
-class SequenceTask:
+class SequenceTask(ClassTask):
     """What Trainer needs of such a task. classes: in the order of the model's outputs; none: regression."""
-
-    label_columns = ("labels",)
-
-    def __init__(self, tokenizer: Any, classes: Sequence[str], max_length: int) -> None:
-        self.classes = tuple(classes)
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._numbers = {name: number for number, name in enumerate(classes)}
 
     @property
     def model_changes(self) -> dict[str, Any]:
         """Of the model's configuration."""
         if not self.classes:
             return {"num_labels": 1, "problem_type": "regression"}
-        return {
-            "problem_type": "single_label_classification",
-            "id2label": dict(enumerate(self.classes)),
-            "label2id": self._numbers,
-        }
+        return super().model_changes | {"problem_type": "single_label_classification"}
 
     def dataset(self, split: Split) -> list[dict[str, Any]]:
         """An example per row."""

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from dsbert.base.errors import UserError
 from dsbert.base.fields import Section, Text
 from dsbert.config.complaints import Key, explain, in_one_line
-from dsbert.config.documents import DocumentError, load_yaml, read_document
+from dsbert.config.documents import read_mapping
 
 Kind = Literal["classification", "regression", "token-classification", "question-answering"]
 TRAIN, VALIDATION = "train", "validation"
@@ -131,13 +131,9 @@ def load_task(name: str, data: Path | None = None) -> Task:
         raise UserError(f"expected --data beside a benchmark ({', '.join(BENCHMARKS)}) only, found the task {name!r}")
     path = Path(name)
     try:
-        values, lines = load_yaml(read_document(path))
+        values, lines = read_mapping(path, "a task")
     except FileNotFoundError:
         raise UserError(f"expected a task's YAML file or one of {', '.join(BENCHMARKS)}, found {name!r}") from None
-    except DocumentError as error:
-        raise UserError(f"expected a task in YAML in {path}, found {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"expected a task in YAML in {path}, found no section of keys")
 
     def place(key: Key) -> str:
         return f" (line {lines[key]})" if key in lines else ""

@@ -13,27 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsbert.hf.finetuning.class_task import ClassTask
 from dsbert.hf.finetuning.task_metrics import Ints, confusion, tag_scores
 from dsbert.hf.finetuning.task_tables import Split
 
 _UNSEEN = -100  # of a position whose tag nobody asks for
 
 
-class TokenTask:
+class TokenTask(ClassTask):
     """What Trainer needs of such a task. classes: the tags in the order of the model's outputs."""
-
-    label_columns = ("labels",)
-
-    def __init__(self, tokenizer: Any, classes: Sequence[str], max_length: int) -> None:
-        self.classes = tuple(classes)
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._numbers = {name: number for number, name in enumerate(classes)}
-
-    @property
-    def model_changes(self) -> dict[str, Any]:
-        """Of the model's configuration."""
-        return {"id2label": dict(enumerate(self.classes)), "label2id": self._numbers}
 
     def dataset(self, split: Split) -> list[dict[str, Any]]:
         """An example per sentence."""

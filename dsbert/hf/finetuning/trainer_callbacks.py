@@ -69,7 +69,7 @@ class MaskUpdates(TrainerCallback):  # type: ignore[misc]  # transformers' types
             save_file(tensors, _checkpoint(args, state) / _MASKS)
 
 
-class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
+class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]  # as above
     """Marks a checkpoint when every rank has written its part: it stands behind all others that write into one."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
             replace_durably(_checkpoint(args, state) / _WHOLE, to_json({"step": state.global_step}).encode())
 
 
-class StopOnSignals(TrainerCallback):  # type: ignore[misc]
+class StopOnSignals(TrainerCallback):  # type: ignore[misc]  # as above
     """Has all ranks save and leave after the same step when one of them was asked to."""
 
     def __init__(self, stop: StopRequest) -> None:
@@ -96,7 +96,7 @@ class StopOnSignals(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = control.should_save = False
 
 
-class ProgressLines(TrainerCallback):  # type: ignore[misc]
+class ProgressLines(TrainerCallback):  # type: ignore[misc]  # as above
     """A line on standard error per logged step and per evaluation."""
 
     def on_log(

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from dsbert.base.errors import UserError
 from dsbert.base.fields import Number, Section, Text
 from dsbert.config.complaints import explain, in_one_line
-from dsbert.config.documents import DocumentError, load_yaml, read_document
+from dsbert.config.documents import read_mapping
 
 Precision = Literal["fp32", "bf16", "fp16"]
 CPU = "cpu"
@@ -84,13 +84,9 @@ def load_card(name: str) -> Card:
         return CARDS[name]
     path = Path(name)
     try:
-        values, _ = load_yaml(read_document(path))
+        values, _ = read_mapping(path, "a card")
     except FileNotFoundError:
         raise UserError(f"expected {', '.join(CARDS)}, {CPU} or a YAML file as --card, found {name!r}") from None
-    except DocumentError as error:
-        raise UserError(f"expected YAML in {path}, found {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"expected keys of a card in {path}, found {type(values).__name__}")
     try:
         return Card.model_validate({"name": path.stem, "source": str(path)} | values)
     except ValidationError as error:

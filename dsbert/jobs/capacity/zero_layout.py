@@ -15,6 +15,7 @@ from dsbert.engine.ds_schema import DeepSpeedJson
 from dsbert.jobs.capacity.cards import Precision
 from dsbert.jobs.capacity.model_size import ModelSize
 
+_PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ALIGNMENT = 2  # elements of a rank's partition of stages 1 and 2: DeepSpeed's nccl_start_alignment_factor
 
@@ -35,9 +36,7 @@ class ZeroLayout:
     @property
     def precision(self) -> Precision:
         """That forward and backward compute in."""
-        found = precision(self.config)
-        assert found in ("fp32", "bf16", "fp16")
-        return found  # type: ignore[return-value]
+        return _PRECISIONS[precision(self.config)]
 
     @property
     def element_bytes(self) -> int:
