@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention.h"
+#include "transposing.h"
 
 namespace dsbert {
 
@@ -86,42 +87,6 @@ __attribute__((noinline)) void pack_tokens_summed(PairDot, const U16* x, int64_t
     const U16 *low = x + t * stride, *high = t + 1 < count ? low + stride : nullptr;
     for (int64_t i = 0; i < to.size; ++i) rows[i] = pair(low[i], high ? high[i] : U16(0));
   }
-}
-
-// x and y, element by element in turn.
-inline void interleave(UVec x, UVec y, UVec& low, UVec& high) {
-  UVec first, second;  // places in (x, y)
-#pragma GCC unroll 16
-  for (uint32_t i = 0; i < LANES; ++i) {
-    first[i] = i / 2 + i % 2 * LANES;
-    second[i] = first[i] + LANES / 2;
-  }
-#if defined(__clang__)
-  UVec both[2] = {x, y};
-  for (uint32_t i = 0; i < LANES; ++i) {
-    low[i] = both[first[i] / LANES][first[i] % LANES];
-    high[i] = both[second[i] / LANES][second[i] % LANES];
-  }
-#else
-  low = __builtin_shuffle(x, y, first);
-  high = __builtin_shuffle(x, y, second);
-#endif
-}
-
-// LANES rows of LANES elements of 32 bits, transposed: each round interleaves the first half of the rows with the second.
-inline void transpose(const void* from, int64_t ld, void* to, int64_t ldt) {
-  UVec rows[LANES], next[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) rows[i] = load<UVec>(static_cast<const uint32_t*>(from) + i * ld);
-#pragma GCC unroll 4
-  for (int round = 1; round < LANES; round *= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES / 2; ++i) interleave(rows[i], rows[i + LANES / 2], next[2 * i], next[2 * i + 1]);
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) rows[i] = next[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) put(static_cast<uint32_t*>(to) + i * ldt, rows[i]);
 }
 
 // Rows as `pack_rows` leaves them -> [panel of tokens][steps][PANEL], `room` a multiple of PANEL.

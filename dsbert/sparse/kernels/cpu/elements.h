@@ -4,23 +4,42 @@
 #include "arguments.h"
 #include "gelu.h"
 #include "packing.h"
+#include "transposing.h"
 
 namespace dsbert {
 
 constexpr int SUMS = LANES == 8 ? 12 : 8;  // vectors of tokens that stay in registers
 constexpr int SPAN = SUMS * LANES;
 
+// LANES elements, of which the first n are there; zeros behind them.
+template <class T>
+inline Vec get_some(const typename T::Raw* p, int n) {
+  if (n == LANES) return T::get(p);
+  typename T::Raw raw[LANES] = {};
+  std::copy(p, p + n, raw);
+  return T::get(raw);
+}
+
+template <class T>
+inline void set_some(typename T::Raw* p, Vec v, int n) {
+  if (n == LANES) return T::set(p, v);
+  typename T::Raw raw[LANES];
+  T::set(raw, v);
+  std::copy(raw, raw + n, p);
+}
+
 // Up to SPAN tokens as [feature][SPAN] floats, zeros where there are fewer.
 template <class T>
 void pack_features(const typename T::Raw* x, int64_t ldx, int64_t features, int64_t count, float* to) {
-  if (count < SPAN) std::memset(to, 0, size_t(features) * SPAN * sizeof(float));
-  for (int64_t t = 0; t < count; ++t, x += ldx)
+  for (int64_t t = 0; t < SPAN; t += LANES, x += LANES * ldx)
     for (int64_t f = 0; f < features; f += LANES) {
       const int n = int(std::min<int64_t>(LANES, features - f));
-      typename T::Raw raw[LANES] = {};
-      std::memcpy(raw, x + f, size_t(n) * sizeof raw[0]);
-      const Vec values = T::get(raw);
-      for (int i = 0; i < n; ++i) to[(f + i) * SPAN + t] = values[i];
+      UVec square[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        square[i] = t + i < count ? bits<UVec>(get_some<T>(x + i * ldx + f, n)) : UVec{};
+      transpose(square);
+      for (int i = 0; i < n; ++i) put(to + (f + i) * SPAN + t, square[i]);
     }
 }
 
@@ -41,20 +60,23 @@ inline void one_output(const float* x, const float* w, const int32_t* slots, con
   for (int v = 0; v < SUMS; ++v) put(y + v * LANES, sums[v]);
 }
 
+// Outputs [LANES][SPAN], of which the first `outputs` are there, as rows of Y from `token` and `column` on.
 template <class T>
 void store_outputs(const Product& p, const float* y, int64_t column, int outputs, int64_t token, int64_t count) {
   typedef typename T::Raw Raw;
   const int64_t out = p.out_groups * p.B;
-  Raw raw[LANES], activated[LANES];
-  for (int64_t t = 0; t < count; ++t) {
-    Vec values = {};
-    for (int o = 0; o < outputs; ++o) values[o] = y[o * SPAN + t];
-    T::set(raw, values);
-    const int64_t at = (token + t) * out + column;
-    std::copy(raw, raw + outputs, static_cast<Raw*>(p.y) + at);
-    if (!p.activated) continue;
-    T::set(activated, gelu(T::get(raw)));
-    std::copy(activated, activated + outputs, static_cast<Raw*>(p.activated) + at);
+  for (int64_t t = 0; t < count; t += LANES) {
+    UVec square[LANES];
+#pragma GCC unroll 16
+    for (int o = 0; o < LANES; ++o) square[o] = load<UVec>(y + o * SPAN + t);
+    transpose(square);
+    for (int64_t i = 0; i < std::min<int64_t>(LANES, count - t); ++i) {
+      Raw raw[LANES];
+      T::set(raw, bits<Vec>(square[i]));
+      const int64_t at = (token + t + i) * out + column;
+      set_some<T>(static_cast<Raw*>(p.y) + at, bits<Vec>(square[i]), outputs);
+      if (p.activated) set_some<T>(static_cast<Raw*>(p.activated) + at, gelu(T::get(raw)), outputs);  // of Y as stored
+    }
   }
 }
 
@@ -92,16 +114,38 @@ void small_product(const Product& p) {
   }
 }
 
+// Adds up the lanes of sums, LANES of them at a time, and adds each result to where it belongs; in the order in which they
+// came.
+class LaneSums {
+ public:
+  void add(Vec sum, float* to) {
+    sums_[count_] = bits<UVec>(sum);
+    to_[count_] = to;
+    if (++count_ == LANES) flush();
+  }
+  void flush() {
+    transpose(sums_);
+    Vec total = {};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; ++lane) total += bits<Vec>(sums_[lane]);
+    for (int i = 0; i < count_; ++i) *to_[i] += total[i];
+    count_ = 0;
+  }
+
+ private:
+  UVec sums_[LANES] = {};
+  float* to_[LANES];
+  int count_ = 0;
+};
+
 // dw[B, B] += the sums over SPAN tokens.
-inline void small_block_gradient(const float* dy, const float* x, int B, float* dw) {
+inline void small_block_gradient(const float* dy, const float* x, int B, float* dw, LaneSums& sums) {
   for (int i = 0; i < B; ++i, dy += SPAN)
     for (int k = 0; k < B; ++k) {
       Vec sum = {};
 #pragma GCC unroll 16
       for (int v = 0; v < SUMS; ++v) sum += load<Vec>(dy + v * LANES) * load<Vec>(x + k * SPAN + v * LANES);
-      float total = 0;
-      for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
-      dw[i * B + k] += total;
+      sums.add(sum, dw + i * B + k);
     }
 }
 
@@ -126,15 +170,18 @@ void small_gradient(const Gradient& g) {
         pack_features<T>(static_cast<const Raw*>(g.x) + first * g.ldx, g.ldx, in, n, to);
         pack_features<T>(static_cast<const Raw*>(g.dy) + first * g.lddy, g.lddy, out, n, to + in * SPAN);
       }
-#pragma omp for schedule(static)
+      LaneSums sums;
+#pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < g.active; ++i) {
         const int32_t slot = g.slots[i];
         for (int64_t part = 0; part < parts; ++part) {
           const float *x = spans + part * width, *dy = x + in * SPAN;
           small_block_gradient(dy + int64_t(g.rows[slot]) * g.B * SPAN, x + int64_t(g.cols[slot]) * g.B * SPAN, g.B,
-                               dw + slot * size);
+                               dw + slot * size, sums);
         }
       }
+      sums.flush();
+#pragma omp barrier
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.active * size; ++i) set_one<T>(static_cast<Raw*>(g.dw) + i, dw[i]);
