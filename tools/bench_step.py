@@ -35,12 +35,13 @@ PRODUCTS = "encoder products"
 # What an operator is part of, by its name or that of an operator around it; the first that fits.
 _PARTS = (
     ("optimizer", ("Optimizer.step", "aten::_fused_adamw_", "Optimizer.zero_grad")),
-    (PRODUCTS, ("dsbert::linear", "dsbert::dgrad", "dsbert::wgrad", "GeneratedBackwardFor_dsbert_linear")),
+    (PRODUCTS, ("BlockSparseProduct", "dsbert::linear", "dsbert::dgrad", "dsbert::wgrad",
+                "GeneratedBackwardFor_dsbert_linear")),
     ("GELU", ("dsbert::gelu_gradient", "aten::gelu")),
     ("dropout", ("dsbert::dropout", "GeneratedBackwardFor_dsbert_dropout", "aten::dropout", "aten::bernoulli_",
                  "aten::native_dropout")),
-    ("attention", ("dsbert::varlen_attention", "GeneratedBackwardFor_dsbert_varlen_attention", "aten::bmm",
-                   "aten::baddbmm", "aten::_softmax", "aten::softmax", "aten::scaled_dot_product",
+    ("attention", ("VarlenAttention", "dsbert::varlen_attention", "GeneratedBackwardFor_dsbert_varlen_attention",
+                   "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::softmax", "aten::scaled_dot_product",
                    "aten::_scaled_dot_product")),
     ("LayerNorm", ("ResidualNorm", "aten::native_layer_norm", "aten::layer_norm")),
     ("embedding", ("aten::embedding", "EmbeddingBackward")),

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dsbert.sparse.half_precision import is_slow
 from dsbert.sparse.kernels import cpu
 from dsbert.sparse.kernels.cpu.attention import MAX_HEAD_SIZE, Attention
+from dsbert.sparse.kernels.eager import needs_operators
 
 _library = torch.library.Library("dsbert", "FRAGMENT")
 _library.define(
@@ -100,6 +102,23 @@ torch.library.register_autograd("dsbert::varlen_attention", _gradient, setup_con
 torch.library.register_autograd("dsbert::varlen_attention_gradient", _no_second, lib=_library)
 
 
+class VarlenAttention(torch.autograd.Function):
+    """The operator for plain tensors, without what torch's dispatcher costs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, by: Attention) -> Tensor:
+        out, lse = by.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.by = by
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.by.gradients(dout, *ctx.saved_tensors)
+        return found.query, found.key, found.value, None
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -125,9 +144,13 @@ def varlen_attention(
         reach = -1 if window is None else window
         starts = starts.to(torch.int64).contiguous()
         seen = None if visible is None else visible.to(torch.bool).contiguous()
-        out: Tensor = torch.ops.dsbert.varlen_attention(query, key, value, starts, seen, seed, dropout, scaling, reach)[
-            0
-        ]
+        out: Tensor
+        if needs_operators(query, key, value):
+            operator = torch.ops.dsbert.varlen_attention
+            out, _ = operator(query, key, value, starts, seen, seed, dropout, scaling, reach)
+        else:
+            by = Attention(starts, seen, int(seed), dropout, scaling, reach)
+            out = VarlenAttention.apply(query, key, value, by)
         return out
     flash = _flash_attention() if _fits_flash(query) and not dropout and visible is None else None
     if flash:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsbert.sparse.kernels import ops
+from dsbert.sparse.kernels import eager
 from dsbert.sparse.kernels.backends import BACKENDS
 from dsbert.sparse.kernels.dispatch import KERNELS, choose, tokens_to_measure
 from dsbert.sparse.kernels.index import KernelIndex, order_size
@@ -127,20 +127,18 @@ class BlockSparseLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, blocks = x.to(dtype), blocks.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        flat = x.reshape(-1, self.in_features)
-        index = ops.FlatIndex(self.rows, self.cols, self.order, self.shape)
-        arguments = (flat, blocks, bias, *index, self._choose(flat.shape[0], flat.device, blocks.dtype))
-        y: Tensor
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        arguments = (flat, blocks, bias, self.index, self._choose(flat.shape[0], flat.device, blocks.dtype))
         if self.activation is not None and self.dense_gradient is None and not self.low_rank:
-            y, _ = ops.linear_gelu(*arguments)
+            y = eager.linear_gelu(*arguments)
         else:
-            y = ops.linear(*arguments)
+            y = eager.linear(*arguments)
             if self.low_rank:
                 y = add_low_rank_(y, flat, self.low_rank_u.to(flat.dtype), self.low_rank_v.to(flat.dtype))
             if self.dense_gradient is not None and y.requires_grad:
                 y.register_hook(_Collector(self.dense_gradient, flat.detach()))
             y = y if self.activation is None else functional.gelu(y)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _choose(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Choice:
         """`choice`, which is made for about so many tokens where nobody has set it or it cannot run."""

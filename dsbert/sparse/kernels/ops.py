@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsbert.sparse.kernels import cpu
-from dsbert.sparse.kernels.backends import BACKENDS
+from dsbert.sparse.kernels import cpu, products
 from dsbert.sparse.kernels.index import KernelIndex
 from dsbert.sparse.kernels.record import Choice
 
@@ -51,16 +50,6 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _check(features: int, x: Tensor, *others: Tensor | None) -> None:
-    """Raises RuntimeError unless x is [T, features] and all are of one device and dtype: kernels take pointers."""
-    if x.dim() != 2 or x.shape[1] != features:
-        raise RuntimeError(f"expected [tokens, {features}], found {list(x.shape)}")
-    for other in others:
-        if other is not None and (other.dtype != x.dtype or other.device != x.device):
-            found = f"{x.dtype} on {x.device} and {other.dtype} on {other.device}"
-            raise RuntimeError(f"expected activations and weights of one dtype on one device, found {found}")
-
-
 @_operator(f"linear({_ARGUMENTS}) -> Tensor")
 def linear(
     x: Tensor,
@@ -74,8 +63,7 @@ def linear(
 ) -> Tensor:
     """X W^T + b: [T, out]."""
     index = FlatIndex(rows, cols, order, shape).with_block_size(blocks.shape[1])
-    _check(index.in_features, x, blocks, bias)
-    return BACKENDS[Choice(*kernels).forward].forward(x, blocks, index, bias)
+    return products.linear(x, blocks, bias, index, Choice(*kernels))
 
 
 @_operator(f"linear_gelu({_ARGUMENTS}) -> (Tensor, Tensor)")
@@ -91,12 +79,7 @@ def linear_gelu(
 ) -> tuple[Tensor, Tensor]:
     """(gelu(Y), Y) of Y = X W^T + b: [T, out] each."""
     index = FlatIndex(rows, cols, order, shape).with_block_size(blocks.shape[1])
-    _check(index.in_features, x, blocks, bias)
-    backend = BACKENDS[Choice(*kernels).forward]
-    if backend.forward_gelu is not None:
-        return backend.forward_gelu(x, blocks, index, bias)
-    y = backend.forward(x, blocks, index, bias)
-    return torch.nn.functional.gelu(y), y
+    return products.linear_gelu(x, blocks, bias, index, Choice(*kernels))
 
 
 @_operator(f"dgrad(Tensor dy, Tensor blocks, {_INDEX}, str[] kernels) -> Tensor")
@@ -111,8 +94,7 @@ def dgrad(
 ) -> Tensor:
     """dY W: [T, in]."""
     index = FlatIndex(rows, cols, order, shape).with_block_size(blocks.shape[1])
-    _check(index.out_features, dy, blocks)
-    return BACKENDS[Choice(*kernels).dgrad].dgrad(dy, blocks, index)
+    return products.dgrad(dy, blocks, index, Choice(*kernels))
 
 
 @_operator(f"wgrad(Tensor dy, Tensor x, {_INDEX}, int block_size, str[] kernels) -> Tensor")
@@ -128,8 +110,7 @@ def wgrad(
 ) -> Tensor:
     """dY^T X at the active blocks: [K, B, B]."""
     index = FlatIndex(rows, cols, order, shape).with_block_size(block_size)
-    _check(index.out_features, dy, x)
-    return BACKENDS[Choice(*kernels).wgrad].wgrad(dy, x, index)
+    return products.wgrad(dy, x, index, Choice(*kernels))
 
 
 @_operator("gelu_gradient(Tensor dy, Tensor x, str[] kernels) -> Tensor")
@@ -209,7 +190,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)  # nobody reads Y beside gelu(Y): its gradient would be zeros to add
 
 
-def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of `linear`'s arguments, by operators, which have gradients themselves. ctx: as `_save` has left it."""
     if dy is None:
         return None, None, None, *_NO_GRADIENTS, None
     return _gradients_from(ctx, ctx.saved_tensors, dy)
@@ -226,9 +208,10 @@ def _gradients_from(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor) -> tuple[Te
     return dx, dw, db, *_NO_GRADIENTS, None
 
 
-def _gelu_gradients(ctx: Any, d_activated: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def gelu_gradients(ctx: Any, d_activated: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of `linear_gelu`'s, as `gradients`."""
     if d_activated is None:
-        return _gradients(ctx, dy)
+        return gradients(ctx, dy)
     saved = ctx.saved_tensors
     own = gelu_gradient(d_activated, saved[-1], ctx.kernels)
     return _gradients_from(ctx, saved, own if dy is None else own + dy)
@@ -281,8 +264,8 @@ def _gelu_gradient_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name, _shapes, _backward, _setup in (
-    ("linear", _of_linear, _gradients, _save),
-    ("linear_gelu", _of_linear_gelu, _gelu_gradients, _save),
+    ("linear", _of_linear, gradients, _save),
+    ("linear_gelu", _of_linear_gelu, gelu_gradients, _save),
     ("dgrad", _of_dgrad, _dgrad_gradients, _save_dgrad),
     ("wgrad", _of_wgrad, _wgrad_gradients, _save_wgrad),
     ("gelu_gradient", _of_gelu_gradient, _gelu_gradient_gradients, _save_gelu),
