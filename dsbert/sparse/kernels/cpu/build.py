@@ -21,11 +21,7 @@ import xxhash
 from dsbert.sparse.kernels.cache import cache_directory, read_cached, whole_file
 from dsbert.sparse.kernels.trust import UntrustedError, open_to_all, open_trusted, private_directory
 
-SOURCES = (
-    "block_sparse.cpp", "arguments.h", "attention.h", "attention_backward.h", "attention_forward.h",
-    "attention_packing.h", "cross_entropy.h", "dropout.h", "elements.h", "gelu.h", "gradient.h", "packing.h",
-    "product.h", "residual_norm.h", "segments.h", "vectors.h",
-)  # fmt: skip
+SOURCE = "block_sparse.cpp"  # which includes every header beside it
 # Best first. No -march=native: the flags are the name, and a cache may be shared by unlike machines.
 ISA_FLAGS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma -mf16c",
@@ -79,14 +75,14 @@ def compile_library(isa: str, directory: Path, extra: tuple[str, ...] = ()) -> P
     openmp = _openmp_of_torch()
     made_from = [*flags, compiler, _version(compiler), openmp or "", platform.machine()]
     hasher = xxhash.xxh3_64("\0".join(made_from).encode())
-    for name in SOURCES:
-        hasher.update((here / name).read_bytes())
+    for path in sorted([here / SOURCE, *here.glob("*.h")]):
+        hasher.update(path.read_bytes())
     library = directory / f"block_sparse-{isa}-{hasher.hexdigest()}.so"
     if _is_whole(library):
         return library
     # One pool of threads, torch's: a second one would fight with it for the cores. Whoever comes first in the command
     # provides the symbols, and the compiler's own OpenMP is dropped as not needed.
-    command = [compiler, *flags, str(here / SOURCES[0]), *(["-Wl,--as-needed", openmp] if openmp else [])]
+    command = [compiler, *flags, str(here / SOURCE), *(["-Wl,--as-needed", openmp] if openmp else [])]
     try:
         with whole_file(library) as temporary:
             _compile([*command, "-o", str(temporary)])
