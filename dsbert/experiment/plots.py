@@ -10,7 +10,7 @@ from dsbert.base.errors import UserError
 from dsbert.experiment.cell_results import CellResult, Measurement
 from dsbert.experiment.cells import words
 from dsbert.experiment.planning import Group, Plan
-from dsbert.reports.drawing import Picture, new_figure
+from dsbert.reports.drawing import Picture, make_logarithmic, new_figure
 
 _STYLES = ("-", "--", "-.", ":")
 _LOSS = "held-out MLM loss, nats per masked token"
@@ -53,7 +53,8 @@ def _pareto(plan: Plan, cost: Callable[[Measurement], float], label: str) -> str
             for _, results in points:
                 seeds = [(cost(result.last), result.loss) for result in results]
                 axes.plot(*zip(*seeds, strict=True), ".", color=color, alpha=0.5, markersize=4)
-    axes.set(xscale="log", xlabel=label, ylabel=_LOSS)
+    axes.set(xlabel=label, ylabel=_LOSS)
+    make_logarithmic(axes.xaxis)
     axes.legend(frameon=False, fontsize="small")
     return Picture(figure).svg()
 

@@ -67,6 +67,15 @@ def new_figure(panels: int = 1, height: float | None = None, rows: int = 1) -> t
     return figure, axes
 
 
+def make_logarithmic(axis: Any) -> None:
+    """An axis of a figure's axes; its ticks are numbers: matplotlib's own are formulas, which are text here."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
 @contextmanager
 def _settings() -> Iterator[None]:
     try:

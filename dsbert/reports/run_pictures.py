@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dsbert.monitoring.run_files import RunFiles, since
 from dsbert.monitoring.run_status import RunStatus, read_run
 from dsbert.monitoring.step_records import read_columns
-from dsbert.reports.drawing import Picture, new_figure
+from dsbert.reports.drawing import Picture, make_logarithmic, new_figure
 
 _ENDS = {"done": "C2", "requeue": "C0", "failed": "C3", None: "C1"}
 # Of a line: more are not seen, and a page of a long run would be large.
@@ -70,16 +70,13 @@ def _losses(runs: Mapping[str, ReportedRun]) -> Picture:
 
 
 def _rates(runs: Mapping[str, ReportedRun]) -> Picture:
-    from matplotlib.ticker import LogFormatter
-
     figure, (left, right) = new_figure(2)
     for number, (name, run) in enumerate(runs.items()):
         left.plot(*run.series("lr"), color=f"C{number % 10}", label=label(name))
         right.plot(*run.series("grad_norm"), color=f"C{number % 10}", linewidth=0.8)
     left.set(xlabel="step", ylabel="learning rate")
-    right.set(xlabel="step", ylabel="gradient norm", yscale="log")
-    for axis_ticks in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        axis_ticks(LogFormatter(minor_thresholds=(2, 0.5)))  # the usual one writes formulas, which are text here
+    right.set(xlabel="step", ylabel="gradient norm")
+    make_logarithmic(right.yaxis)
     left.legend(frameon=False, fontsize="small")
     return Picture(figure)
 

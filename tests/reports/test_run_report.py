@@ -71,6 +71,7 @@ def test_a_page_of_a_run(run: Path, tmp_path: Path) -> None:
     films = {path.stem for path in to.glob("*.gif")}
     assert len(films) == 6
     assert len(list(to.glob("*.png"))) == len(titles) + len(films)
+    assert "\\mathdefault" not in text  # a tick that is a formula
     assert text.count("<svg") == len(titles)
     again = tmp_path / "again"
     dsbert("report", str(run), "--to", str(again))
