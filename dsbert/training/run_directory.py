@@ -32,7 +32,7 @@ from dsbert.cluster.heartbeats import Beat, beats_in
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.data.stream import assert_samples
-from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status, slurm_array_task
+from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status, slurm_array_task, slurm_start
 from dsbert.training.history import assert_files, read_config, saved_before
 from dsbert.training.provenance import git_revision, versions
 
@@ -126,12 +126,14 @@ class RunDirectory:
         self._check_identity(identity, checkpoint)
         history = JsonlFile(self.path / "attempts.jsonl")
         before = valid_records(history.read(skip_garbled=True), Attempt)
+        restart_count, start = slurm_start()
         attempt = Attempt(
             number=1 + max((entry.number for entry in before), default=0),
             nonce=nonce,
             job_id=os.environ.get("SLURM_JOB_ID"),
             array_task=slurm_array_task(),
-            restart_count=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            restart_count=restart_count,
+            start=start,
             started=time.time(),
             world_size=world_size,
             checkpoint=checkpoint.name if checkpoint else None,
@@ -193,6 +195,7 @@ class RunDirectory:
             attempt=attempt.number,
             job_id=attempt.job_id,
             restart_count=attempt.restart_count,
+            start=attempt.start,
             outcome=outcome,
             step=step,
             cause=cause,
