@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from dsbert.base.collectives import on_main_rank
-from dsbert.base.durable import copy_tree, remove_tree, replace_durably
+from dsbert.base.durable import copy_tree, is_shown, remove_tree, replace_durably
 from dsbert.base.errors import CheckpointError, PeerError, UserError, printable
 from dsbert.base.jsonl import JsonlFile, first_difference, to_json
 from dsbert.base.records import JsonObject, RecordT, read_record, valid_records
@@ -62,16 +62,9 @@ class RunDirectory:
         self.heartbeats(nonce).mkdir(parents=True)
         (self.heartbeats(nonce) / _MARK).write_text(nonce)
 
-    def sees(self, nonce: str, patience_s: float = 5.0) -> bool:
+    def sees(self, nonce: str, patience_s: float) -> bool:
         """Whether this rank sees the mark that rank 0 made, at once or within the patience that caches may need."""
-        deadline = time.monotonic() + patience_s
-        while True:
-            with suppress(OSError):
-                if (self.heartbeats(nonce) / _MARK).read_text() == nonce:
-                    return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
+        return is_shown(lambda: (self.heartbeats(nonce) / _MARK).read_text() == nonce, patience_s)
 
     def has_said(self, nonce: str, code: int, cause: str, patience_s: float = 3.0) -> bool:
         """Whether rank 0 has left with these words, or does so within the patience: then nobody need repeat them."""
