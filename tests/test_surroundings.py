@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import pytest
 from tests.commands import ENVIRONMENT
 from tests.fault_rows import FaultTable
 from tests.faults import fault, final_files, status, unlucky_dsbert, wait_for, words_of
-from tests.helpers import started
+from tests.helpers import Rank, started
+from tests.networks import ADDRESSES, HOSTS, TUN, Cable, move_to
 
 # Loaded before libc, it has a process see another wall clock, and nothing else: neither its waits nor the files' times.
 # (libfaketime shifts what Python sleeps on as well.)
@@ -56,6 +57,8 @@ time_t time(time_t *where) {
 """
 HOUR_S = 3600
 LATE_S = 8.0
+DELAY_S = 0.02
+CUT_S = 4.0  # TCP tries again 6.2 s after the first try, within the time limit of 10 s
 LATE: list[tuple[int, list[dict[str, Any]], list[int]]] = [
     (1, [fault("step", "SIGTERM", rank=1, step=4)], [75, 75]),
     (0, [fault("step", "SIGKILL", rank=1, step=8)], [3, -9]),
@@ -227,6 +230,102 @@ def assert_late(real: Path, late: Path) -> None:
         time.sleep(0.05)
         assert time.monotonic() - start < 3 * LATE_S
     assert time.monotonic() - start > LATE_S / 2
+
+
+# 23, 24: networks
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    """Between two nodes."""
+    need("iproute2", shutil.which("ip"))
+    if os.geteuid() != 0 or not os.access(TUN, os.W_OK):
+        (pytest.fail if IN_CI and os.geteuid() == 0 else pytest.skip)(f"needs root and {TUN}")
+    with Cable() as one:
+        yield one
+
+
+def on_a_node(nodes: list[str], **more: Any) -> None:
+    """A rank of its own node."""
+    rank = int(os.environ["RANK"])
+    move_to(nodes[rank], HOSTS[rank])
+    unlucky_dsbert(**more)
+
+
+def on_nodes(cable: Cable, words: list[str], *faults: dict[str, Any]) -> AbstractContextManager[list[Rank]]:
+    """A rank on either node."""
+    args = {"nodes": cable.nodes, "words": words, "faults": list(faults), "record": None}
+    return started(on_a_node, 2, args, env={"MASTER_ADDR": ADDRESSES[0]})
+
+
+def round_trip_s(cable: Cable) -> float:
+    """Until a node is told that nobody listens at the other one."""
+    tries = (
+        "import socket, time",
+        "start = time.monotonic()",
+        f"socket.socket().connect_ex(({ADDRESSES[1]!r}, 9))",
+        "print(time.monotonic() - start)",
+    )
+    command = ("ip", "netns", "exec", cable.nodes[0], sys.executable, "-c", "; ".join(tries))
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+
+@pytest.mark.slow
+def test_a_slow_link(cable: Cable, run: Path, data: Path, tmp_path: Path, fault_table: FaultTable) -> None:
+    cable.delay_s = DELAY_S
+    assert round_trip_s(cable) >= 2 * DELAY_S, "else the test would show nothing"
+    start = time.time()
+    with on_nodes(cable, words_of(tmp_path / "run", data)) as ranks:
+        ended = wait_for(ranks, set(), 120)
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.stderr for rank in ended)
+    assert "1 on n1, 1 on n2" in ended[0].stderr
+    assert final_files(tmp_path / "run") == final_files(run)
+    what = f"each packet of one node {DELAY_S * 1000:g} ms late, both ways"
+    fault_table.identical([fault_table.row("24", what, time.time() - start, [0, 0], None)])
+
+
+@pytest.mark.slow
+def test_two_nodes_cut_off_from_each_other(
+    cable: Cable, run: Path, data: Path, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    """For less than the time limit, and back; then for good: nobody is accused but the network; and once more, to the
+    end."""
+    slow, rows = fault("from step", "slow", step=4), []
+    with on_nodes(cable, words_of(tmp_path / "back", data), slow) as ranks:
+        reach(tmp_path / "back", 6)
+        start = time.time()
+        cable.cut = True
+        time.sleep(CUT_S)
+        assert all(rank.exitcode is None for rank in ranks)
+        cable.cut = False
+        ended = wait_for(ranks, set(), 60)
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.stderr for rank in ended)
+    assert final_files(tmp_path / "back") == final_files(run)
+    what = f"two nodes cut off from each other for {CUT_S:g} s, and back"
+    rows.append(fault_table.row("23", what, time.time() - start, [0, 0], None))
+
+    run_dir = tmp_path / "run"
+    with on_nodes(cable, words_of(run_dir, data), slow) as ranks:
+        reach(run_dir, 6)
+        start = time.time()
+        cable.cut = True
+        ended = wait_for(ranks, set(), 60)
+    seconds = time.time() - start
+    assert [rank.code for rank in ended] == [3, 3], "\n".join(rank.stderr for rank in ended)
+    assert seconds < 10 + 30
+    for rank in ended:
+        assert "no rank is silent: see to the network between the nodes" in rank.stderr
+    found = status(run_dir)
+    assert (found["outcome"], found["culprit"]) == ("failed", None)
+    assert "see to the network" in found["cause"]
+    cable.cut = False
+    with on_nodes(cable, words_of(run_dir, data)) as ranks:
+        ended = wait_for(ranks, set(), 60)
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.stderr for rank in ended)
+    assert final_files(run_dir) == final_files(run)
+    what, named = "two nodes cut off from each other for good", {"named": "the network"}
+    rows.append(fault_table.row("23", what, seconds, [3, 3], named))
+    fault_table.identical(rows)
 
 
 def reach(run_dir: Path, step: int, seconds: float = 90.0) -> None:
