@@ -2,8 +2,8 @@
 
     python tools/fault_table.py [--json] [-- PYTEST ARGUMENTS]
 
-The faults of SLURM, networks and file systems need root and Debian's packages, which CI=true gets. Where they are missing,
-their rows are, too.
+The faults of SLURM, networks and file systems need root and Debian's packages, which CI=true gets. Where those are
+missing, their rows are, too.
 """
 
 from __future__ import annotations
