@@ -64,7 +64,11 @@ LATE: list[tuple[int, list[dict[str, Any]], list[int]]] = [
     (0, [fault("step", "SIGKILL", rank=1, step=8)], [3, -9]),
     (1, [], [0, 0]),
 ]
-HARM = {(75, 75): "SIGTERM to one rank", (3, -9): "SIGKILL of the other", (0, 0): "resumed, to the end"}
+HARM: dict[tuple[int, ...], str] = {
+    (75, 75): "SIGTERM to one rank",
+    (3, -9): "SIGKILL of the other",
+    (0, 0): "resumed, to the end",
+}
 IN_CI = os.environ.get("CI") == "true"
 
 

@@ -539,8 +539,8 @@ def test_the_sandbox_leaves_nothing_behind(cluster: Sandbox) -> None:
     assert done.returncode == 5, done.stderr
     assert {"n1", "n2"} <= set(done.stdout.split())
     assert Path("/etc/hosts").read_text() in done.stdout
-    (conf,) = [line for line in done.stdout.splitlines() if line.endswith("/slurm.conf")]
-    assert not Path(conf).parent.exists()
+    (shown_conf,) = [line for line in done.stdout.splitlines() if line.endswith("/slurm.conf")]
+    assert not Path(shown_conf).parent.exists()
 
     tool = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
     assert tool.stdout is not None
