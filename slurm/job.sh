@@ -7,7 +7,7 @@
 #                                                            checkpoint; requeued where that has not helped
 #   a disk is full or fails (exit 74)                        requeued: there may be room when it starts again
 #   a node failed                                            SLURM requeues the job itself; with spare nodes as for a rank
-#   three restarts without a newer checkpoint                given up
+#   three requeues without a newer checkpoint                given up
 #   a mistake, a bug, no valid checkpoint (exit 2, 1, 4)     not requeued: it would only happen again
 #   scancel JOB                                              ends, as asked
 #
@@ -109,7 +109,7 @@ set_master_address() {
 forward() {
     asked=1
     if [[ $step && ! $forwarder ]]; then
-        while kill -USR2 "$step" && sleep "$REPEAT_S"; do :; done 2>/dev/null &
+        while kill -USR2 "$step" && sleep "$REPEAT_S"; do :; done >/dev/null 2>&1 & # nobody is to wait for it
         forwarder=$!
     fi
 }
@@ -124,7 +124,8 @@ run_attempt() {
     step='' forwarder=''
     (
         trap '' USR2 # would kill an srun that is only starting
-        ((inside)) && export SLURM_EXIT_ERROR=$NOT_STARTED SLURM_EXIT_IMMEDIATE=$NOT_STARTED SLURM_IMMEDIATE=$PLACE_S
+        ((inside)) && export SLURM_EXIT_ERROR=$NOT_STARTED SLURM_EXIT_IMMEDIATE=$NOT_STARTED &&
+            place+=(--immediate="$PLACE_S")
         exec srun --kill-on-bad-exit=0 --wait="$LINGER_S" "${place[@]}" "${SRUN_ARGS[@]}" \
             "${LAUNCH_PREFIX[@]}" "${DSBERT[@]}" pretrain "$RECIPE" "${OVERRIDES[@]}" --run-dir "$RUN_DIR" "${OPTIONS[@]}"
     ) &

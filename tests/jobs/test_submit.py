@@ -281,6 +281,7 @@ def test_ranks_start_again_inside_the_allocation(life: str, starts: int, said: s
     verdict = [line for line in done.stdout.splitlines() if line.startswith("job 7")][-1]
     assert said in verdict
     assert done.stdout.count("starts again inside the allocation, time ") == starts - 1
+    assert done.stderr.count("\0--immediate=120\0") == starts - 1, "a first start may wait for its nodes"
 
 
 @pytest.mark.parametrize(
