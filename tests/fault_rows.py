@@ -20,7 +20,8 @@ class FaultTable:
     def row(
         self, numbers: str, what: str, seconds: float, codes: Sequence[int | str | None], culprit: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """A fault that was survived. numbers: as docs/faults.md counts; seconds: until the last survivor had left."""
+        """A fault that was survived. numbers: as docs/faults.md counts; seconds: until the last survivor had left;
+        culprit: its rank, host and step, as far as known; or what was `named`, where that is no rank."""
         found = {"fault": numbers, "what": what, "seconds": round(seconds, 1), "codes": list(codes), "culprit": culprit}
         self._rows.append(found | {"identical": None})
         return self._rows[-1]

@@ -2,7 +2,8 @@
 
     python tools/fault_table.py [--json] [-- PYTEST ARGUMENTS]
 
-The faults of SLURM need its packages and root; where they are missing their rows are, too.
+The faults of SLURM, networks and file systems need root and Debian's packages, which CI=true gets. Where those are
+missing, their rows are, too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Any
 
 from on_ranks import markdown
 
-TESTS = ("tests/test_faults.py", "tests/cluster/test_rendezvous.py", "tests/jobs/test_slurm.py")
+TESTS = (
+    "tests/test_faults.py", "tests/test_surroundings.py", "tests/cluster/test_rendezvous.py",
+    "tests/training/test_corruption.py", "tests/training/test_slow_rank.py", "tests/jobs/test_slurm.py",
+)  # fmt: skip
 ROWS_ENV = "DSBERT_FAULT_ROWS"  # tests/fault_rows.py writes there
 
 
@@ -46,7 +50,7 @@ def main() -> None:
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     culprit = row["culprit"] or {}
-    named = f"rank {culprit['rank']}" if "rank" in culprit else ""
+    named = f"rank {culprit['rank']}" if "rank" in culprit else culprit.get("named", "")
     if "host" in culprit:
         named += f" on {culprit['host']}, step {culprit['step']}"
     codes = ["stopped" if code is None else str(code) for code in row["codes"]] or ["killed"]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ _SEAL = "xxh3"
 # No file of dsbert's has a gap of this size; reading one would take hours, and find nothing.
 _GAP_BYTES = 1 << 30
 _MAX_GAPS = 1000
+# What a network file system may take to show one machine the names and sizes that another has made (NFS: acdirmax).
+SHOWN_WITHIN_S = 60.0
 # JSON, YAML and pointers: far above what any of them holds.
 SMALL_BYTES = 1 << 26
 
@@ -174,6 +177,28 @@ def unsealed(document: dict[str, Any]) -> dict[str, Any]:
     if _SEAL in document and sealed(inside) != document:
         raise ValueError("it is not what was written")
     return inside
+
+
+def is_shown(look: Callable[[], bool], patience_s: float = SHOWN_WITHIN_S) -> bool:
+    """Whether this machine sees what another has written, by a look that may raise OSError: at once, or within the
+    patience that the caches of network file systems need."""
+    deadline, pause_s = time.monotonic() + patience_s, 0.01
+    while True:
+        with suppress(OSError):
+            if look():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.5)
+
+
+def clock_of(directory: Path) -> float:
+    """What time it is by the clock that dates the files of a directory, which may be a server's: in seconds since 1970.
+    Ours where nothing can be written there."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=directory) as file:  # without a name, where the system can
+        return os.fstat(file.fileno()).st_mtime
+    return time.time()
 
 
 def copy_tree(source: Path, target: Path) -> None:

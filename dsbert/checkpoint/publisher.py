@@ -7,13 +7,16 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
-from dsbert.base.durable import read_regular, sync_directory, write_durably
+from dsbert.base.durable import SHOWN_WITHIN_S, is_shown, read_regular, sync_directory, write_durably
 from dsbert.base.errors import DsbertError, StorageError, printable
 from dsbert.checkpoint.loading import LATEST, published, verify_checkpoint
 from dsbert.checkpoint.state import MANIFEST, FileRecord, Manifest
@@ -75,12 +78,12 @@ class Publisher:
         text = (json.dumps(manifest.to_json(), indent=1) + "\n").encode()
         write_durably(temporary / MANIFEST, text)
         sync_directory(temporary)
-        _assert_sizes(temporary, manifest.files)
+        self._assert_sizes(temporary, manifest.files)
         self._assert_owner()
         _move_aside(target, self._attempt, count)
         os.replace(temporary, target)
         sync_directory(self._root)
-        _assert_sizes(target, manifest.files)  # once more: nobody can have touched them under this name
+        self._assert_sizes(target, manifest.files)  # once more: nobody can have touched them under this name
         if (target / MANIFEST).read_bytes() != text:
             raise StorageError(f"expected {target / MANIFEST} as it was written, found something else")
         self._assert_owner()
@@ -89,6 +92,18 @@ class Publisher:
         os.replace(pointer, self._root / LATEST)
         sync_directory(self._root)
         self._verified.add(target.name)
+
+    def sees(self, look: Callable[[], bool], patience_s: float = SHOWN_WITHIN_S) -> bool:
+        """As `is_shown`, of this attempt's own files: the next one removes them. Raises DsbertError where it has."""
+
+        def look_or_leave() -> bool:
+            with suppress(OSError):
+                if look():
+                    return True
+            self._assert_owner()
+            return False
+
+        return is_shown(look_or_leave, patience_s)
 
     def remove_old(self) -> None:
         """Remove what retention does not keep. What cannot be removed costs a line on standard error."""
@@ -118,18 +133,22 @@ class Publisher:
             os.replace(path, removed)
             shutil.rmtree(removed, ignore_errors=True)
 
+    def _assert_sizes(self, directory: Path, files: dict[str, FileRecord]) -> None:
+        """As rank 0 sees what the others wrote, which may be late."""
+        deadline = time.monotonic() + SHOWN_WITHIN_S
+        for name, entry in files.items():
+            path, size = directory / name, entry.bytes
+            if not self.sees(partial(_has_size, path, size), deadline - time.monotonic()):
+                raise StorageError(f"expected {size} bytes in {path}, found {path.stat().st_size}")
+
     def _verifies(self, path: Path) -> bool:
         if path.name not in self._verified and not verify_checkpoint(path):
             self._verified.add(path.name)
         return path.name in self._verified
 
 
-def _assert_sizes(directory: Path, files: dict[str, FileRecord]) -> None:
-    """As rank 0 sees what the others wrote."""
-    for name, entry in files.items():
-        found = (directory / name).stat().st_size
-        if found != entry.bytes:
-            raise StorageError(f"expected {entry.bytes} bytes in {directory / name}, found {found}")
+def _has_size(path: Path, size: int) -> bool:
+    return path.stat().st_size == size
 
 
 def _move_aside(target: Path, attempt: str, count: Callable[[int], object]) -> None:

@@ -206,6 +206,7 @@ class CheckpointWriter:
     def _write_own(self, job: _Job) -> dict[str, FileRecord]:
         """This rank's files: size and checksum of what was read back, by name."""
         written = {}
+        self._publisher.sees(job.temporary.is_dir)  # rank 0 has made it; else the first file says what is wrong
         for name, data in job.files.items():
             path = job.temporary / name
             path.parent.mkdir(exist_ok=True)

@@ -43,6 +43,13 @@ from dsbert.cli.parameters import PathName, Seconds, examples
 @click.option(
     "--signal-lead", type=click.IntRange(min=1, max=65535), help="Seconds before the limit to save. Default: 300."
 )
+@click.option(
+    "--spare-nodes",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="K",
+    help="So many nodes more, which take the place of those that fail. Default: 0.",
+)
 @click.option("--timeout", type=Seconds(min=1, max=1e6), help="As in `dsbert pretrain`.")
 @click.option("--setup", multiple=True, help="A line of shell to run first, as 'module load cuda'. Repeatable.")
 @click.option("--launch-prefix", metavar="WORDS", help="What to put before dsbert, as 'apptainer exec image.sif'.")

@@ -95,6 +95,11 @@ class Heartbeat:
         self._trains = False
         self._beat(phase=LEAVING)
 
+    @property
+    def waited(self) -> bool:
+        """Whether this rank has left a collective in which nobody came, or is about to."""
+        return self._last.phase == LEAVING
+
     def saving(self, activity: str | None) -> None:
         """What the checkpoint writer is at; for its threads, whose progress is not the rank's."""
         self._beat(saving=activity)
@@ -141,9 +146,8 @@ class Heartbeat:
     def _furthest_behind(self, others: list[Beat]) -> list[Culprit]:
         own = self._last.step, self._progress
         # Who has waited in a collective waited for a rank that has come as far as this one, and not into it.
-        waited = self._last.phase == LEAVING
         places = {record.rank: (record.step, record.progress) for record in others if record.phase != LEAVING}
-        least = min((place for place in places.values() if place < own or (waited and place == own)), default=None)
+        least = min((place for place in places.values() if place < own or (self.waited and place == own)), default=None)
         return [
             culprit_of(record, "lives but does not go on")
             for record in others

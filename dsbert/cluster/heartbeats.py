@@ -14,8 +14,9 @@ from dsbert.base.errors import EXIT_OK, EXIT_PEER, EXIT_REQUEUE
 from dsbert.base.records import Count, Number, Record, read_record
 
 POLL_S = 0.05
-# Whose file is older than that has no beat to wait for: clocks of machines differ by less.
-_SILENT_S = 120.0
+# Whose file is older than that has no beat to wait for: clocks of machines differ by less, even where one of them takes
+# its time zone for another.
+_SILENT_S = 86400.0
 # A process began in hundredths of a second, the machine in whole ones, which old kernels round either way.
 _SAME_START_S = 2.0
 

@@ -32,6 +32,7 @@ def render(
     setup: Sequence[str] = (),
     launch_prefix: Sequence[str] = (),
     srun_args: Sequence[str] = (),
+    spare_nodes: int = 0,
     options: Sequence[str] = (),
     task_dirs: Sequence[Path] = (),
 ) -> str:
@@ -39,8 +40,8 @@ def render(
 
     recipes: of each array task of a sweep, else one; they are written out, so that a file that is edited while the job
     waits changes nothing. directives: SLURM's options. setup: lines of shell. launch_prefix: words before `dsbert`;
-    srun_args: words after `srun`; options: of `dsbert pretrain`. task_dirs: the run directory of
-    each task; by default RUN_DIR-TASK.
+    srun_args: words after `srun`; spare_nodes: how many of the job's nodes ranks leave free at first; options: of
+    `dsbert pretrain`. task_dirs: the run directory of each task; by default RUN_DIR-TASK.
 
     Raises UserError for text that has no place in a script.
     """
@@ -52,6 +53,7 @@ def render(
         f"DSBERT=({shlex.join(module_command('dsbert.cli'))})",
         f"LAUNCH_PREFIX=({_join(launch_prefix)})",
         f"SRUN_ARGS=({_join(srun_args)})",
+        f"SPARE_NODES={spare_nodes}",
         "OVERRIDES=()",
         f"RUN_DIR={quote(str(run_dir))}",
         f"OPTIONS=({_join(options)})",

@@ -29,7 +29,8 @@ class Job:
     overrides: of every task. sweep: a file with one line of overrides per array task. signal_lead: seconds before
     the time limit at which the ranks are told to save; by default 300, or a quarter of the limit where that is less.
     setup: lines of shell that come before everything else on the first node. launch_prefix: what to put before
-    `dsbert`, as `apptainer exec image.sif`; srun_args: more words for srun. after: whether to wait for jobs that are on
+    `dsbert`, as `apptainer exec image.sif`; srun_args: more words for srun. spare_nodes: how many more than the ranks
+    use, to take the place of nodes that fail. after: whether to wait for jobs that are on
     the same run.
     """
 
@@ -44,6 +45,7 @@ class Job:
     launch_prefix: str | None = None
     srun_args: tuple[str, ...] = ()
     after: bool = False
+    spare_nodes: int = 0
     timeout: float | None = None
 
 
@@ -98,6 +100,7 @@ def _submit(
             runs[own] = TaskRun(recipes[task - 1], task)
     for run in runs.values():
         run.recipe.batch.on_ranks(_num_ranks(directives))
+    directives |= _with_spares(directives, job.spare_nodes)
     doubt = None
     try:
         jobs = assert_ready(runs, after=job.after, data_is_made="dependency" not in directives)
@@ -113,6 +116,7 @@ def _submit(
         setup=job.setup,
         launch_prefix=_words(job.launch_prefix or "", "--launch-prefix"),
         srun_args=_srun_words(job.srun_args),
+        spare_nodes=job.spare_nodes,
         options=[] if job.timeout is None else ["--timeout", f"{job.timeout:g}"],
     )  # fmt: skip
     if dry_run:
@@ -183,6 +187,11 @@ def _num_ranks(options: Mapping[str, str | None]) -> int:
         if not re.fullmatch("[1-9][0-9]*", count):
             raise UserError(f"expected a number of nodes, and of ranks on each, found {count!r}")
     return int(counts[0]) * int(counts[1])
+
+
+def _with_spares(options: Mapping[str, str | None], spare_nodes: int) -> dict[str, str | None]:
+    """Of a job that keeps the nodes which are left where SLURM loses one, if it has any to spare."""
+    return {"nodes": str(int(options["nodes"] or 0) + spare_nodes), "no-kill": None} if spare_nodes else {}
 
 
 def _tasks(options: Mapping[str, str | None], lines: int) -> list[int]:

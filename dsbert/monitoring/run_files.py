@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from dsbert.base.durable import clock_of
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import JsonlFile
 from dsbert.base.records import read_record, valid_records
@@ -29,7 +30,7 @@ class RunFiles:
     config: config.yaml; attempts: oldest first; beats: of the newest; metrics: what the lines of metrics.jsonl say that
     count for the newest attempt; saved: the newest published checkpoint and when it was, in seconds since 1970; job:
     the newest that was submitted for the run, and when; coming: ranks that have met and not yet taken the run over;
-    closed: heartbeats are there and cannot be read; now: when all this was read.
+    closed: heartbeats are there and cannot be read; now: when all this was read, by the clock that dates the files.
     """
 
     path: Path
@@ -103,6 +104,7 @@ def read_files(path: Path, log: StepLog | None = None) -> RunFiles:
         job=job,
         coming=coming,
         closed=newest is not None and not beats_of and (path / "heartbeats").exists() and not _listable(path),
+        now=clock_of(path),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsbert.base.collectives import gather_json, on_main_rank, raise_on_all_ranks
+from dsbert.base.durable import SHOWN_WITHIN_S
 from dsbert.base.errors import UserError
 from dsbert.base.jsonl import first_difference
 from dsbert.cluster.health import Heartbeat
@@ -41,7 +42,7 @@ def agree(recipe: Recipe, run_dir: Path, world: World, timeout_s: float) -> Agre
     nonce: str = everybody[0][0]
     hosts: list[str] = [host for _, host in everybody]
     directory = RunDirectory(run_dir)
-    _assert_shared(directory, nonce, hosts, patience_s=min(5.0, timeout_s / 2))
+    _assert_shared(directory, nonce, hosts, patience_s=min(SHOWN_WITHIN_S, timeout_s / 2))
     heartbeat = Heartbeat(directory.heartbeats(nonce), world.rank, hosts, timeout_s)
     return Agreement(recipe, world, timeout_s, directory, manifest, nonce, hosts, heartbeat)
 

@@ -9,6 +9,8 @@ from pydantic import Field
 from dsbert.base.records import CheckpointName, Count, Digest, Number, NumRanks, Record, Word
 from dsbert.cluster.heartbeats import Culprit
 
+START_ENV = "DSBERT_START"  # slurm/job.sh sets it
+
 
 class CulpritRecord(Record):
     """The rank at fault, and where it was seen last. Whatever an older dsbert has written here holds nobody up."""
@@ -39,8 +41,9 @@ class Attempt(Record):
     """attempt.json, the owner of the run, and the lines of attempts.jsonl.
 
     nonce: drawn at every start; job_id: SLURM's, of an array's task its own; array_task: the same as squeue and sbatch
-    call it, ARRAY_TASK; checkpoint: what it goes on from; started: seconds since 1970; previous: how the attempt before
-    it ended, where that is known.
+    call it, ARRAY_TASK; restart_count: SLURM's, of starts through the queue; start: the job script's, of those inside
+    one allocation; checkpoint: what it goes on from; started: seconds since 1970; previous: how the attempt before it
+    ended, where that is known.
     """
 
     number: Number
@@ -48,10 +51,16 @@ class Attempt(Record):
     job_id: str | None = None
     array_task: str | None = None
     restart_count: Count | None = None
+    start: Count | None = None
     started: float | None = None
     world_size: NumRanks | None = None
     checkpoint: CheckpointName | None = None
     previous: Ending | None = None
+
+    @property
+    def slurm_start(self) -> tuple[int, int] | None:
+        """As `slurm_start()` of its ranks; None where that is not known."""
+        return None if self.restart_count is None else (self.restart_count, self.start or 0)
 
     @property
     def job(self) -> str | None:
@@ -65,6 +74,12 @@ def slurm_array_task() -> str | None:
     return f"{array}_{task}" if array and task else None
 
 
+def slurm_start() -> tuple[int, int]:
+    """Which start of its job this is: how often SLURM has requeued it, and how often the job script has started ranks
+    again inside the allocation, when all that it had started before was over for it."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0), int(os.environ.get(START_ENV) or 0)
+
+
 class Status(Record):
     """status.json: how the last attempt ended, outcome None while it goes on. saved: the newest checkpoint that it
     knows of. time: when this was written, in seconds since 1970."""
@@ -72,6 +87,7 @@ class Status(Record):
     attempt: Number
     job_id: str | None = None
     restart_count: Count | None = None
+    start: Count | None = None
     outcome: str | None
     step: Count | None
     cause: str | None

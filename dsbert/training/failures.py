@@ -146,7 +146,8 @@ class Failures:
             print(f"dsbert: {found}", file=sys.stderr, flush=True)
             os._exit(EXIT_PEER)
         own = Culprit(self._world.rank, self._world.host, self._step, None, "lives but does not go on")
-        culprits = self._heartbeat.culprits() or [own]
+        # Who has waited for others in vain, as they for it, is cut off from them.
+        culprits = self._heartbeat.culprits() or ([] if self._heartbeat.waited else [own])
         print(f"dsbert: {printable(self._account_for_lost(found, culprits))}", file=sys.stderr, flush=True)
         os._exit(EXIT_PEER)
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from dsbert.base.errors import UserError
 from dsbert.base.records import read_record
 from dsbert.cluster.heartbeats import living_rank
-from dsbert.training.attempts import Attempt
+from dsbert.training.attempts import Attempt, slurm_start
 
 
 def assert_free(run_dir: Path, else_do: str) -> None:
     """Raise UserError if an attempt is at work in the run directory: one whose heartbeats move, whoever started it.
 
-    An earlier start of this very job is none: SLURM has given it up, and it leaves when it sees ours. May take as long
-    as a heartbeat does, where the owner cannot be seen from this machine. else_do: what to do if it is to be taken.
+    An earlier start of this very job is none: SLURM or its script has given it up, and it leaves when it sees ours. May
+    take as long as a heartbeat does, where the owner cannot be seen from this machine. else_do: what to do if it is to
+    be taken.
     """
     owner = _owner(run_dir)
     if owner is None or _is_before_us(owner):
@@ -38,6 +39,5 @@ def _owner(run_dir: Path) -> Attempt | None:
 
 
 def _is_before_us(owner: Attempt) -> bool:
-    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    before = owner.restart_count
-    return job is not None and owner.job_id == job and before is not None and before < int(restart)
+    job, before = os.environ.get("SLURM_JOB_ID"), owner.slurm_start
+    return job is not None and owner.job_id == job and before is not None and before < slurm_start()

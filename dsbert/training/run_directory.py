@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from dsbert.base.collectives import on_main_rank
-from dsbert.base.durable import copy_tree, remove_tree, replace_durably
+from dsbert.base.durable import copy_tree, is_shown, remove_tree, replace_durably
 from dsbert.base.errors import CheckpointError, PeerError, UserError, printable
 from dsbert.base.jsonl import JsonlFile, first_difference, to_json
 from dsbert.base.records import JsonObject, RecordT, read_record, valid_records
@@ -32,7 +32,7 @@ from dsbert.cluster.heartbeats import Beat, beats_in
 from dsbert.config.recipe import Recipe
 from dsbert.data.manifest import TOKENIZER, UNIGRAM
 from dsbert.data.stream import assert_samples
-from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status, slurm_array_task
+from dsbert.training.attempts import Attempt, CulpritRecord, Ending, Status, slurm_array_task, slurm_start
 from dsbert.training.history import assert_files, read_config, saved_before
 from dsbert.training.provenance import git_revision, versions
 
@@ -62,16 +62,9 @@ class RunDirectory:
         self.heartbeats(nonce).mkdir(parents=True)
         (self.heartbeats(nonce) / _MARK).write_text(nonce)
 
-    def sees(self, nonce: str, patience_s: float = 5.0) -> bool:
+    def sees(self, nonce: str, patience_s: float) -> bool:
         """Whether this rank sees the mark that rank 0 made, at once or within the patience that caches may need."""
-        deadline = time.monotonic() + patience_s
-        while True:
-            with suppress(OSError):
-                if (self.heartbeats(nonce) / _MARK).read_text() == nonce:
-                    return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
+        return is_shown(lambda: (self.heartbeats(nonce) / _MARK).read_text() == nonce, patience_s)
 
     def has_said(self, nonce: str, code: int, cause: str, patience_s: float = 3.0) -> bool:
         """Whether rank 0 has left with these words, or does so within the patience: then nobody need repeat them."""
@@ -126,12 +119,14 @@ class RunDirectory:
         self._check_identity(identity, checkpoint)
         history = JsonlFile(self.path / "attempts.jsonl")
         before = valid_records(history.read(skip_garbled=True), Attempt)
+        restart_count, start = slurm_start()
         attempt = Attempt(
             number=1 + max((entry.number for entry in before), default=0),
             nonce=nonce,
             job_id=os.environ.get("SLURM_JOB_ID"),
             array_task=slurm_array_task(),
-            restart_count=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            restart_count=restart_count,
+            start=start,
             started=time.time(),
             world_size=world_size,
             checkpoint=checkpoint.name if checkpoint else None,
@@ -193,6 +188,7 @@ class RunDirectory:
             attempt=attempt.number,
             job_id=attempt.job_id,
             restart_count=attempt.restart_count,
+            start=attempt.start,
             outcome=outcome,
             step=step,
             cause=cause,

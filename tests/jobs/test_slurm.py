@@ -39,6 +39,8 @@ OVERRIDES = (
 )  # fmt: skip
 # sbatch hands the submitting shell's variables on: these must not make a run of its own of every task.
 _LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+# From a rank's death to the next step: 11 s to see who is gone, and a start.
+AGAIN_S = 90.0
 START_S = 120.0  # a start takes 8 s on two idle cores
 
 
@@ -97,11 +99,14 @@ class Job:
         return [line for line in self.log().splitlines() if line.startswith(f"job {self.label}, restart ")][-1]
 
     def steps(self) -> int:
+        return int(self.last_record().get("step", 0))
+
+    def last_record(self) -> dict[str, Any]:
         try:
             lines = (self.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
         except FileNotFoundError:
-            return 0
-        return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("\n") else 0
+            return {}
+        return dict(json.loads(lines[-1])) if lines and lines[-1].endswith("\n") else {}
 
     def wait(self, what: str, condition: Callable[[], bool], seconds: float = START_S) -> None:
         try:
@@ -110,12 +115,27 @@ class Job:
             log = self.log() if (self.folder / f"demo-{self.label}.log").exists() else "no log"
             raise AssertionError(f"{error}\n{self.record()}\n{log}\n{self.cluster.logs('slurmctld')}") from None
 
-    def reach(self, step: int, restart: int) -> None:
-        """Wait until this restart has trained up to a step."""
+    def reach(self, step: int, restart: int, start: int = 0) -> None:
+        """Wait until this restart, and this start inside its allocation, has trained up to a step."""
         self.wait(
-            f"step {step} in restart {restart}",
-            lambda: self.attempt().get("restart_count") == restart and self.steps() >= step,
+            f"step {step} in restart {restart}, start {start}",
+            lambda: (
+                (self.attempt().get("restart_count"), self.attempt().get("start")) == (restart, start)
+                and self.steps() >= step
+            ),
         )
+
+    def trains_on(self, restart: int, start: int) -> float:
+        """Wait until this start has taken a step of its own; seconds since the job was struck."""
+        self.reach(0, restart, start)
+        began = self.attempt()["started"]
+        self.wait("a step of this start", lambda: self.last_record().get("time", 0.0) > began)
+        return time.time() - self.struck
+
+    def loses_a_rank(self, node: str) -> None:
+        """To SIGKILL."""
+        self.struck = time.time()
+        os.kill(next(iter(self.ranks(node))), signal.SIGKILL)
 
     def attempt(self) -> dict[str, Any]:
         path = self.run_dir / "attempt.json"
@@ -257,21 +277,57 @@ def test_what_befalls_a_job_leaves_no_trace(
 
     job.reach(140, restart=3)
     survived("1", "preempted, GraceTime 0", [])
-    job.struck = time.time()
-    os.kill(next(iter(job.ranks(job.nodes()[1]))), signal.SIGKILL)
-    job.requeued(4)
-    assert re.search(r"restart 3: a rank or a node failed, exit code (3|137): requeued, to go on from", job.verdict())
-    assert (job.status()["outcome"], job.status()["culprit"]["rank"]) == ("failed", 1)
+    job.loses_a_rank(job.nodes()[1])
+    assert job.trains_on(restart=3, start=1) < AGAIN_S
+    culprit = job.attempt()["previous"]["culprit"]
+    survived("1", "kill -9 of a rank: trains on in the same allocation, without the queue", [3, -9], culprit)
+    assert (job.attempt()["previous"]["outcome"], culprit["rank"], culprit["host"]) == ("failed", 1, job.nodes()[1])
+    again = r"restart 3: a rank or a node failed, exit code (3|137): starts again inside the allocation, time 1, on"
+    assert re.search(again, job.verdict())
 
-    culprit = job.status()["culprit"]
-    job.reach(180, restart=4)
-    survived("1", "kill -9 of a rank: requeued, resumed", [3, -9], culprit)
+    job.reach(180, restart=3, start=1)
     job.struck = time.time()
     job.loses_its_nodes(noticed=lambda lost: cluster.run(
         "scontrol", "update", f"NodeName={','.join(lost)}", "State=DOWN", "Reason=lost"
     ))  # fmt: skip
-    job.assert_done(restart=5, attempts=6)
+    job.assert_done(restart=4, attempts=6)
     survived("21", "kill -9 of both slurmds, their tasks live on beside the next attempt and leave", [3, 3])
+    assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
+    fault_table.identical(rows)
+
+
+@pytest.mark.timeout(600)  # four starts
+def test_spare_nodes_take_the_place_of_those_that_fail(
+    cluster: Sandbox, data: Path, undisturbed: Path, tmp_path: Path, fault_table: FaultTable
+) -> None:
+    """A node fails twice and is left out, SLURM loses another: the job keeps its allocation, and ends as it would."""
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "--spare-nodes", "2")
+    job.reach(50, restart=0)
+    first, second, third, fourth = job.nodes()
+    rows = []
+    for start in (1, 2):
+        assert set(job.ranks().values()) == {first, second}
+        job.loses_a_rank(second)
+        seconds = job.trains_on(restart=0, start=start)
+        job.reach(50 + 40 * start, restart=0, start=start)  # beyond another checkpoint, or the queue would be next
+    what = "a node whose rank dies a second time is left out: trains on with a spare one"
+    culprit = job.attempt()["previous"]["culprit"]
+    rows.append(fault_table.row("1", f"SLURM, 2 nodes: {what}", seconds, [3, -9], culprit))
+    assert set(job.ranks().values()) == {first, third}
+    job.struck = time.time()
+    try:
+        cluster.kill_daemon(third)
+        cluster.run("scontrol", "update", f"NodeName={third}", "State=DOWN", "Reason=lost")
+        seconds = job.trains_on(restart=0, start=3)
+        what = "a node is lost: trains on with a spare one in the same allocation"
+        rows.append(fault_table.row("1", f"SLURM, 2 nodes: {what}", seconds, [], None))
+        assert {first, fourth} <= set(job.ranks().values())
+        job.assert_done(restart=0, attempts=4)
+    finally:
+        cluster.start_node(third)
+    assert [(one.number, one.job_id) for one in read_status(job.run_dir).attempts] == [
+        (number, job.number) for number in (1, 2, 3, 4)
+    ]
     assert_equal_to(undisturbed, last_checkpoint(job.run_dir))
     fault_table.identical(rows)
 
@@ -373,7 +429,8 @@ def test_a_users_mistake_is_not_requeued(cluster: Sandbox, data: Path, tmp_path:
 
 @pytest.mark.slow
 def test_it_gives_up_after_three_restarts_without_progress(cluster: Sandbox, data: Path, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES)
+    """Each of them through the queue: test_submit.py has those inside an allocation."""
+    job = Job(cluster, tmp_path, f"data.path={data}", *OVERRIDES, "--setup", "MAX_INSIDE=0")
     for restart in range(4):
         job.wait("both ranks", lambda: len(job.ranks()) == 2)
         for pid in job.ranks():
@@ -476,7 +533,6 @@ def test_a_program_that_is_missing_is_named_once(cluster: Sandbox, tmp_path: Pat
 
 def test_the_sandbox_leaves_nothing_behind(cluster: Sandbox) -> None:
     program = [sys.executable, str(Path(__file__).parents[2] / "tools" / "slurm_sandbox.py")]
-    before = set(Path("/tmp").glob("slurm-*"))
     scripts = program[1].replace("tools/slurm_sandbox.py", "slurm/*.sbatch")
     tried = f"for script in {scripts}; do sbatch --test-only $script || exit 6; done"
     shown = f"{tried}; srun -N2 hostname; cat /etc/hosts; echo $SLURM_CONF; exit 5"
@@ -484,7 +540,8 @@ def test_the_sandbox_leaves_nothing_behind(cluster: Sandbox) -> None:
     assert done.returncode == 5, done.stderr
     assert {"n1", "n2"} <= set(done.stdout.split())
     assert Path("/etc/hosts").read_text() in done.stdout
-    assert set(Path("/tmp").glob("slurm-*")) == before
+    (shown_conf,) = [line for line in done.stdout.splitlines() if line.endswith("/slurm.conf")]
+    assert not Path(shown_conf).parent.exists()
 
     tool = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
     assert tool.stdout is not None

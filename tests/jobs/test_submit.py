@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,7 @@ def run_script(
         "srun": f'printf "%s\\0" "$@" >&2; printf "\\n" >&2\n{srun}',
         "getent": f'[ "$2" = n1 ] && set -- - "{resolved}"; [ "$2" ] && echo "$2 STREAM"',
         "scontrol": f"""case "$*" in
-            "show hostnames"*) echo n1 ;;
+            "show hostnames"*) echo "$3" | tr , "\\n" ;;
             "show node"*) echo " NodeAddr={books} Port=1" ;;
             *"show job"*) echo "{record}" ;;
             *) echo "scontrol $*" && kill -TERM $PPID ;; # as SLURM does when it requeues
@@ -87,7 +89,7 @@ def run_script(
     for name, program in programs.items():
         (fake / name).write_text(f"#!/bin/sh\n{program}\n")
         (fake / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", **environment}
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "BACK_OFF_S": "0", **environment}
     done = subprocess.run(
         ["bash"], input=text, cwd=folder, env={"PATH": f"{fake}:/usr/bin:/bin", **variables}, capture_output=True,
         text=True, timeout=60, check=False,
@@ -101,9 +103,11 @@ def frozen_recipe(seen: list[str]) -> Recipe:
     return load_recipe(seen[seen.index("pretrain") + 1])
 
 
-def status(outcome: str, job: str = "7", restart: int = 0) -> str:
-    """A shell command that leaves a status.json."""
-    text = json.dumps({"attempt": 1, "job_id": job, "restart_count": restart, "outcome": outcome, "culprit": None})
+def status(outcome: str, job: str = "7", restart: int = 0, start: int = 0, host: str = "") -> str:
+    """A shell command that leaves a status.json. host: of the rank at fault."""
+    culprit = {"rank": 1, "host": host, "step": 5, "phase": "train"} if host else None
+    known = {"attempt": 1, "job_id": job, "restart_count": restart, "start": start, "outcome": outcome}
+    text = json.dumps(known | {"culprit": culprit})
     return f"mkdir -p r && echo '{text}' >r/status.json; "
 
 
@@ -242,6 +246,100 @@ def test_where_the_ranks_meet(name: str, books: str, found: str, tmp_path: Path)
     assert f"MASTER_ADDR={found}\n" in done.stdout
 
 
+LIFE_INSIDE = [  # of starts in one allocation, the letters as below; how many there are, and what follows
+    ("d", 1, "done"),
+    ("xd", 2, "done"),
+    ("xxd", 3, "done"),
+    ("xxx", 3, "a rank or a node failed, exit code 137: requeued"),
+    ("x1x2xd", 6, "done"),
+    ("x1x2xxd", 6, "a rank or a node failed, exit code 137: requeued"),
+    ("123456789d", 10, "done"),
+    ("x123456789abd", 11, "a rank or a node failed, exit code 137: requeued"),
+    ("xm", 2, "not requeued: the run was refused, exit code 2"),
+    ("xf", 2, "a file system is full or fails, exit code 74: requeued"),
+    ("xs", 2, "saved: requeued"),
+    ("u", 1, "saved: requeued"),
+    ("xn", 2, "a rank or a node failed, exit code 71: requeued"),
+]
+
+
+@pytest.mark.parametrize(("life", "starts", "said"), LIFE_INSIDE)
+def test_ranks_start_again_inside_the_allocation(life: str, starts: int, said: str, tmp_path: Path) -> None:
+    """Letters as below; d: done, m: a user's mistake, f: a full disk, n: srun finds no place for the ranks."""
+    ends = {
+        "x": "exit 137", "m": "exit 2", "f": "exit 74", "s": "exit 75", "n": 'exit "$SLURM_EXIT_IMMEDIATE"',
+        "u": "kill -USR2 $PPID; sleep 0.2; exit 75",
+    }  # fmt: skip
+    cases = []
+    for number, event in enumerate(life):
+        step = f"mkdir -p r/checkpoints/step_{number + 1:08d}; exit 137"
+        end = status("done", start=number) if event == "d" else ends.get(event, step)
+        cases.append(f"{number}) {end} ;;")
+    srun = f"case $DSBERT_START in {' '.join(cases)} esac"
+    done = run_script(script("--run-dir", str(tmp_path / "r")), tmp_path, srun, RUNNING)
+    assert done.stderr.count("\0pretrain\0") == starts, done.stdout
+    verdict = [line for line in done.stdout.splitlines() if line.startswith("job 7")][-1]
+    assert said in verdict
+    assert done.stdout.count("starts again inside the allocation, time ") == starts - 1
+    assert done.stderr.count("\0--immediate=120\0") == starts - 1, "a first start may wait for its nodes"
+
+
+@pytest.mark.parametrize(
+    ("record", "environment"),
+    [
+        (f"{RUNNING} EndTime=SOON", {}),
+        (f"{RUNNING} PreemptTime=2030-01-01T00:00:00 x", {}),
+        (RUNNING, {"MAX_INSIDE": "0"}),
+        ("", {}),
+    ],
+)
+def test_where_nothing_starts_again_inside(record: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """The time is almost up, the job is being preempted, nobody wants it, SLURM does not answer."""
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 500))
+    text = script("--run-dir", str(tmp_path / "r"))
+    done = run_script(text, tmp_path, "exit 137", record.replace("SOON", soon), **environment)
+    assert done.stderr.count("\0pretrain\0") == 1
+    assert "a rank or a node failed, exit code 137: requeued" in done.stdout
+
+
+def test_a_long_time_is_left(tmp_path: Path) -> None:
+    later = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 700))
+    done = run_script(script("--run-dir", str(tmp_path / "r")), tmp_path, "exit 137", f"{RUNNING} EndTime={later} x")
+    assert done.stderr.count("\0pretrain\0") == 3
+
+
+def test_spare_nodes_take_the_place_of_those_that_fail(tmp_path: Path) -> None:
+    text = script("--spare-nodes", "1", "--ntasks-per-node", "2", "--run-dir", str(tmp_path / "r"))
+    found = directives(text)
+    assert (found["nodes"], found["ntasks-per-node"], found["no-kill"]) == ("3", "2", "")
+    shellcheck(text)
+    nodes = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n1,n2,n3", "SLURM_NTASKS_PER_NODE": "2"}
+
+    def used(srun: str, record: str = RUNNING) -> list[str]:
+        """The nodes of each start, by srun's words, and the last line."""
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+        done = run_script(text, tmp_path, srun, record, **nodes)
+        assert done.stderr.count("\0--nodes=2\0--ntasks=4\0--nodelist=") == done.stderr.count("\0pretrain\0")
+        return [*re.findall(r"--nodelist=(\S+?)\0", done.stderr), done.stdout.splitlines()[-1]]
+
+    def failing(*hosts: str) -> str:
+        lines = [
+            f"{number}) mkdir -p r/checkpoints/step_{number:08d}; {status('failed', start=number, host=host)} exit 3 ;;"
+            for number, host in enumerate(hosts)
+        ]
+        return f"case $DSBERT_START in {' '.join(lines)} *) exit 2 ;; esac"
+
+    assert used(failing("n2.site.org", "n1", "n2"))[:-1] == ["n1,n2", "n1,n2", "n1,n2", "n1,n3"]
+    # Without a culprit nobody is left out; a status of another start names nobody.
+    assert used(f"[ $DSBERT_START = 3 ] && exit 2; {status('failed', host='n2')} exit 3")[:-1] == ["n1,n2"] * 3
+    # The first node: where the ranks meet moves with it.
+    assert used(failing("n1", "n1"))[:-1] == ["n1,n2", "n1,n2", "n2,n3"]
+    # What SLURM has lost is not there any more.
+    assert used(failing("n1"), f"{RUNNING} ReqNodeList=(null) NodeList=n1,n3 BatchHost=n1")[1] == "n1,n3"
+    *_, last = used(failing("n1", "n1", "n2", "n2"))
+    assert last == "scontrol requeue 7", "two of three have failed twice"
+
+
 def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
     """A life, event by event (x: a crash, s: a save when preempted, u: one when time is up, a digit: a crash after
     that checkpoint), and what became of each: + requeued, - given up."""
@@ -257,6 +355,7 @@ def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
             done = run_script(
                 text, tmp_path, save + ends,
                 RUNNING.replace("Restarts=0", f"Restarts={restart}"), SLURM_RESTART_COUNT=str(restart or ""),
+                MAX_INSIDE="0",
             )  # fmt: skip
             found += "+" if "scontrol requeue" in done.stdout else "-"
             assert ("given up" in done.stdout) == (found[-1] == "-"), done.stdout

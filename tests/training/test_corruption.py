@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 
 from tests.commands import SMALL, dsbert
+from tests.fault_rows import FaultTable
 from tests.helpers import run_distributed
 
 STEPS_BETWEEN, FAULTY_STEP = 4, 8
@@ -54,7 +56,8 @@ def train(run_dir: str, data: str) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_the_rank_is_named_and_the_step_not_taken(data: Path, tmp_path: Path) -> None:
+def test_the_rank_is_named_and_the_step_not_taken(data: Path, tmp_path: Path, fault_table: FaultTable) -> None:
+    start = time.time()
     ranks = run_distributed(train, 2, {"run_dir": str(tmp_path / "run"), "data": str(data)}, timeout=500)
     assert [code for code, _ in ranks] == [3, 3], ranks
     (line,) = [line for _, said in ranks for line in said.splitlines() if "wrong ones" in line]
@@ -63,6 +66,8 @@ def test_the_rank_is_named_and_the_step_not_taken(data: Path, tmp_path: Path) ->
     assert f"is at fault, last seen at step {FAULTY_STEP - 1}" in line
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["outcome"], status["step"], status["culprit"]["rank"]) == ("failed", FAULTY_STEP - 1, 1)
+    what = "one bit of a gradient flipped on one rank, in a step with a replay: the step is not taken"
+    fault_table.row("27", what, time.time() - start, (3, 3), status["culprit"])
 
 
 def test_where_bits_may_differ_it_is_said_and_left_alone() -> None:

@@ -26,7 +26,7 @@ NONCE = "ab"
 def beating(tmp_path: Path) -> Iterator[Heartbeat]:
     """The heartbeat of a rank in this process, every quarter of a second, in a run of job 7."""
     (tmp_path / "heartbeats" / NONCE).mkdir(parents=True)
-    attempt = {"number": 3, "nonce": NONCE, "job_id": "7", "restart_count": 1}
+    attempt = {"number": 3, "nonce": NONCE, "job_id": "7", "restart_count": 1, "start": 3}
     (tmp_path / "attempt.json").write_text(json.dumps(attempt))
     heart = Heartbeat(tmp_path / "heartbeats" / NONCE, 0, ["here"], timeout_s=1)
     heart.start()
@@ -48,18 +48,23 @@ def test_a_beat_that_moves_is_an_owner(beating: Heartbeat, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("job", "restart", "free"), [("7", "2", True), ("7", "1", False), ("8", "2", False), (None, None, False)]
-)
+    ("job", "restart", "start", "free"),
+    [
+        ("7", "2", None, True), ("7", "1", None, False), ("7", "1", "4", True), ("7", "1", "3", False),
+        ("7", "2", "0", True), ("8", "2", "4", False), (None, None, None, False),
+    ],
+)  # fmt: skip
 def test_an_earlier_start_of_the_same_job_is_superseded(
     job: str | None,
     restart: str | None,
+    start: str | None,
     free: bool,
     beating: Heartbeat,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As after the death of a slurmd, whose tasks live on."""
-    for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restart)):
+    """As after the death of a slurmd, whose tasks live on; start: inside one allocation."""
+    for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restart), ("DSBERT_START", start)):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     if free:
         assert_free(tmp_path, "")
