@@ -12,8 +12,11 @@ Point to point over the CPU's backend of the ranks' own group. N ranks, ROW: the
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import timedelta
+from functools import cache
+from queue import SimpleQueue
 from types import CodeType
 from typing import Any
 
@@ -63,22 +66,37 @@ class ExchangeAhead:
         self._row, self._group = row, group
         self._rows: Tensor | None = None
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="dsbert-exchange", daemon=True)
-        self._thread.start()
+        self._done = threading.Event()
+        _begun(os.getpid()).put(self)
 
     def rows(self) -> Tensor:
         """[N, ROW], waiting for them. Raises as `exchange_rows`."""
-        self._thread.join()
+        self._done.wait()
         if self._failure is not None:
             raise self._failure
         assert self._rows is not None
         return self._rows
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """In the thread."""
         try:
             self._rows = exchange_rows(self._row, self._group, tag=_TAG_AHEAD)
         except BaseException as error:  # handed to whoever asks for the rows
             self._failure = error
+        self._done.set()
+
+
+@cache
+def _begun(process: int) -> SimpleQueue[ExchangeAhead]:
+    """What the thread takes its work from. One thread for all steps: to start one takes longer than its messages."""
+    queue: SimpleQueue[ExchangeAhead] = SimpleQueue()
+
+    def run() -> None:
+        while True:
+            queue.get().run()
+
+    threading.Thread(target=run, name="dsbert-exchange", daemon=True).start()
+    return queue
 
 
 def waits_for_a_peer() -> CodeType:
