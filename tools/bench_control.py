@@ -129,6 +129,8 @@ def rank_main(rank: int, ranks: int, port: int, repeats: int, forward_s: float, 
             found[name]["verdict"].append(time.perf_counter() - start)
     found["message"] = {"waited": [_message(rank) for _ in range(50 * repeats)] if ranks == 2 else []}
     results.put(found)
+    results.close()
+    results.join_thread()
     dist.barrier()
     os._exit(0)
 
