@@ -28,6 +28,9 @@ T = TypeVar("T")
 # In the messages of gloo and NCCL, which have no exception type of their own for it.
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
 _NO_LIMIT = timedelta(days=30)
+# Else what a rank says of its address grows with the ranks, all read that of all, and ask for them one by one: 8 GB out
+# of rank 0's store at 1,024 ranks.
+_GLOO_AT_SCALE = ("GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER", "GLOO_ENABLE_STORE_V2_API")
 
 _stores: list[dist.Store] = []  # torch holds on to a store, and that does not keep a Python object alive
 
@@ -71,6 +74,8 @@ def init(timeout_s: float = 300.0, directory: Path | None = None) -> World:
     if is_loopback(os.environ["MASTER_ADDR"]) and "lo" in (name for _, name in socket.if_nameindex()):
         # gloo's connections ask nobody who he is: those of one machine need not be within reach of others.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for name in _GLOO_AT_SCALE:
+        os.environ.setdefault(name, "1")
     # NCCL asks the store from threads of its own, which must not wait for Python.
     store = meeting.open_store if cuda else meeting.store
     _stores.append(store)
