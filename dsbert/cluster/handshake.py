@@ -1,9 +1,9 @@
 """What the ranks of a launch say to each other when they meet, in a store that anybody can reach.
 
 Rank 0 puts a fresh challenge there, bound to its port. The others answer with a number of their own, under a key that
-follows from the launch's secret and the challenge. Then rank 0 tells each who is missing, repeats its number, and gives it
-the session's, which is the same for all. What the ranks say afterwards is sealed with a key that follows from
-secret, challenge and session: nothing that was said at another meeting, or on another port, is of use at this one.
+follows from the launch's secret and the challenge. Then rank 0 tells each who is missing, repeats its number, and gives
+it the session's, which is the same for all. What ranks say afterwards is sealed with a key that follows from secret,
+challenge and session: nothing that was said at another meeting, or on another port, is of use at this one.
 """
 
 from __future__ import annotations
