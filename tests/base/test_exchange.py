@@ -42,22 +42,23 @@ def rows_in_groups() -> dict[str, list[str]]:
         if world.rank >= ranks:
             continue
         # Rounding makes the order of a sum of these visible; what is not finite must look the same everywhere, too.
-        own = torch.tensor(
-            [0.1 * 3**world.rank, 1e16 * (-1) ** world.rank, 1.0, math.inf, math.nan if world.rank else 1]
-        )
+        large = [0.0, 1e16, -1e16]
         everybody = torch.tensor(
-            [[0.1 * 3**r, 1e16 * (-1) ** r, 1.0, math.inf, math.nan if r else 1] for r in range(ranks)]
+            [[0.1 * 3**r, large[r % 3] + r / 3, math.inf, math.nan if r else 1] for r in range(ranks)],
+            dtype=torch.float64,
         )
-        expected = everybody.double()[0].clone()
-        for row in everybody.double()[1:]:
-            expected += row
+        own, expected, backwards = everybody[world.rank], everybody[0].clone(), everybody[-1].clone()
+        for r in range(1, ranks):
+            expected += everybody[r]
+            backwards += everybody[-1 - r]
+        assert ranks == 2 or expected[1] != backwards[1]
         rounds, before = math.ceil(math.log2(ranks)), messages
         for turn in range(3):
             ahead = gather_ahead(torch.tensor([world.rank, turn]), group)
             time.sleep(random.random() * 0.003)  # so that some are ahead of others, now in this and now in that
-            rows = gather(own.double(), group)
-            assert torch.equal(rows.nan_to_num(7.0), everybody.double().nan_to_num(7.0))
-            summed = all_reduce(own.double(), group=group)
+            rows = gather(own, group)
+            assert torch.equal(rows.nan_to_num(7.0), everybody.nan_to_num(7.0))
+            summed = all_reduce(own.clone(), group=group)
             assert np.array_equal(summed.numpy(), expected.numpy(), equal_nan=True)
             assert np.array_equal(sum_of_rows(rows).numpy(), expected.numpy(), equal_nan=True)
             assert ahead().tolist() == ahead().tolist() == [[r, turn] for r in range(ranks)]
@@ -66,9 +67,9 @@ def rows_in_groups() -> dict[str, list[str]]:
         assert gather(torch.tensor(world.rank), group).tolist() == list(range(ranks))
         assert gather(torch.zeros(0, 2), group).shape == (ranks, 0, 2)
         assert gather_json({"r": "x" * world.rank}, group) == [{"r": "x" * r} for r in range(ranks)]
-        large = torch.full((1000,), float(world.rank))
+        vector = torch.full((1000,), float(world.rank))
         before = messages
-        assert all_reduce(large, group=group)[0] == ranks * (ranks - 1) / 2
+        assert all_reduce(vector, group=group)[0] == ranks * (ranks - 1) / 2
         assert messages == before, "what is large goes round the ring"
         bits[str(ranks)] = [summed.numpy().tobytes().hex(), sum_of_rows(rows).numpy().tobytes().hex()]
     return bits
