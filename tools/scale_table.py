@@ -15,22 +15,20 @@ import argparse
 import json
 import multiprocessing
 import os
-import queue
 import socket
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from bench_control import sent
 from on_ranks import markdown
+from thread_ranks import ThreadGroup, Wires
 
 from dsbert.base.exchange import exchange_rows, num_rounds
 from dsbert.checkpoint.fragments import FragmentBuffer, FragmentReader, fragments_name
@@ -147,45 +145,6 @@ def meeting(ranks: int) -> list[dict[str, Any]]:
 
 
 # All ranks as threads
-
-
-class Wires:
-    """Messages between threads, in order by sender, receiver and tag; counts what each sends."""
-
-    def __init__(self, ranks: int) -> None:
-        self._queues: dict[tuple[int, int, int], queue.SimpleQueue[torch.Tensor]] = {}
-        self._making = threading.Lock()
-        self.ranks, self.messages, self.nbytes = ranks, [0] * ranks, [0] * ranks
-
-    def between(self, *place: int) -> queue.SimpleQueue[torch.Tensor]:
-        with self._making:
-            return self._queues.setdefault((place[0], place[1], place[2]), queue.SimpleQueue())
-
-
-class ThreadGroup:
-    """A rank's end of the wires, with what `exchange_rows` asks of a process group."""
-
-    def __init__(self, wires: Wires, rank: int) -> None:
-        self._wires, self._rank = wires, rank
-
-    def size(self) -> int:
-        return self._wires.ranks
-
-    def rank(self) -> int:
-        return self._rank
-
-    def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> Any:
-        self._wires.messages[self._rank] += 1
-        self._wires.nbytes[self._rank] += tensors[0].nbytes
-        self._wires.between(self._rank, to, tag).put(tensors[0].clone())
-        return SimpleNamespace(wait=lambda limit: None)
-
-    def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> Any:
-        come = self._wires.between(source, self._rank, tag)
-        return SimpleNamespace(wait=lambda limit: tensors[0].copy_(come.get(timeout=limit.total_seconds())))
-
-    def _get_backend(self, device: torch.device) -> Any:
-        return SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(seconds=120)))
 
 
 def exchange(ranks: int) -> list[dict[str, Any]]:
