@@ -151,7 +151,9 @@ def found_in(ranks: list[dict[str, Any]], run_dir: Path) -> dict[str, float]:
     run = ranks[0]
     kinds: dict[str, float] = {}
     for name, size in run["sent"].items():
-        kind = next((kind for kind in ("all_reduce", "all_gather", "reduce_scatter") if name.startswith(kind)), name)
+        kind = next(
+            (kind for kind in ("all_reduce", "all_gather", "reduce_scatter", "exchange") if name.startswith(kind)), name
+        )
         kinds[kind] = kinds.get(kind, 0.0) + size
     (checkpoint,) = (run_dir / "checkpoints").glob("step_*[0-9]")
     files = [path for path in checkpoint.iterdir() if path.suffix == ".safetensors"]

@@ -1,9 +1,9 @@
 """What the ranks of a launch say to each other when they meet, in a store that anybody can reach.
 
 Rank 0 puts a fresh challenge there, bound to its port. The others answer with a number of their own, under a key that
-follows from the launch's secret and the challenge. Then rank 0 says who is missing, and repeats the numbers. What the
-ranks say afterwards is sealed with a key that follows from all of these: nothing that was said at another meeting, or
-on another port, is of use at this one.
+follows from the launch's secret and the challenge. Then rank 0 tells each who is missing, repeats its number, and gives
+it the session's, which is the same for all. What ranks say afterwards is sealed with a key that follows from secret,
+challenge and session: nothing that was said at another meeting, or on another port, is of use at this one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def gather_ranks(party: Party, store: dist.TCPStore, by_secret: SealedStore) -> 
     sealed by the challenge as well. Returns the key of the session."""
     challenge, world = secrets.token_hex(16), party.ranks.world_size
     by_challenge = SealedStore(store, derive(party.key, challenge))
-    heard: dict[int, dict[str, Any]] = {0: {"number": secrets.token_hex(16)}}
+    heard: dict[int, dict[str, Any]] = {0: {}}
     strangers: dict[int, float] = {}
     if party.endpoint.identity is not None:
         store.set(IDENTITY, party.endpoint.identity)
@@ -122,13 +122,15 @@ def gather_ranks(party: Party, store: dist.TCPStore, by_secret: SealedStore) -> 
         store.delete_key(key)
     by_secret.delete_key("challenge")
     missing = [rank for rank in range(world) if rank not in heard]
-    numbers = [heard[rank]["number"] if rank in heard else "" for rank in range(world)]
-    by_challenge.set("verdict", json.dumps({"numbers": numbers, "missing": missing}))
+    session = secrets.token_hex(16)
+    for rank in range(1, world):  # to each a word of its own: what all read must not grow with their number
+        number = heard[rank]["number"] if rank in heard else ""
+        by_challenge.set(f"verdict/{rank}", json.dumps({"number": number, "session": session, "missing": missing}))
     if missing:
         told = [f"told/{rank}" for rank in heard if rank]
         until(lambda: by_challenge.check(told), time.monotonic() + LINGER_S)
         raise party.missing(missing, where=f"{party.endpoint.address}:{store.port}")
-    return derive(party.key, challenge, *numbers)
+    return derive(party.key, challenge, session)
 
 
 def join_ranks(party: Party, store: dist.TCPStore, by_secret: SealedStore) -> bytes:
@@ -149,16 +151,16 @@ def join_ranks(party: Party, store: dist.TCPStore, by_secret: SealedStore) -> by
     def decided() -> bool:
         if by_challenge.peek(f"hello/{rank}") is None:  # at first, or where somebody has done away with it
             by_challenge.set(f"hello/{rank}", hello)
-        return by_challenge.peek("verdict") is not None
+        return by_challenge.peek(f"verdict/{rank}") is not None
 
     came = until(decided, party.deadline)
     by_challenge.set(f"told/{rank}", "")
     if not came:
         hellos = [f"hello/{other}" for other in range(1, party.ranks.world_size)]
         raise party.missing([n for n, key in enumerate(hellos, 1) if not by_challenge.check([key])] or [0], where=where)
-    verdict = json.loads(by_challenge.get("verdict"))
+    verdict = json.loads(by_challenge.get(f"verdict/{rank}"))
     if verdict["missing"]:
         raise party.missing(verdict["missing"], where=where)
-    if verdict["numbers"][rank] != number:
+    if verdict["number"] != number:
         raise party.missing([0], ", which answers somebody else", where)
-    return derive(party.key, challenge, *verdict["numbers"])
+    return derive(party.key, challenge, verdict["session"])

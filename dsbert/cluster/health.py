@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from dsbert.base.awake import AwakeClock
+from dsbert.base.exchange import waits_for_a_peer
 from dsbert.cluster.heartbeats import (
     POLL_S,
     Beat,
@@ -207,6 +208,9 @@ class Heartbeat:
 
 
 def _collective() -> FrameType | None:
-    """The call of torch.distributed that some thread of this process is in, if there is one."""
-    frames = sys._current_frames().values()
-    return next((frame for frame in frames if frame.f_code.co_filename.endswith(_COLLECTIVES)), None)
+    """The call of torch.distributed that some thread of this process is in, or its wait for a single message."""
+    waits = waits_for_a_peer()
+    for frame in sys._current_frames().values():
+        if frame.f_code is waits or frame.f_code.co_filename.endswith(_COLLECTIVES):
+            return frame
+    return None

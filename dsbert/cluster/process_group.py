@@ -6,9 +6,10 @@ torch is imported at module level, so that `dsbert --help` must not import this.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,11 @@ T = TypeVar("T")
 # In the messages of gloo and NCCL, which have no exception type of their own for it.
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo", "NCCL")
 _NO_LIMIT = timedelta(days=30)
+# Else what a rank says of its address grows with the ranks, all read that of all, and ask for them one by one: 8 GB out
+# of rank 0's store at 1,024 ranks.
+_GLOO_AT_SCALE = ("GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER", "GLOO_ENABLE_STORE_V2_API")
+
+_FILES_BESIDE = 1024  # that a rank has open: shards, checkpoints of as many ranks, libraries
 
 _stores: list[dist.Store] = []  # torch holds on to a store, and that does not keep a Python object alive
 
@@ -71,6 +77,9 @@ def init(timeout_s: float = 300.0, directory: Path | None = None) -> World:
     if is_loopback(os.environ["MASTER_ADDR"]) and "lo" in (name for _, name in socket.if_nameindex()):
         # gloo's connections ask nobody who he is: those of one machine need not be within reach of others.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for name in _GLOO_AT_SCALE:
+        os.environ.setdefault(name, "1")
+    _allow_connections(world_size)
     # NCCL asks the store from threads of its own, which must not wait for Python.
     store = meeting.open_store if cuda else meeting.store
     _stores.append(store)
@@ -97,6 +106,19 @@ def _device(local_rank: int) -> torch.device:
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _allow_connections(world_size: int) -> None:
+    """gloo connects each rank to all others, in each of two groups, ours and DeepSpeed's: with the usual 1,024 open
+    files 500 ranks could not start. As many more as the system lets a process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * world_size + _FILES_BESIDE
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with suppress(OSError, ValueError):
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def unlimit() -> None:

@@ -60,7 +60,9 @@ class StragglerWatch:
     def __init__(self, hosts: Sequence[str], samples: Sequence[int]) -> None:
         self._hosts = hosts
         work = np.array(samples)
-        self._peers = work[None, :] >= work[:, None]  # [R, R]: whom each rank is compared with
+        # Who has as much to do is compared with the same others: [R] for each amount of work, of which there are two.
+        self._peers = {int(amount): work >= amount for amount in np.unique(work)}
+        self._work = work
         self._window: list[NDArray[np.int64]] = []
         self._named: set[int] = set()
         self.slowest: Straggler | None = None  # of the last full window, and whether or not it is slow enough to name
@@ -75,7 +77,9 @@ class StragglerWatch:
             return []
         phases: Floats = np.stack(self._window)[:, :, : len(PHASES)] * 1e-6  # [W, R, P]
         own = phases.sum(2)
-        peers: Floats = np.stack([_lower_median(own[:, mask]) for mask in self._peers], 1)  # [W, R]
+        peers = np.empty_like(own)  # [W, R]
+        for amount, mask in self._peers.items():
+            peers[:, self._work == amount] = _lower_median(own[:, mask])[:, None]
         ratios: Floats = own / np.maximum(peers, 1e-9)
         found = np.median(ratios, 0)
         slowest = int(found.argmax())
@@ -109,7 +113,8 @@ class StragglerWatch:
 
     def _describe(self, rank: int, phases: Floats, ratios: Floats, peers: Floats) -> Straggler:
         mine = phases[:, rank]
-        others = np.stack([_lower_median(phases[:, self._peers[rank], phase]) for phase in range(len(PHASES))], 1)
+        mask = self._peers[int(self._work[rank])]
+        others = np.stack([_lower_median(phases[:, mask, phase]) for phase in range(len(PHASES))], 1)
         cause = PHASES[int(np.median(mine - others, 0).argmax())]
         writing = np.median([times[rank, len(PHASES)] for times in self._window]) > 0
         if writing and cause != "data":

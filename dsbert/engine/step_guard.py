@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsbert.base.collectives import all_reduce
+from dsbert.base.collectives import gather, sum_of_rows
 from dsbert.cluster.process_group import World
 from dsbert.engine.zero_shards import (
     full_shape,
@@ -61,22 +61,21 @@ class StepGuard:
 
     def verdict(self, losses: Tensor) -> Verdict:
         """After the last backward of a step. losses: this rank's sums, float64 [objectives] on the device. Collective:
-        one small all-reduce on the CPU, after the only wait for the device."""
+        log2(ranks) small messages between CPUs, after the only wait for the device."""
         own = torch.stack(self._contributions).sum(dtype=torch.float64)
         self._contributions.clear()
         squares = self._squared_norm()
         values = torch.cat([torch.stack([own, squares]), losses]).cpu()
-        ranks = self._world.world_size
-        shared = torch.zeros(ranks + 1 + len(losses), dtype=torch.float64)
-        shared[self._world.rank] = not bool(values[0].isfinite() & values[2:].isfinite().all())
-        shared[ranks:] = values[1:]
+        mine = torch.cat([torch.zeros(1, dtype=torch.float64), values[1:]])
+        mine[0] = not bool(values[0].isfinite() & values[2:].isfinite().all())
         if not gradients_are_partitioned(self._engine):
-            shared[ranks] /= ranks
-        all_reduce(shared)
-        bad = tuple(shared[:ranks].nonzero().flatten().tolist())
-        total = float(shared[ranks])
+            mine[1] /= self._world.world_size
+        everybody = gather(mine)
+        bad = tuple(everybody[:, 0].nonzero().flatten().tolist())
+        sums = sum_of_rows(everybody[:, 1:])
+        total = float(sums[0])
         finite = not bad and total <= _MAX_SQUARE  # False for NaN
-        return Verdict(finite, bad, math.sqrt(total) / loss_scale(self._engine), shared[ranks + 1 :])
+        return Verdict(finite, bad, math.sqrt(total) / loss_scale(self._engine), sums[1:])
 
     @contextmanager
     def paused(self) -> Iterator[None]:

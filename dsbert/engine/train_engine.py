@@ -7,6 +7,7 @@ batch, however it is cut into ranks x micro-batches x accumulation. Shapes: mode
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import xxhash
 from torch import Tensor, nn
 
 from dsbert.base.collectives import all_reduce
-from dsbert.base.own_time import PHASES, OwnClock
+from dsbert.base.own_time import OwnClock
 from dsbert.cluster.process_group import World
 from dsbert.config.lr_schedule import learning_rate
 from dsbert.config.recipe import Recipe
@@ -29,6 +30,7 @@ from dsbert.engine.micro_batches import MicroBatch, counts_of, cut
 from dsbert.engine.replay import GradientReplay
 from dsbert.engine.shard_editor import ShardEditor
 from dsbert.engine.step_guard import StepGuard
+from dsbert.engine.step_message import tell_all
 from dsbert.engine.step_result import StepResult
 from dsbert.engine.zero_shards import (
     ParamShard,
@@ -131,16 +133,14 @@ class TrainEngine(ShardEditor):
         Raises PeerError on every rank, before anything has moved, where a rank computes wrongly (replay.py).
         """
         ready = [DeviceBatch.of(batch, self.world.device) for batch in batches]
-        said = [*counts_of(batches, self.objectives), *self._computed(ready), int(stop), int(busy)]
-        own_times = self._own_times(busy)
-        told = torch.cat([torch.tensor(said, dtype=torch.int64), own_times.flatten()])
-        all_reduce(told)
-        own_times = told[len(said) :].view_as(own_times)
-        *counts, tokens, positions, pairs, stops, busy_ranks = told[: len(said)].tolist()
+        counts, computed = counts_of(batches, self.objectives), self._computed(ready)
+        message = tell_all(counts, computed, self.own_clock, stop=stop, busy=busy)
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
-        scale = torch.tensor([parts / max(count, 1) for count in counts], device=self.world.device)
-        losses = torch.zeros(len(counts), dtype=torch.float64, device=self.world.device)
+        scale = cache(
+            lambda: torch.tensor([parts / max(count, 1) for count in message().counts], device=self.world.device)
+        )
+        losses = torch.zeros(len(self.objectives), dtype=torch.float64, device=self.world.device)
         self._engine.train()
         with self.own_clock.phase("compute"):
             self._replay.begin(self.step + 1, lambda micro: self._loss_again(micro, scale))
@@ -151,7 +151,7 @@ class TrainEngine(ShardEditor):
                 self.on_progress()
                 micro_losses, _ = self._engine(batch)
                 losses += micro_losses.detach()
-                self._engine.backward((micro_losses * scale).sum())
+                self._engine.backward((micro_losses * scale()).sum())
                 self._replay.own_pass_done()
         self._replay.compare()
         lr = self._set_lr(self.step + 1)
@@ -165,18 +165,12 @@ class TrainEngine(ShardEditor):
         skipped = self._engine.skipped_steps > skipped_steps
         return StepResult(
             verdict.losses,
-            tuple(counts),
-            tokens,
-            positions,
-            pairs,
-            verdict.grad_norm,
-            lr,
-            stop=stops > 0,
-            busy=busy_ranks > 0,
+            **vars(message()),
+            grad_norm=verdict.grad_norm,
+            lr=lr,
             skipped=skipped,
             rescaled=skipped and can_fall and bool(verdict.losses.isfinite().all()),
             nonfinite_ranks=verdict.nonfinite_ranks,
-            own_times=own_times,
         )
 
     @torch.no_grad()
@@ -233,28 +227,20 @@ class TrainEngine(ShardEditor):
 
     # Parts of a step
 
-    def _own_times(self, busy: bool) -> Tensor:
-        """A row per rank, as in StepResult, with this rank's own time since the last step's message filled in: their
-        sum over ranks is everybody's."""
-        times = torch.zeros(self.world.world_size, len(PHASES) + 1, dtype=torch.int64)
-        mine = [round(seconds * 1e6) for seconds in self.own_clock.lap()]
-        times[self.world.rank] = torch.tensor([*mine, int(busy)])
-        return times
-
     def _computed(self, batches: list[DeviceBatch]) -> list[int]:
         """[positions, pairs] of this rank's micro-batches: see StepResult."""
         lengths = np.concatenate([batch.starts.diff().numpy() for batch in batches])
         positions = sum(batch.num_tokens for batch in batches)
         return [positions, self._spec.attention_pairs(self.recipe.model, lengths)]
 
-    def _loss_again(self, micro: MicroBatch, scale: Tensor) -> Tensor:
+    def _loss_again(self, micro: MicroBatch, scale: Callable[[], Tensor]) -> Tensor:
         """Of any micro-batch of the step in hand, outside of DeepSpeed's accounts."""
         first = self.step * self.recipe.batch.global_batch + micro.first
         batch = DeviceBatch.of(self._samples(first, micro.count), self.world.device)
         self._reseed(micro)
         self.on_progress()
         losses: Tensor = self._engine.module(batch)[0]
-        return (losses * scale).sum()
+        return (losses * scale()).sum()
 
     def _reseed(self, micro: MicroBatch) -> None:
         """Dropout depends on (seed, step, first sample) alone: there is no generator state to save."""

@@ -105,7 +105,7 @@ def _wires(card: Card, layout: ZeroLayout, work: Workload, bandwidth: float) -> 
         if message.bulk:
             how = f"{message.collective}: bytes sent / {bandwidth:.3g} bytes/s + 2 log2 W x {card.latency_s:g} s"
         else:
-            how = f"over gloo, between CPUs: 2 log2 W x {_HOST_LATENCY_S:g} s"
+            how = f"over gloo, between CPUs: {_turns(message, layout.ranks)} x {_HOST_LATENCY_S:g} s"
         yield Figure(f"{message.what} on the wire", seconds, "s", "estimated", how)
 
 
@@ -113,7 +113,12 @@ def _seconds(card: Card, message: Message, ranks: int, bandwidth: float) -> floa
     if ranks == 1:
         return 0.0
     latency = card.latency_s if message.bulk else _HOST_LATENCY_S
-    return message.wire_bytes(ranks) / bandwidth + message.calls * 2 * math.ceil(math.log2(ranks)) * latency
+    return message.wire_bytes(ranks) / bandwidth + message.calls * _turns(message, ranks) * latency
+
+
+def _turns(message: Message, ranks: int) -> int:
+    """Messages that wait for each other: up a tree and down again, or of an exchange."""
+    return (1 if message.collective == "exchange" else 2) * math.ceil(math.log2(ranks))
 
 
 def _bandwidth(card: Card, ranks: int, ranks_per_node: int) -> float:

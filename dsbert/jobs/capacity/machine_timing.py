@@ -8,6 +8,7 @@ network that nobody has measured.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -150,10 +151,15 @@ def _wires(timings: Timings, layout: ZeroLayout, work: Workload, ranks_per_node:
 
 
 def _seconds(timings: Timings, message: Message, ranks: int, ranks_per_node: int) -> float:
-    """Latencies grow with the ring, and its bytes are the machine's to move: all ranks of it share that."""
-    if ranks == 1 or timings.collective_ranks == 1:
+    """Latencies grow with the ring, or with the rounds of an exchange; bytes are the machine's to move: all its ranks
+    share that."""
+    timed = timings.collective_ranks
+    if ranks == 1 or timed == 1:
         return 0.0
-    longer = (ranks - 1) / (timings.collective_ranks - 1)
+    if message.collective == "exchange":
+        longer = math.ceil(math.log2(ranks)) / math.ceil(math.log2(timed))
+    else:
+        longer = (ranks - 1) / (timed - 1)
     rate = timings.bulk_bytes_per_s
     if ranks > ranks_per_node:
         rate = min(rate, _NETWORK_BYTES_PER_S)

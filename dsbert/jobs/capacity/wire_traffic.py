@@ -2,7 +2,8 @@
 
 Handed in is what follows from the shapes. On the wire is what the usual ring algorithms send of it, and receive as
 much: 2 (W - 1)/W of an all-reduce, (W - 1)/W of a reduce-scatter, W - 1 times what a rank adds to an all-gather (Thakur
-et al. 2005, doi:10.1177/1094342005051521). NCCL may take a tree, which sends about as much. W ranks, N elements.
+et al. 2005, doi:10.1177/1094342005051521) or an exchange (base/exchange.py). NCCL may take a tree, which sends about as
+much. W ranks, N elements.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from dsbert.base.own_time import PHASES
 from dsbert.jobs.capacity.figures import Figure, Part
 from dsbert.jobs.capacity.workload import Workload
 from dsbert.jobs.capacity.zero_layout import ZeroLayout
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "exchange"]
 SCORE_BYTES = 8  # of a block: int64 (sparse/flat_blocks.py)
 
 
 @dataclass(frozen=True)
 class Message:
-    """What every rank hands to one kind of collective. handed_bytes, calls: of a step, or of a mask update; bulk: over
-    the device's network, else small and between CPUs."""
+    """What every rank hands to one kind of collective. handed_bytes: of a step, or of a mask update; calls: those that
+    are waited for; bulk: over the device's network, else small and between CPUs."""
 
     what: str
     collective: Collective
@@ -33,12 +35,13 @@ class Message:
 
     def wire_bytes(self, ranks: int) -> float:
         """That a rank sends, and receives."""
-        share = {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": ranks - 1, "reduce_scatter": (ranks - 1) / ranks}
+        share = {
+            "all_reduce": 2 * (ranks - 1) / ranks,
+            "all_gather": ranks - 1,
+            "reduce_scatter": (ranks - 1) / ranks,
+            "exchange": ranks - 1,
+        }
         return self.handed_bytes * share[self.collective]
-
-    def rounds(self, ranks: int) -> float:
-        """Steps of a ring, one after the other, of all calls."""
-        return self.calls * (ranks - 1) * (2 if self.collective == "all_reduce" else 1)
 
 
 def step_messages(layout: ZeroLayout, work: Workload) -> Iterator[Message]:
@@ -61,8 +64,9 @@ def step_messages(layout: ZeroLayout, work: Workload) -> Iterator[Message]:
     elif stage == 3:
         yield _gathers(layout, work)
     objectives = len(layout.size.spec.objectives)
-    control = 8 * (objectives + 5) + 8 * (ranks + 1 + objectives)
-    yield Message("control", "all_reduce", control, 2, "counts, stop and busy; norm and losses", bulk=False)
+    counts, verdict = objectives + 5 + len(PHASES) + 1, objectives + 2
+    how = "counts, flags and own times, which nobody waits for; norm and losses"
+    yield Message("control", "exchange", 8 * (counts + verdict), 1, how, bulk=False)
     if layout.size.recipe.sparsity.group_lasso and layout.size.layers:
         how = f"{SCORE_BYTES} bytes a block"
         yield Message("group lasso", "all_reduce", SCORE_BYTES * layout.size.num_blocks, 1, how, bulk=False)
@@ -106,4 +110,4 @@ def _figures(message: Message, ranks: int, when: str) -> Iterator[Figure]:
     head = f"{message.what}, {when}"
     how = f"{message.collective}: {message.how}"
     yield Figure(f"{head}: handed in", message.handed_bytes, "bytes", "computed", how)
-    yield Figure(f"{head}: sent", message.wire_bytes(ranks), "bytes", "estimated", f"a ring's share of the {how}")
+    yield Figure(f"{head}: sent", message.wire_bytes(ranks), "bytes", "estimated", f"its share of the {how}")
