@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from on_ranks import markdown
 
@@ -70,16 +70,21 @@ class Cell:
 def arms_of(models: Iterable[str], scratch: str | None) -> list[Arm]:
     """From NAME=PATH; which of them are sparse, their weights say."""
     if scratch and not (Path(scratch) / "config.json").is_file():
-        raise SystemExit(f"finetune_table: expected a directory of transformers as --scratch, found none at {scratch}")
+        _refuse(f"expected a directory of transformers as --scratch, found none at {scratch}")
     found = []
     for given in models:
         name, _, path = given.partition("=")
         if not path:
-            raise SystemExit(f"finetune_table: expected --model NAME=PATH, found {given!r}")
+            _refuse(f"expected --model NAME=PATH, found {given!r}")
         found.append(Arm(name, path))
         if _is_sparse(path):
             found += [Arm(f"{name}, {pattern}", path, pattern) for pattern in ("dense", "dynamic")]
     return [*found, *([Arm(_SCRATCH, scratch)] if scratch else [])]
+
+
+def _refuse(mistake: str) -> NoReturn:
+    print(f"finetune_table: {mistake}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _is_sparse(path: str) -> bool:
