@@ -92,8 +92,9 @@ write_ledger() { # $1: 1 if the next restart is SLURM's own wish
     mkdir -p "$RUN_DIR" && echo "$SLURM_JOB_ID $newest $fruitless $1" >"$ledger.tmp" && mv "$ledger.tmp" "$ledger"
 }
 
-# The address of the first node that is used, which the other nodes may know no name for, by its name or by SLURM's books. Not one that means
-# this node only, as 127.0.1.1, which Debian gives to a host's own name: rather none, and dsbert takes the name.
+# The address of the first node that is used, which the other nodes may know no name for, by its name or by SLURM's books.
+# Not one that means this node only, as 127.0.1.1, which Debian gives to a host's own name: rather none, and dsbert takes
+# the name.
 set_master_address() {
     local first name
     first=$(scontrol show hostnames "$used" | head -n 1)
@@ -121,7 +122,6 @@ run_attempt() {
     [[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     export DSBERT_START=$inside # an earlier one of this allocation is over, whatever is left of it
     set_master_address
-    step='' forwarder=''
     (
         trap '' USR2 # would kill an srun that is only starting
         ((inside)) && export SLURM_EXIT_ERROR=$NOT_STARTED SLURM_EXIT_IMMEDIATE=$NOT_STARTED &&
@@ -138,6 +138,7 @@ run_attempt() {
     wait "$step" # bash remembers the exit code
     rc=$?
     [[ $forwarder ]] && kill "$forwarder"
+    step='' forwarder='' # a signal from here on has nobody to go to: another process may have the number soon
     status=$(own_status)
 }
 
@@ -157,6 +158,12 @@ outcome() {
     [[ $status =~ \"outcome\":\ \"([a-z]+)\" ]] && echo "${BASH_REMATCH[1]}"
 }
 
+# The exit code of the rank at fault, where it has ended by itself: srun reports the highest of all, which is that of ranks
+# that have lost this one.
+own_code() {
+    [[ $status =~ \"culprit\":\ \{[^}]*\"code\":\ ([0-9]+) ]] && echo "${BASH_REMATCH[1]}"
+}
+
 # The nodes that the job has now: with --no-kill it keeps the others when SLURM loses one.
 allocated() {
     local nodes=$SLURM_JOB_NODELIST
@@ -170,11 +177,12 @@ choose_nodes() {
     used=$SLURM_JOB_NODELIST place=()
     ((SPARE_NODES)) || return 0
     wanted=$((SLURM_JOB_NUM_NODES - SPARE_NODES))
+    ((wanted > 0)) || return 1
     for node in $(allocated); do
         ((${#chosen[@]} < wanted && ${failures[$node]:-0} < 2)) && chosen+=("$node")
     done
     used=$(IFS=, && echo "${chosen[*]}")
-    place=(--nodes="$wanted" --ntasks=$((wanted * ${SLURM_NTASKS_PER_NODE:-1})) --nodelist="$used")
+    place=(--nodes="$wanted" --ntasks=$((wanted * SLURM_NTASKS_PER_NODE)) --nodelist="$used")
     ((${#chosen[@]} == wanted))
 }
 
@@ -201,6 +209,7 @@ seconds_left() { # of the job's time, by its record
 starts_inside() {
     local pause_s=0 now
     case $rc in "$NOT_STARTED" | 1 | 2 | 4 | 74 | 75 | 130) return 1 ;; esac
+    case $(own_code) in 1 | 2 | 4) return 1 ;; esac # its node has done nothing wrong
     [[ $(outcome) == requeue || $(outcome) == "done" ]] && return 1
     now=$(newest_checkpoint)
     if [[ $now > $before ]]; then
@@ -214,7 +223,11 @@ starts_inside() {
     (($(seconds_left) >= LEAST_LEFT_S + pause_s)) || return 1
     note_failure
     choose_nodes || { say "too few nodes are left that have not failed twice: $used" && return 1; }
-    sleep "$pause_s"
+    if ((pause_s)); then # in the background: a trap waits for what runs in the foreground
+        sleep "$pause_s" >/dev/null 2>&1 &
+        wait $!
+        kill $! 2>/dev/null
+    fi
     ((asked || ended)) && return 1 # it is time to go, or SLURM ends the job
     inside=$((inside + 1)) before=$now
     say "a rank or a node failed, exit code $rc: starts again inside the allocation, time $inside, on $used from $now"
@@ -247,7 +260,7 @@ requeue() { # $1: why; $2: 1 if it is SLURM's own wish
     exit 75 # requeues where the site says RequeueExit=75; a job that is requeued already stays so
 }
 
-asked=0 ended=0 inside=0 inside_fruitless=0 record=''
+asked=0 ended=0 inside=0 inside_fruitless=0 record='' step='' forwarder=''
 declare -A failures=()
 SPARE_NODES=${SPARE_NODES:-0}
 check_programs
@@ -258,6 +271,8 @@ trap 'ended=1 && write_ledger 1' TERM # SLURM ends the job, and has sent TERM to
 if ((fruitless > MAX_FRUITLESS)); then
     finish "given up: $((fruitless - 1)) restarts brought no checkpoint newer than $newest" 1
 fi
+((SPARE_NODES)) && [[ ! ${SLURM_NTASKS_PER_NODE:-} ]] &&
+    refuse "expected --ntasks-per-node beside SPARE_NODES, found none"
 choose_nodes || refuse "expected more nodes than the $SPARE_NODES spare ones, found $SLURM_JOB_NUM_NODES"
 say "starts on $used from $newest"
 before=$newest
@@ -272,6 +287,8 @@ if ((rc == 75)) || [[ $(outcome) == requeue ]]; then
 elif [[ $(outcome) == "done" ]]; then
     finish "done" 0
 fi
+# A mistake of one rank alone; an error of one rank alone (1) may be its node's, and goes through the queue.
+case $(own_code) in 2 | 4) ((rc == 3)) && rc=$(own_code) ;; esac
 case $rc in
 1) finish "not requeued: internal error, exit code 1" 1 ;;
 2) finish "not requeued: the run was refused, exit code 2" 2 ;;
@@ -283,4 +300,4 @@ if ((fruitless >= MAX_FRUITLESS)) && [[ ! $(newest_checkpoint) > $newest ]]; the
 fi
 ((rc == 137)) && say "KILL, which the kernel sends where memory runs out: lower batch.micro_batch, or ask for more --mem"
 ((rc == 74)) && requeue "a file system is full or fails, exit code 74" 0
-requeue "a rank or a node failed, exit code $rc" 0
+requeue "a rank or a node failed, exit code $rc" "$ended"

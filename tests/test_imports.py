@@ -168,7 +168,7 @@ def test_sparse_is_a_library_of_its_own() -> None:
     """What training a sparse model loads of dsbert, and of what only dsbert's own training needs."""
     loaded = set(subprocess.check_output([sys.executable, "-c", SPARSE_TRAINING], text=True).split())
     ours = {name for name in loaded if name.startswith("dsbert.") and not name.startswith("dsbert.sparse")}
-    leaves = ("collectives", "errors", "fields", "own_time", "splitmix64")
+    leaves = ("collectives", "errors", "exchange", "fields", "own_time", "splitmix64")
     assert ours == {"dsbert.base", *(f"dsbert.base.{leaf}" for leaf in leaves)}
     assert not loaded & {"deepspeed", "transformers", "wandb", "datasets", "click"}
     for path in (ROOT / "sparse").rglob("*.py"):  # and what is imported later

@@ -24,7 +24,7 @@ from dsbert.base.own_time import waiting
 
 T = TypeVar("T")
 # Up to here time is that of messages which wait for each other, beyond it that of bytes.
-_SMALL_BYTES = 1024
+MOST_EXCHANGED_BYTES = 1024
 
 
 def all_reduce(tensor: Tensor, op: str = "sum", group: dist.ProcessGroup | None = None) -> Tensor:
@@ -33,13 +33,13 @@ def all_reduce(tensor: Tensor, op: str = "sum", group: dist.ProcessGroup | None 
     Small tensors on the CPU take log2(ranks) messages and are summed in the order of ranks; large ones are the
     backend's, whose order of summation is its own.
     """
+    of_backend, of_rows = _REDUCTIONS[op]
     if _is_alone(group):
         return tensor
-    if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL_BYTES:
-        rows = gather(tensor, group)
-        return tensor.copy_(sum_of_rows(rows) if op == "sum" else rows.amax(0))
+    if tensor.device.type == "cpu" and tensor.nbytes <= MOST_EXCHANGED_BYTES and tensor.dtype in _OF_NUMPY:
+        return tensor.copy_(of_rows(gather(tensor.detach(), group)))
     with waiting():
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
+        dist.all_reduce(tensor, of_backend, group=group)
     return tensor
 
 
@@ -72,7 +72,16 @@ def gather_ahead(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Call
 def sum_of_rows(rows: Tensor) -> Tensor:
     """[ranks, ...] -> [...], on the CPU: added one after the other, so that floats have the same bits on all ranks and
     all machines."""
-    return torch.from_numpy(np.asarray(np.add.accumulate(rows.numpy(), axis=0, dtype=rows.numpy().dtype)[-1]))
+    values = rows.numpy()
+    with np.errstate(all="ignore"):  # what is not finite is the caller's to see
+        return torch.from_numpy(np.asarray(np.add.accumulate(values, axis=0, dtype=values.dtype)[-1]))
+
+
+_REDUCTIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "sum": (dist.ReduceOp.SUM, sum_of_rows),
+    "max": (dist.ReduceOp.MAX, lambda rows: rows.amax(0)),
+}
+_OF_NUMPY = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
 def _is_alone(group: dist.ProcessGroup | None) -> bool:

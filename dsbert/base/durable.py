@@ -179,14 +179,21 @@ def unsealed(document: dict[str, Any]) -> dict[str, Any]:
     return inside
 
 
+# What a look at a file finds that another machine has made or replaced a moment ago.
+_MAY_BE_LATE = (errno.ENOENT, errno.ESTALE)
+
+
 def is_shown(look: Callable[[], bool], patience_s: float = SHOWN_WITHIN_S) -> bool:
     """Whether this machine sees what another has written, by a look that may raise OSError: at once, or within the
-    patience that the caches of network file systems need."""
+    patience that the caches of network file systems need. What no cache heals, such as a lack of rights, is no."""
     deadline, pause_s = time.monotonic() + patience_s, 0.01
     while True:
-        with suppress(OSError):
+        try:
             if look():
                 return True
+        except OSError as error:
+            if error.errno not in _MAY_BE_LATE:
+                return False
         if time.monotonic() > deadline:
             return False
         time.sleep(pause_s)

@@ -3,9 +3,9 @@
 gloo passes its all-gathers and all-reduces round a ring: N - 1 or 2 (N - 1) messages that wait for each other, 51 ms at
 1,024 ranks and 25 us a message. Here every rank sends all that it knows to the one 1, 2, 4, ... places before it, and
 knows twice as much after each round (Bruck et al. 1997, doi:10.1109/71.642949): ceil(log2 N) messages for any N, and no
-more bytes than a ring. Whoever wants a sum adds up the rows by himself, in the order of ranks: then it has the same
-bits on all ranks, whatever the network does. Ranks of one node that follow each other are partners in the first rounds,
-so that a tree of nodes would save nothing.
+more bytes than a ring's all-gather. Whoever wants a sum adds up the rows by himself, in the order of ranks: then it has
+the same bits on all ranks, whatever the network does. Ranks of one node that follow each other are partners in the
+first rounds, so that a tree of nodes would save nothing.
 
 Point to point over the CPU's backend of the ranks' own group. N ranks, ROW: the shape of a row, the same on all.
 """
@@ -42,7 +42,7 @@ def exchange_rows(row: Tensor, group: dist.ProcessGroup | None = None, *, tag: i
     assert group is not None
     ranks, rank, limit = group.size(), group.rank(), _time_limit(group)
     # Row i is that of the rank i places behind this one, until the end.
-    rows = torch.empty((ranks, *row.shape), dtype=row.dtype)
+    rows = torch.empty((ranks, *row.shape), dtype=row.dtype, device="cpu")  # whatever torch's default is
     rows[0] = row
     if not row.numel():
         return rows

@@ -37,11 +37,19 @@ class Publisher:
     """Turns the directories that ranks have written into checkpoints of `root`.
 
     attempt: goes into the names of what is moved aside. assert_owner: raises if this attempt may not write any more;
-    asked before every act that others can see.
+    asked before every act that others can see. patience_s: for what other ranks have written to be seen here.
     """
 
-    def __init__(self, root: Path, attempt: str, retention: Retention, assert_owner: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        attempt: str,
+        retention: Retention,
+        assert_owner: Callable[[], object],
+        patience_s: float = SHOWN_WITHIN_S,
+    ) -> None:
         self._root, self._attempt, self._retention, self._assert_owner = root, attempt, retention, assert_owner
+        self._patience_s = patience_s
         self._verified: set[str] = set()  # by this process, which has read them
 
     def make_room(self, temporary: Path, needed_bytes: int) -> None:
@@ -93,7 +101,7 @@ class Publisher:
         sync_directory(self._root)
         self._verified.add(target.name)
 
-    def sees(self, look: Callable[[], bool], patience_s: float = SHOWN_WITHIN_S) -> bool:
+    def sees(self, look: Callable[[], bool], patience_s: float | None = None) -> bool:
         """As `is_shown`, of this attempt's own files: the next one removes them. Raises DsbertError where it has."""
 
         def look_or_leave() -> bool:
@@ -103,7 +111,7 @@ class Publisher:
             self._assert_owner()
             return False
 
-        return is_shown(look_or_leave, patience_s)
+        return is_shown(look_or_leave, self._patience_s if patience_s is None else patience_s)
 
     def remove_old(self) -> None:
         """Remove what retention does not keep. What cannot be removed costs a line on standard error."""
@@ -135,7 +143,7 @@ class Publisher:
 
     def _assert_sizes(self, directory: Path, files: dict[str, FileRecord]) -> None:
         """As rank 0 sees what the others wrote, which may be late."""
-        deadline = time.monotonic() + SHOWN_WITHIN_S
+        deadline = time.monotonic() + self._patience_s
         for name, entry in files.items():
             path, size = directory / name, entry.bytes
             if not self.sees(partial(_has_size, path, size), deadline - time.monotonic()):

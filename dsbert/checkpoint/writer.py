@@ -27,7 +27,7 @@ import torch
 
 from dsbert.base.awake import AwakeClock
 from dsbert.base.collectives import all_reduce, gather_json, on_main_rank, raise_on_all_ranks
-from dsbert.base.durable import sync_directory, write_and_read_back
+from dsbert.base.durable import SHOWN_WITHIN_S, sync_directory, write_and_read_back
 from dsbert.base.errors import DsbertError, PeerError, StorageError
 from dsbert.checkpoint.fragments import FragmentBuffer, fragment_bytes, fragments_name
 from dsbert.checkpoint.loading import TOPOLOGY, step_name
@@ -85,7 +85,8 @@ class CheckpointWriter:
         alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._root, self._assets, self._attempt = root, assets, attempt
-        self._publisher = Publisher(root, attempt, retention, assert_owner)
+        # Twice in a save, in which no byte moves meanwhile: less than `finish` waits for one.
+        self._publisher = Publisher(root, attempt, retention, assert_owner, min(SHOWN_WITHIN_S, timeout_s / 4))
         self._watch, self._alive = watch, alive
         self._tidying: threading.Thread | None = None
         self._max_bytes_per_s, self._timeout_s = max_bytes_per_s, timeout_s

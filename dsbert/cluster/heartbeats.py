@@ -53,13 +53,14 @@ class Beat(Record):
 
 @dataclass(frozen=True)
 class Culprit:
-    """A rank at fault, where it was when it was last seen, and what is known of it."""
+    """A rank at fault, where it was when it was last seen, and what is known of it; code: with which it has left."""
 
     rank: int
     host: str
     step: int | None
     phase: str | None
     how: str
+    code: int | None = None
 
     def __str__(self) -> str:
         where = f" in phase {self.phase!r}" if self.phase else ""
@@ -128,7 +129,8 @@ def failure_of(record: Beat) -> Culprit | None:
     ended = record.ended
     if ended is None or ended.code in (EXIT_OK, EXIT_PEER, EXIT_REQUEUE):
         return None
-    return culprit_of(record, f"failed with exit code {ended.code} ({ended.cause})")
+    how = f"failed with exit code {ended.code} ({ended.cause})"
+    return Culprit(record.rank, record.host, record.step, record.phase, how, ended.code)
 
 
 def gone(record: Beat) -> Culprit | None:

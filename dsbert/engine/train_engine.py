@@ -137,9 +137,7 @@ class TrainEngine(ShardEditor):
         message = tell_all(counts, computed, self.own_clock, stop=stop, busy=busy)
         # DeepSpeed averages over ranks and micro-batches; the mean wanted is over the global batch's counts.
         parts = self.world.world_size * self.accumulation_steps
-        scale = cache(
-            lambda: torch.tensor([parts / max(count, 1) for count in message().counts], device=self.world.device)
-        )
+        scale = cache(lambda: self._on_device([parts / max(count, 1) for count in message().counts]))
         losses = torch.zeros(len(self.objectives), dtype=torch.float64, device=self.world.device)
         self._engine.train()
         with self.own_clock.phase("compute"):
@@ -241,6 +239,11 @@ class TrainEngine(ShardEditor):
         self.on_progress()
         losses: Tensor = self._engine.module(batch)[0]
         return (losses * scale()).sum()
+
+    def _on_device(self, values: list[float]) -> Tensor:
+        """A tensor of them. On its way to a card it does not wait for what the card has to do, as it else would."""
+        own = torch.tensor(values)
+        return own.pin_memory().to(self.world.device, non_blocking=True) if self.world.device.type == "cuda" else own
 
     def _reseed(self, micro: MicroBatch) -> None:
         """Dropout depends on (seed, step, first sample) alone: there is no generator state to save."""

@@ -108,14 +108,15 @@ class VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, by: Attention) -> Tensor:
         out, lse = by.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, by.starts, by.visible)  # the last two may not change meanwhile
         ctx.by = by
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.by.gradients(dout, *ctx.saved_tensors)
+        q, k, v, out, lse, *_ = ctx.saved_tensors
+        found = ctx.by.gradients(dout, q, k, v, out, lse)
         return found.query, found.key, found.value, None
 
 

@@ -13,17 +13,21 @@ START_ENV = "DSBERT_START"  # slurm/job.sh sets it
 
 
 class CulpritRecord(Record):
-    """The rank at fault, and where it was seen last. Whatever an older dsbert has written here holds nobody up."""
+    """The rank at fault, where it was seen last, and its exit code where it has left by itself. Whatever an older
+    dsbert has written here holds nobody up."""
 
     rank: Count
     host: str
     step: Count | None
     phase: str | None = None
+    code: Count | None = None
 
     @classmethod
     def of(cls, culprit: Culprit) -> CulpritRecord:
         """Of the rank that the heartbeats accuse."""
-        return cls(rank=culprit.rank, host=culprit.host, step=culprit.step, phase=culprit.phase)
+        return cls(
+            rank=culprit.rank, host=culprit.host, step=culprit.step, phase=culprit.phase, code=culprit.code
+        )  # fmt: skip
 
 
 class Ending(Record):

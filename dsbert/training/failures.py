@@ -65,11 +65,11 @@ class Failures:
                 raise
             raise PeerError(self._account_for_lost(str(error), self._heartbeat.culprits())) from error
         except Exception as error:
+            code = error.exit_code if isinstance(error, DsbertError) else EXIT_INTERNAL
             culprits = [
-                Culprit(rank, self._hosts[rank], self._step, None, "is at fault")
+                Culprit(rank, self._hosts[rank], self._step, None, "is at fault", code)
                 for rank in (error.ranks if isinstance(error, DsbertError) else (self._world.rank,))
             ]
-            code = error.exit_code if isinstance(error, DsbertError) else EXIT_INTERNAL
             self._leave_at_last(code)
             self._heartbeat.end(code, str(error))
             if self._world.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -134,4 +135,5 @@ def test_what_the_hub_refuses_is_one_line(run: Path, tmp_path: Path) -> None:
     assert not server.commits
     with hub() as server:
         server.server_close()
-        assert "found ConnectError: " in complaint(dsbert(*words, "somebody/small-bert"))
+        # A connection that had come in before is reset.
+        assert re.search("found (Connect|Read)Error: ", complaint(dsbert(*words, "somebody/small-bert")))

@@ -103,9 +103,11 @@ def frozen_recipe(seen: list[str]) -> Recipe:
     return load_recipe(seen[seen.index("pretrain") + 1])
 
 
-def status(outcome: str, job: str = "7", restart: int = 0, start: int = 0, host: str = "") -> str:
-    """A shell command that leaves a status.json. host: of the rank at fault."""
-    culprit = {"rank": 1, "host": host, "step": 5, "phase": "train"} if host else None
+def status(
+    outcome: str, job: str = "7", restart: int = 0, start: int = 0, host: str = "", own: int | None = None
+) -> str:
+    """A shell command that leaves a status.json. host: of the rank at fault, which left with `own`."""
+    culprit = {"rank": 1, "host": host, "step": 5, "phase": "train", "code": own} if host else None
     known = {"attempt": 1, "job_id": job, "restart_count": restart, "start": start, "outcome": outcome}
     text = json.dumps(known | {"culprit": culprit})
     return f"mkdir -p r && echo '{text}' >r/status.json; "
@@ -214,6 +216,10 @@ def test_a_sweep_has_a_line_and_a_run_directory_per_task(tmp_path: Path) -> None
         (status("requeue", job="77") + "exit 2", RUNNING, 2, "refused", False),
         (status("requeue", restart=1) + "exit 2", RUNNING, 2, "refused", False),
         (status("failed") + "exit 2", RUNNING, 2, "refused", False),
+        # One rank's mistake, which the others' code hides.
+        (status("failed", host="n1", own=2) + "exit 3", RUNNING, 2, "refused", False),
+        (status("failed", host="n1", own=4) + "exit 3", RUNNING, 4, "no valid checkpoint", False),
+        (status("failed", host="n1", own=1) + "exit 3", RUNNING, 75, "a node failed, exit code 3", True),
         # scancel: a requeue would bring a job back that somebody has ended.
         ("exit 75", RUNNING.replace("RUNNING", "COMPLETING"), 143, "COMPLETING: left to SLURM", False),
         ("exit 75", RUNNING.replace("RUNNING", "PENDING"), 143, "PENDING: left to SLURM", False),
@@ -260,12 +266,14 @@ LIFE_INSIDE = [  # of starts in one allocation, the letters as below; how many t
     ("xs", 2, "saved: requeued"),
     ("u", 1, "saved: requeued"),
     ("xn", 2, "a rank or a node failed, exit code 71: requeued"),
+    ("xe", 2, "a rank or a node failed, exit code 3: requeued"),
 ]
 
 
 @pytest.mark.parametrize(("life", "starts", "said"), LIFE_INSIDE)
 def test_ranks_start_again_inside_the_allocation(life: str, starts: int, said: str, tmp_path: Path) -> None:
-    """Letters as below; d: done, m: a user's mistake, f: a full disk, n: srun finds no place for the ranks."""
+    """Letters as below; d: done, e: an error of one rank alone,
+    m: a user's mistake, f: a full disk, n: srun finds no place for the ranks."""
     ends = {
         "x": "exit 137", "m": "exit 2", "f": "exit 74", "s": "exit 75", "n": 'exit "$SLURM_EXIT_IMMEDIATE"',
         "u": "kill -USR2 $PPID; sleep 0.2; exit 75",
@@ -273,7 +281,8 @@ def test_ranks_start_again_inside_the_allocation(life: str, starts: int, said: s
     cases = []
     for number, event in enumerate(life):
         step = f"mkdir -p r/checkpoints/step_{number + 1:08d}; exit 137"
-        end = status("done", start=number) if event == "d" else ends.get(event, step)
+        own_error = status("failed", start=number, host="n1", own=1) + "exit 3"
+        end = {"d": status("done", start=number), "e": own_error}.get(event) or ends.get(event, step)
         cases.append(f"{number}) {end} ;;")
     srun = f"case $DSBERT_START in {' '.join(cases)} esac"
     done = run_script(script("--run-dir", str(tmp_path / "r")), tmp_path, srun, RUNNING)

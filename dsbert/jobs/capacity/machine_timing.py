@@ -35,8 +35,8 @@ _NETWORK_BYTES_PER_S = 1.25e9  # 10 Gbit/s
 class Timings:
     """Seconds of one of the processes that run side by side, medians. tokens: of the micro-batch. snapshot_s,
     digests_s, finite_s: parts of a save, of the whole model. part_s_per_element: of a rank's part of masters.
-    processes: side by side; threads: of each; cores: that may be used. small_s, bulk_bytes_per_s, collective_ranks: of
-    all-reduces, 0 for one rank."""
+    processes: side by side; threads: of each; cores: that may be used. small_s, exchange_s, bulk_bytes_per_s: of sums
+    that go round a ring, of those that do not, and of many bytes, among collective_ranks; 0 for one rank."""
 
     tokens: int
     clock: Clock
@@ -54,6 +54,7 @@ class Timings:
     cores: int
     collective_ranks: int = 1
     small_s: float = 0.0
+    exchange_s: float = 0.0
     bulk_bytes_per_s: float = 0.0
 
 
@@ -157,10 +158,10 @@ def _seconds(timings: Timings, message: Message, ranks: int, ranks_per_node: int
     if ranks == 1 or timed == 1:
         return 0.0
     if message.collective == "exchange":
-        longer = math.ceil(math.log2(ranks)) / math.ceil(math.log2(timed))
+        call_s = timings.exchange_s * math.ceil(math.log2(ranks)) / math.ceil(math.log2(timed))
     else:
-        longer = (ranks - 1) / (timed - 1)
+        call_s = timings.small_s * (ranks - 1) / (timed - 1)
     rate = timings.bulk_bytes_per_s
     if ranks > ranks_per_node:
         rate = min(rate, _NETWORK_BYTES_PER_S)
-    return message.wire_bytes(ranks) / rate + message.calls * timings.small_s * longer
+    return message.wire_bytes(ranks) / rate + message.calls * call_s

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsbert.base.collectives import all_reduce
+from dsbert.base.collectives import MOST_EXCHANGED_BYTES, all_reduce
 from dsbert.base.durable import write_and_read_back
 from dsbert.cluster import process_group
 from dsbert.cluster.launcher import die_with_parent
@@ -109,17 +109,20 @@ def time_steps(request: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 def time_collectives(request: dict[str, Any]) -> dict[str, float]:
-    """small_s: of an all-reduce of a few numbers; bulk_bytes_per_s: on the wire of a rank, of one of many."""
+    """exchange_s: of a sum of a few numbers; small_s: of the smallest that goes round a ring; bulk_bytes_per_s: on the
+    wire of a rank, of a sum of many."""
     world = process_group.init(120)
     numel = min(_MOST_BULK_BYTES, request["bulk_bytes"]) // 4
     bulk, small = torch.zeros(max(1, numel)), torch.zeros(_SMALL, dtype=torch.int64)
-    for tensor in (small, bulk):
+    ring = torch.zeros(MOST_EXCHANGED_BYTES // 8 + 1, dtype=torch.int64)
+    for tensor in (small, ring, bulk):
         all_reduce(tensor)
     clock = CLOCKS[request["clock"]]
-    small_s = _timed(lambda: all_reduce(small), 30, clock)
+    exchange_s = _timed(lambda: all_reduce(small), 30, clock)
+    small_s = _timed(lambda: all_reduce(ring), 30, clock)
     bulk_s = _timed(lambda: all_reduce(bulk), 9, clock)
     sent = 2 * (world.world_size - 1) / world.world_size * bulk.numel() * 4
-    return {"small_s": small_s, "bulk_bytes_per_s": sent / max(bulk_s - small_s, 1e-9)}
+    return {"exchange_s": exchange_s, "small_s": small_s, "bulk_bytes_per_s": sent / max(bulk_s - small_s, 1e-9)}
 
 
 def _alone(recipe: Recipe, rows: int) -> Recipe:

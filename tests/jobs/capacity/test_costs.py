@@ -21,7 +21,7 @@ LENGTHS = np.array([64, 96, 128])
 TIMED = Timings(
     tokens=3072, clock="wall", micro_batch_s=0.5, fixed_s=0.1, update_s=0.02, snapshot_s=0.01, digests_s=0.01,
     finite_s=0.01, part_s_per_element=1e-9, peak_flops_per_s=1e11, write_bytes_per_s=1e8, threads=1.0, processes=2,
-    cores=2, collective_ranks=2, small_s=1e-4, bulk_bytes_per_s=1e9,
+    cores=2, collective_ranks=2, small_s=1e-4, exchange_s=1e-4, bulk_bytes_per_s=1e9,
 )  # fmt: skip
 
 
