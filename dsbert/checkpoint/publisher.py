@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,12 +85,13 @@ class Publisher:
         text = (json.dumps(manifest.to_json(), indent=1) + "\n").encode()
         write_durably(temporary / MANIFEST, text)
         sync_directory(temporary)
-        self._assert_sizes(temporary, manifest.files)
+        deadline = time.monotonic() + self._patience_s  # of both looks: no byte moves meanwhile
+        self._assert_sizes(temporary, manifest.files, deadline)
         self._assert_owner()
         _move_aside(target, self._attempt, count)
         os.replace(temporary, target)
         sync_directory(self._root)
-        self._assert_sizes(target, manifest.files)  # once more: nobody can have touched them under this name
+        self._assert_sizes(target, manifest.files, deadline)  # once more: nobody can have touched them under this name
         if (target / MANIFEST).read_bytes() != text:
             raise StorageError(f"expected {target / MANIFEST} as it was written, found something else")
         self._assert_owner()
@@ -105,11 +105,13 @@ class Publisher:
         """As `is_shown`, of this attempt's own files: the next one removes them. Raises DsbertError where it has."""
 
         def look_or_leave() -> bool:
-            with suppress(OSError):
-                if look():
-                    return True
-            self._assert_owner()
-            return False
+            shown = False
+            try:
+                shown = look()
+            finally:
+                if not shown:
+                    self._assert_owner()
+            return shown
 
         return is_shown(look_or_leave, self._patience_s if patience_s is None else patience_s)
 
@@ -141,9 +143,8 @@ class Publisher:
             os.replace(path, removed)
             shutil.rmtree(removed, ignore_errors=True)
 
-    def _assert_sizes(self, directory: Path, files: dict[str, FileRecord]) -> None:
+    def _assert_sizes(self, directory: Path, files: dict[str, FileRecord], deadline: float) -> None:
         """As rank 0 sees what the others wrote, which may be late."""
-        deadline = time.monotonic() + self._patience_s
         for name, entry in files.items():
             path, size = directory / name, entry.bytes
             if not self.sees(partial(_has_size, path, size), deadline - time.monotonic()):

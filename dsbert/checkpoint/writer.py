@@ -85,8 +85,8 @@ class CheckpointWriter:
         alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._root, self._assets, self._attempt = root, assets, attempt
-        # Twice in a save, in which no byte moves meanwhile: less than `finish` waits for one.
-        self._publisher = Publisher(root, attempt, retention, assert_owner, min(SHOWN_WITHIN_S, timeout_s / 4))
+        # No byte moves meanwhile: less than `finish` waits for one.
+        self._publisher = Publisher(root, attempt, retention, assert_owner, min(SHOWN_WITHIN_S, 0.9 * timeout_s))
         self._watch, self._alive = watch, alive
         self._tidying: threading.Thread | None = None
         self._max_bytes_per_s, self._timeout_s = max_bytes_per_s, timeout_s
